@@ -1,0 +1,44 @@
+"""Run diffusion pipelines on GPUs too small for them: weights streamed block by block, the same image bit for bit."""
+
+from layerstream._version import __version__
+from layerstream.adapters.base import Adapter
+from layerstream.adapters.registry import register_adapter
+from layerstream.api import LayerStreamer, offload
+from layerstream.errors import (
+    AdapterError,
+    AlreadyOffloadedError,
+    BackwardError,
+    BudgetError,
+    CompiledWholeError,
+    ConcurrentUseError,
+    DeviceError,
+    LayerstreamError,
+    LayerstreamWarning,
+    MovedWhileStreamingError,
+    PipelineError,
+    StreamerStateError,
+    TransferError,
+)
+from layerstream.stats import Stats
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AlreadyOffloadedError",
+    "BackwardError",
+    "BudgetError",
+    "CompiledWholeError",
+    "ConcurrentUseError",
+    "DeviceError",
+    "LayerStreamer",
+    "LayerstreamError",
+    "LayerstreamWarning",
+    "MovedWhileStreamingError",
+    "PipelineError",
+    "Stats",
+    "StreamerStateError",
+    "TransferError",
+    "__version__",
+    "offload",
+    "register_adapter",
+]

@@ -1,0 +1,144 @@
+"""Parameters and buffers whose bytes are elsewhere.
+
+An absent tensor is the user's own object with its class switched to `AbsentParameter` or `AbsentTensor`, over
+one NaN of the right dtype on the right device, expanded to the right shape. Shape, dtype, device, strides and
+the like are answered from there; anything that could look at the bytes (`__torch_function__` sees every
+operator, getter and method) first loads the whole unit, after which the object is a plain parameter again and
+the operation runs on that. Code that slips past `__torch_function__` meets NaN, never another block's weights.
+
+Per-operation loading would not do: `nn.TransformerEncoderLayer` asks `has_torch_function` and leaves its fast
+path, which changes the last bits. After the first touch nothing is left to ask about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+
+class AbsentRecord(NamedTuple):
+    """What is known of one absent tensor.
+
+    `load(unit indices)` makes the units' tensors present, all at once; it belongs to their streamer.
+    """
+
+    name: str
+    unit: int
+    strides: tuple[int, ...]
+    load: Callable[[Sequence[int]], None]
+
+
+# id(tensor) -> record, an entry exactly while its class is absent. Not an attribute of the tensor, which would
+# travel with copies and pickles of it.
+_RECORDS: dict[int, AbsentRecord] = {}
+
+
+def make_absent(tensor: torch.Tensor, placeholder: torch.Tensor, record: AbsentRecord) -> None:
+    """Let go of the tensor's bytes: it answers metadata, and loads on any other use."""
+    # Data first: once the class is switched, setting `.data` would itself be a use.
+    tensor.data = placeholder
+    _RECORDS[id(tensor)] = record
+    tensor.__class__ = AbsentParameter if isinstance(tensor, nn.Parameter) else AbsentTensor
+
+
+def make_present(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Point the tensor at `data`; it is a plain `Parameter` or `Tensor` again."""
+    # Class first: the setter would otherwise go through `__torch_function__`.
+    if _RECORDS.pop(id(tensor), None) is not None:
+        tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
+    tensor.data = data
+
+
+def is_absent(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's bytes are elsewhere now."""
+    return id(tensor) in _RECORDS
+
+
+def placeholder_for(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """One NaN (the lowest value for integers, True for bool) seen as a tensor of `shape`, strides 0."""
+    if dtype.is_floating_point or dtype.is_complex:
+        scalar = torch.full((), float("nan"), dtype=torch.float32, device=device).to(dtype)
+    else:
+        scalar = torch.full((), 1 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
+    return scalar.expand(tuple(shape))
+
+
+class _Absent:
+    """Behaviour shared by the two classes; only ever reached by switching `__class__`."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _LAYOUT:
+            record = _RECORDS.get(id(args[0]))
+            if record is not None:
+                with torch._C.DisableTorchFunctionSubclass():
+                    size, dtype = args[0].size(), args[0].dtype
+                    twin = torch.empty_strided(size, record.strides, dtype=dtype, device="meta")
+                return func(twin, *args[1:], **kwargs)
+        _load_all((args, kwargs))
+        return func(*args, **kwargs)
+
+    # Both would keep the absent class in the copy, since they ask for `type(self)` before they look at the bytes.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        _load_all(self)
+        return self.__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _load_all(self)
+        return self.__reduce_ex__(protocol)
+
+
+class AbsentParameter(_Absent, nn.Parameter):
+    """A parameter whose bytes are not on the device now."""
+
+
+class AbsentTensor(_Absent, torch.Tensor):
+    """A buffer whose bytes are not on the device now."""
+
+
+def _load_all(used: Any) -> None:
+    """Load the units of all absent tensors in `used`, together, so that none evicts another."""
+    units: dict[Callable[[Sequence[int]], None], list[int]] = {}
+    for leaf in tree_leaves(used):
+        record = _RECORDS.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
+        if record is not None:
+            units.setdefault(record.load, []).append(record.unit)
+    for load, numbers in units.items():
+        load(sorted(set(numbers)))
+
+
+def _getters(*names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)}
+
+
+def _methods(*names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name) for name in names if hasattr(torch.Tensor, name)}
+
+
+# Answered without the bytes. Everything not listed loads, so an omission costs a load and never an answer.
+_METADATA: set[Any] = (
+    _getters("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn", "_version")
+    | _getters("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_xpu")
+    | _getters("is_mps", "is_mkldnn", "is_vulkan", "itemsize", "nbytes", "output_nr", "name", "retains_grad")
+    | _getters("_backward_hooks", "_post_accumulate_grad_hooks", "is_mtia", "is_ipu", "is_xla", "is_maia")
+    | {getattr(torch.Tensor, name).__set__ for name in ("requires_grad", "grad")}
+    | _methods("size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__", "get_device")
+    | _methods("is_floating_point", "is_complex", "is_signed", "requires_grad_", "is_inference", "is_conj", "is_neg")
+    | _methods("__hash__", "__dir__", "register_hook", "register_post_accumulate_grad_hook", "is_same_size", "type")
+    | {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor, torch.is_inference}
+)
+# `type` with an argument casts; without one it names the dtype. Casting needs the bytes.
+_METADATA -= _methods("type")
+_LAYOUT: set[Any] = _methods("stride", "is_contiguous", "storage_offset", "is_non_overlapping_and_dense", "dim_order")

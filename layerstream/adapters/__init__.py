@@ -1,0 +1,1 @@
+"""Which modules of a component stream: descriptions only, nothing is moved here."""

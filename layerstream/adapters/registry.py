@@ -1,0 +1,38 @@
+"""Which adapter describes which class."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from layerstream.adapters.base import Adapter
+from layerstream.adapters.generic import GenericAdapter
+from layerstream.errors import AdapterError
+
+_REGISTERED: dict[type | str, Adapter] = {}
+_GENERIC = GenericAdapter()
+
+
+def register_adapter(target: type[nn.Module] | str, adapter: Adapter) -> None:
+    """Use `adapter` for components of a class, named by the class or, where it cannot be imported, by its name.
+
+    The nearest class in the component's method resolution order wins; a later registration replaces an earlier.
+
+    Raises:
+        AdapterError: `target` is neither a module class nor a name, or `adapter` is no Adapter.
+    """
+    if not isinstance(target, str) and not (isinstance(target, type) and issubclass(target, nn.Module)):
+        raise AdapterError(f"register_adapter needs a subclass of torch.nn.Module or a class name, not {target!r}.")
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(
+            f"register_adapter needs an Adapter instance, not {adapter!r}. Adapter(stacks=[...]) makes one."
+        )
+    _REGISTERED[target] = adapter
+
+
+def adapter_for(component: nn.Module) -> Adapter:
+    """The registered adapter of the component's class, or the generic one."""
+    for cls in type(component).__mro__:
+        for key in (cls, cls.__name__):
+            if key in _REGISTERED:
+                return _REGISTERED[key]
+    return _GENERIC

@@ -1,0 +1,288 @@
+"""`offload`, the one line, and `LayerStreamer`, what it returns."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from layerstream.adapters.registry import adapter_for
+from layerstream.budget import format_bytes, resolve_budget
+from layerstream.compiled import uncompiled
+from layerstream.device import CudaDevice, Device, find_device
+from layerstream.errors import AlreadyOffloadedError, LayerstreamWarning, PipelineError, StreamerStateError
+from layerstream.intercept import refuse_rivals
+from layerstream.plan import make_plan
+from layerstream.simulated import SimulatedDevice
+from layerstream.stats import Stats
+from layerstream.streamer import Streamer
+from layerstream.units import divide
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+# Who streams which component, so that entering twice is refused; entries go with their modules.
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, LayerStreamer] = weakref.WeakKeyDictionary()
+
+
+class LayerStreamer:
+    """Streams a pipeline's weights while it is active: as a context manager, by `start` and `close`, or as a decorator.
+
+    Made by `layerstream.offload`, which documents the arguments. Nothing happens before it is entered; after leaving,
+    by return or by any exception, the pipeline is as it was. It can be entered again.
+    """
+
+    def __init__(
+        self,
+        pipe: Any = None,
+        *,
+        vram_budget: int | str = "auto",
+        device: torch.device | str | int | Device | None = None,
+    ) -> None:
+        self._pipe = pipe
+        self._vram_budget = vram_budget
+        self._device = device
+        self._streamer: Streamer | None = None
+        self._last: Streamer | None = None
+        self._num_slots: int | None = None  # set by benchmarks and tests; the plan chooses otherwise
+
+    # ---- entering and leaving
+
+    def start(self) -> LayerStreamer:
+        """Begin to stream; for notebook cells, where a `with` block does not fit. Returns itself.
+
+        Raises:
+            StreamerStateError: it is active already, or was made without a pipeline.
+            PipelineError, AlreadyOffloadedError, BudgetError, DeviceError, AdapterError, CompiledWholeError: see
+                `offload`. Nothing has changed then.
+        """
+        if self._pipe is None:
+            raise StreamerStateError(
+                "offload() without a pipeline is a decorator. Give it one: `with layerstream.offload(pipe):`."
+            )
+        if self._streamer is not None:
+            raise StreamerStateError(
+                "this streamer is active already. Leave it (or call close()) before entering again."
+            )
+        components = _components(self._pipe)
+        _refuse_active(components)
+        refuse_rivals(self._pipe, components)
+        layouts = [adapter_for(module).layout(name, module) for name, module in components.items()]
+        division = divide(layouts)
+        device = self._make_device()
+        specs = [unit.spec for unit in division.units]
+        budget = resolve_budget(self._vram_budget, free_bytes=device.free_bytes(), total_bytes=device.total_bytes())
+        plan = make_plan(specs, budget, num_slots=self._num_slots)
+        streamer = Streamer(layouts, division, plan, device)
+        streamer.open()
+        self._streamer = self._last = streamer
+        for module in components.values():
+            _ACTIVE[module] = self
+        if not any(spec.is_block for spec in specs):
+            _warn_nothing_streams(components)
+        return self
+
+    def close(self) -> None:
+        """Stop streaming and restore the pipeline. Closing twice, or before starting, does nothing.
+
+        Raises:
+            ConcurrentUseError: another thread is in the middle of a call; nothing has changed.
+        """
+        streamer = self._streamer
+        if streamer is None:
+            return
+        streamer.close()
+        self._streamer = None
+        for module in [m for m, owner in _ACTIVE.items() if owner is self]:
+            del _ACTIVE[module]
+
+    def __enter__(self) -> LayerStreamer:
+        return self.start()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- as a decorator
+
+    def __call__(self, target: T) -> T:
+        """Decorate a pipeline class (its `__call__` runs streamed) or a function.
+
+        The function's first argument is the pipeline, unless the streamer was made with one.
+        """
+        if isinstance(target, type):
+            target.__call__ = self._wrap(target.__call__)  # type: ignore[method-assign]
+            return target
+        return self._wrap(target)  # type: ignore[return-value]
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def generate(*args: Any, **kwargs: Any) -> Any:
+                with self._around(args):
+                    return (yield from function(*args, **kwargs))
+
+            return generate
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def run(*args: Any, **kwargs: Any) -> Any:
+                with self._around(args):
+                    return await function(*args, **kwargs)
+
+            return run
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._around(args):
+                return function(*args, **kwargs)
+
+        return call
+
+    def _around(self, args: tuple[Any, ...]) -> LayerStreamer | _Already:
+        """What a decorated call runs in; nothing new where its pipeline is streamed already."""
+        if self._pipe is None and not args:
+            raise StreamerStateError(
+                "a function decorated with layerstream.offload() takes the pipeline as its first argument."
+            )
+        pipe = args[0] if self._pipe is None else self._pipe
+        if any(_ACTIVE.get(module) for module in _components(pipe).values()):
+            return _Already()
+        inner = LayerStreamer(pipe, vram_budget=self._vram_budget, device=self._device)
+        inner._num_slots = self._num_slots
+        return inner
+
+    # ---- what it did
+
+    @property
+    def is_active(self) -> bool:
+        return self._streamer is not None
+
+    def stats(self) -> Stats:
+        """Counters since the last start.
+
+        Raises:
+            StreamerStateError: it was never started.
+        """
+        if self._last is None:
+            raise StreamerStateError("no stats yet: the streamer was never started.")
+        return self._last.stats
+
+    def __repr__(self) -> str:
+        if self._last is None:
+            return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
+        stats = self._last.stats
+        state = "active" if self.is_active else "closed"
+        return (
+            f"LayerStreamer({state}, {stats.num_resident_blocks} blocks resident, {stats.num_streamed_blocks} streamed "
+            f"through {stats.num_slots} slots of {format_bytes(stats.slot_bytes)}, "
+            f"{format_bytes(self._last.plan.device_bytes)} of weights on the device)"
+        )
+
+    def _make_device(self) -> Device:
+        if self._device is not None and not isinstance(self._device, torch.device | str | int):
+            return self._device
+        torch_device = find_device(self._device)
+        return SimulatedDevice() if torch_device.type == "cpu" else CudaDevice(torch_device)
+
+
+class _Already:
+    """The context of a decorated call inside an outer offload."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@overload
+def offload(pipe: T, *, vram_budget: int | str = ..., device: Any = ...) -> LayerStreamer: ...
+@overload
+def offload(pipe: None = ..., *, vram_budget: int | str = ..., device: Any = ...) -> LayerStreamer: ...
+def offload(
+    pipe: Any = None,
+    *,
+    vram_budget: int | str = "auto",
+    device: torch.device | str | int | Device | None = None,
+) -> Any:
+    """Stream a pipeline's weights from host memory, block by block, just in time.
+
+        with layerstream.offload(pipe, vram_budget="8GiB"):
+            image = pipe("a serene mountain landscape at sunset").images[0]
+
+    Output is bit-identical to the pipeline on the device. Leaving restores every parameter, hook and device.
+
+    Args:
+        pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, or a dict of modules. A class or
+            function is decorated; without it, the result is a decorator.
+        vram_budget: device memory for weights: int bytes, "8GiB", "8GB", "auto" (what is free, less a reserve for
+            activations) or "min" (the least that works: everything streamed).
+        device: where to run: a CUDA device, or "cpu" for the simulated one. Default: the current GPU, else "cpu".
+
+    Returns: a `LayerStreamer` (or, for a class or function, that, decorated).
+
+    Raises, on entering:
+        PipelineError: no pipeline, no module, or weights on the meta device.
+        BudgetError: unparsable, not positive, larger than the device, or too small; with the least that works.
+        DeviceError: the device does not exist.
+        AlreadyOffloadedError: offloaded already, by layerstream, accelerate, diffusers or a device_map.
+        CompiledWholeError: a component is compiled as a whole with `fullgraph=True`.
+    """
+    is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
+    streamer = LayerStreamer(None if is_target else pipe, vram_budget=vram_budget, device=device)
+    return streamer(pipe) if is_target else streamer
+
+
+def _components(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's modules by name; compiled ones by the module inside, each once."""
+    found: Mapping[Any, Any]
+    if isinstance(pipe, nn.Module):
+        found = {type(uncompiled(pipe)).__name__: pipe}
+    elif isinstance(pipe, Mapping):
+        strange = [f"{k!r}: {type(v).__name__}" for k, v in pipe.items() if not isinstance(v, nn.Module)]
+        if strange:
+            raise PipelineError(f"a dict given to offload must hold modules only; it holds {', '.join(strange)}.")
+        found = pipe
+    elif isinstance(getattr(pipe, "components", None), Mapping):
+        found = pipe.components
+    else:
+        raise PipelineError(
+            f"cannot stream a {type(pipe).__name__}: it is no diffusers pipeline (no `.components`), no "
+            "torch.nn.Module and no dict of modules."
+        )
+    components: dict[str, nn.Module] = {}
+    for name, module in found.items():
+        if isinstance(module, nn.Module) and not any(uncompiled(module) is known for known in components.values()):
+            components[str(name)] = uncompiled(module)
+    if not components:
+        raise PipelineError(f"{type(pipe).__name__} has no modules: there are no weights to stream.")
+    return components
+
+
+def _refuse_active(components: Mapping[str, nn.Module]) -> None:
+    for name, component in components.items():
+        for active in list(_ACTIVE):
+            if (
+                active is component
+                or any(m is active for m in component.modules())
+                or any(m is component for m in active.modules())
+            ):
+                raise AlreadyOffloadedError(
+                    f"`{name}` is streamed by layerstream already ({_ACTIVE[active]!r}). Leave that context, or call "
+                    "its close(), before entering another."
+                )
+
+
+def _warn_nothing_streams(components: Mapping[str, nn.Module]) -> None:
+    warnings.warn(
+        f"no block stacks found in {', '.join(f'`{n}` ({type(m).__name__})' for n, m in components.items())}: each "
+        "component is on the device whole. Name its stacks: layerstream.register_adapter(cls, Adapter(stacks=[...])).",
+        LayerstreamWarning,
+        stacklevel=4,
+    )

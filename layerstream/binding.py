@@ -1,0 +1,122 @@
+"""Points a unit's parameters and buffers at device memory, and puts them back. The only writer of `.data`.
+
+Copies nothing and knows no stream. A bound tensor stays the user's own object throughout; only what it points
+at changes: its *home* (host memory, where it was found), a view of a slot, or a placeholder when absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from layerstream.absent import AbsentRecord, make_absent, make_present, placeholder_for
+
+
+@dataclass(eq=False)
+class BoundTensor:
+    """One parameter or buffer of a unit.
+
+    Attributes:
+        tensor: the user's object, shared by every place that is tied to it.
+        home: a plain tensor over the bytes as they were found, or over the host store's copy of them.
+        master: the host bytes that copies to the device come from; `home` itself unless both are kept.
+        shape, dtype, strides: as it appears on the device (strides in elements; those that `.to(device)` gives).
+        is_exact: at exit `home` is handed back itself; else its values, in memory of their own.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    home: torch.Tensor
+    master: torch.Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    home_device: torch.device
+    is_exact: bool = True
+    seen_version: int = 0
+    bound_address: int = 0
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> BoundTensor:
+        """A parameter or buffer as it is now, at home."""
+        home = tensor.data
+        # What `.to(device)` would make of it: a dense tensor keeps its strides, another is packed in the same order.
+        strides = torch.empty_like(home, device="meta").stride()
+        return cls(name, tensor, home, home, tuple(home.shape), home.dtype, strides, home.device)
+
+    @property
+    def version(self) -> int:
+        """Counts in-place writes; tensors made under inference mode have none."""
+        return 0 if self.tensor.is_inference() else self.tensor._version
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its bytes are one range of memory, in the strides they have on the device."""
+        return self.home.stride() == self.strides
+
+    @property
+    def num_bytes(self) -> int:
+        return self.home.numel() * self.home.element_size()
+
+
+@dataclass(eq=False)
+class UnitBinding:
+    """All tensors of one unit, bound and made absent together."""
+
+    tensors: list[BoundTensor]
+    is_present: bool = True
+    _placeholders: list[torch.Tensor] = field(default_factory=list)
+    _records: list[AbsentRecord] = field(default_factory=list)
+
+    def rehome(self, bound: BoundTensor, master: torch.Tensor, *, is_exact: bool) -> None:
+        """Its bytes were copied to `master`; the memory they came from is let go unless it `is_exact`ly restored."""
+        bound.master = master
+        if not is_exact:
+            bound.home, bound.is_exact = master, False
+            make_present(bound.tensor, master)
+
+    def prepare(self, unit: int, device: torch.device, load: Callable[[Sequence[int]], None]) -> None:
+        """Make what `absent` needs, once: it must not allocate later."""
+        for bound in self.tensors:
+            self._placeholders.append(placeholder_for(bound.dtype, bound.shape, device))
+            self._records.append(AbsentRecord(bound.name, unit, bound.strides, load))
+
+    def present(self, views: Sequence[torch.Tensor]) -> None:
+        """Point every tensor at its view, in the order of `tensors`."""
+        for bound, view in zip(self.tensors, views, strict=True):
+            make_present(bound.tensor, view)
+            bound.seen_version = bound.version
+            bound.bound_address = view.data_ptr()
+        self.is_present = True
+
+    def absent(self) -> None:
+        """Let go of the bytes. What the tensors pointed at may be overwritten from now on."""
+        for bound, placeholder, record in zip(self.tensors, self._placeholders, self._records, strict=True):
+            make_absent(bound.tensor, placeholder, record)
+        self.is_present = False
+
+    def written(self) -> list[BoundTensor]:
+        """Tensors that were written in place, or pointed elsewhere, since they were bound."""
+        return [
+            bound
+            for bound in self.tensors
+            if bound.version != bound.seen_version or bound.tensor.data_ptr() != bound.bound_address
+        ]
+
+    def forbid_backward(self) -> None:
+        """Make autograd refuse what it saved of these weights: their bytes are about to change."""
+        for bound in self.tensors:
+            if bound.tensor.requires_grad and not bound.tensor.is_inference():
+                torch.autograd.graph.increment_version(bound.tensor)
+
+    def restore(self) -> None:
+        """Hand every tensor the bytes it came with. Touches no device unless that is where they came from."""
+        for bound in self.tensors:
+            home = bound.home
+            if not bound.is_exact:
+                home = torch.empty_strided(bound.shape, bound.strides, dtype=bound.dtype, device=bound.home_device)
+                home.copy_(bound.home)
+            make_present(bound.tensor, home)
+        self.is_present = True

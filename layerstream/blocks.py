@@ -1,0 +1,58 @@
+"""What streams, described and nothing more: names, sizes, order. Imports no torch.
+
+A component's weights are divided into *units*, each of which has one owner and moves as a whole:
+a *block* is one entry of a stack, the *base* is everything of the component outside its stacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+# Every tensor in a slot starts at a multiple of this. The allocator that a resident model's weights come
+# from aligns to 512 bytes, kernels pick fast paths by alignment (16 to 128 bytes), and bit-equality needs
+# the same path.
+ALIGNMENT_BYTES = 256
+
+
+def align(num_bytes: int) -> int:
+    """`num_bytes` rounded up to the alignment of tensors in a slot."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class Placement(Enum):
+    """Where a unit lives while streaming is on."""
+
+    RESIDENT = "resident"  # on the device from start to close
+    STREAMED = "streamed"  # in host memory; in a slot while it is used
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSpec:
+    """One unit: a block of a stack, or a component's base.
+
+    Attributes:
+        index: position in the plan's list of units; the engine's name for the unit.
+        name: "transformer.transformer_blocks.3", or "transformer (base)".
+        component: the component it belongs to.
+        stack: dotted name of its stack inside the component; None for a base.
+        num_bytes: bytes it takes on the device, every tensor aligned.
+        is_repeated: the component runs many times a call (a denoiser), so its bytes matter most.
+    """
+
+    index: int
+    name: str
+    component: str
+    stack: str | None
+    num_bytes: int
+    is_repeated: bool = False
+
+    @property
+    def is_block(self) -> bool:
+        return self.stack is not None
+
+
+def unit_bytes(tensor_bytes: Iterable[int]) -> int:
+    """Bytes of a unit on the device: its tensors one behind another, each aligned."""
+    return sum(align(n) for n in tensor_bytes)

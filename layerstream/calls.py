@@ -1,0 +1,83 @@
+"""Which modules are running now, and in which thread. One call at a time per streamer.
+
+Forward hooks say when a module starts and ends, except that an interrupt (`KeyboardInterrupt` is no
+`Exception`) skips even `always_call` hooks. What is left behind then is found out when it matters, by looking
+whether the module's `__call__` is still on the thread's Python stack.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+
+from torch import nn
+
+from layerstream.errors import ConcurrentUseError
+
+
+class RunningCalls:
+    """The modules of one streamer that are running, outermost first."""
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._running: list[tuple[nn.Module, bool]] = []  # (module, is a root)
+
+    def enter(self, module: nn.Module, *, is_root: bool) -> None:
+        """`module` starts in this thread.
+
+        Raises:
+            ConcurrentUseError: another thread is in the middle of a call.
+        """
+        # A root inside anything, or a block inside a block, is rare when real and typical after an interrupt.
+        if self._running and (self._thread != threading.get_ident() or is_root or not self._running[-1][1]):
+            self._forget_interrupted(entering=module)
+        self.check_thread()
+        self._thread = threading.get_ident()
+        self._running.append((module, is_root))
+
+    def leave(self, module: nn.Module) -> bool:
+        """`module` ended; returns whether it was running in this thread."""
+        if self._thread != threading.get_ident():
+            return False
+        for position in range(len(self._running) - 1, -1, -1):
+            if self._running[position][0] is module:
+                del self._running[position:]
+                return True
+        return False
+
+    def check_thread(self) -> None:
+        """Raise if a call is running in another thread."""
+        if self._running and self._thread != threading.get_ident():
+            self._forget_interrupted(entering=None)
+        if self._running and self._thread != threading.get_ident():
+            names = {t.ident: t.name for t in threading.enumerate()}
+            raise ConcurrentUseError(
+                f"thread {threading.current_thread().name!r} uses a streamed pipeline while thread "
+                f"{names.get(self._thread, self._thread)!r} is in the middle of a call. One call at a time: use a "
+                "lock around the call, or one pipeline per thread."
+            )
+
+    def is_running(self, module: nn.Module) -> bool:
+        return any(running is module for running, _ in self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._running
+
+    def _forget_interrupted(self, entering: nn.Module | None) -> None:
+        """Keep only modules whose `__call__` is on the stack of the thread that ran them."""
+        on_stack: Counter[int] = Counter()
+        frame = sys._current_frames().get(self._thread or 0)
+        while frame is not None:
+            if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+                on_stack[id(frame.f_locals.get("self"))] += 1
+            frame = frame.f_back
+        if entering is not None and self._thread == threading.get_ident():
+            on_stack[id(entering)] -= 1  # its frame is there because it is about to enter
+        kept = []
+        for module, is_root in self._running:
+            if on_stack[id(module)] > 0:
+                on_stack[id(module)] -= 1
+                kept.append((module, is_root))
+        self._running = kept

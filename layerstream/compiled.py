@@ -1,0 +1,470 @@
+"""`torch.compile` and hooks: the one place that knows how dynamo stores what it compiled.
+
+Compiled code does not notice a hook that comes or goes. `torch._dynamo.config.skip_nnmodule_hook_guards` is True,
+so code traced before a hook was registered never calls it, and code traced with it keeps calling it. Nor can one
+rely on the weights to fail a guard: tensors below a module whose dicts did not change are not looked at again
+(`skip_tensor_guards_with_matching_dict_tags`; torch 2.6 and 2.9 ran on with stride-0 placeholders and returned NaN).
+
+What holds, on torch 2.6 to 2.13:
+
+- A hook wrapped in `torch.compiler.disable` (`compile_safe`) runs as ordinary Python. On a module that is compiled
+  by itself it runs outside the compiled code: one graph for all equal blocks, no break, `fullgraph=True` too.
+- Code that runs a hooked module *inside* something larger must be dropped when hooks come and when they go
+  (`drop_dynamo_caches`). Traced anew it breaks at the hooked module, which is then compiled by itself.
+- A component compiled as a whole loses nothing that streaming could keep: it has to stop at every block anyway.
+  `exchange_for_block_compile` gives its compiler to the blocks for a while, so nothing of the whole is traced in
+  vain. With `fullgraph=True` it must not stop, so that is refused by name (`refuse_fullgraph`).
+
+Names that start with `_` in torch are read with a way out: what cannot be understood counts as "may be affected".
+torch._dynamo is imported by nothing here but `compile_safe`; the rest asks `sys.modules` (importing it takes 1 s,
+and diffusers has done so already by the time a pipeline exists).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Final, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from layerstream.errors import CompiledWholeError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_ABSENT: Final = object()  # "this name is not in the module's own __dict__"
+_TORCH_DIR: Final = str(Path(torch.__file__).parent)
+
+# Said by dynamo in its own error where a graph must not break but meets our hook (torch >= 2.7 prints it).
+_REASON: Final = (
+    "layerstream loads a block's weights in this hook, which cannot be part of a graph; compile the blocks "
+    "(`component.compile_repeated_blocks()` or `block.compile()`), or drop fullgraph=True while streaming"
+)
+
+
+def _dynamo(name: str) -> Any | None:
+    """`torch._dynamo.<name>` if something has imported it already, else None: then nothing is compiled."""
+    return sys.modules.get(f"torch._dynamo.{name}")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What is compiled, and how
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A name in a module's own `__dict__` that decides what a call of the module runs, and what it is meanwhile."""
+
+    module: nn.Module
+    name: str
+    meanwhile: object  # `_ABSENT`: the name is taken away, and the class's own comes through
+
+    def swap(self) -> Callable[[], None]:
+        """Put `meanwhile` in place; returns what puts the former value back.
+
+        `__dict__` is written directly: `OptimizedModule.__setattr__` would pass the name on to the module inside.
+        """
+        names = vars(self.module)
+        before = names.get(self.name, _ABSENT)
+        self._write(self.meanwhile)
+
+        def put_back() -> None:
+            # Compiled anew by the user in the meantime: theirs is newer than what we remember, and stays.
+            if names.get(self.name, _ABSENT) is self.meanwhile:
+                self._write(before)
+
+        return put_back
+
+    def _write(self, value: object) -> None:
+        if value is _ABSENT:
+            vars(self.module).pop(self.name, None)
+        else:
+            vars(self.module)[self.name] = value
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledWhole:
+    """How a module is compiled as one piece.
+
+    Attributes:
+        form: the code that did it, for messages: "component.compile()", "torch.compile(component)" or
+            "component.forward = torch.compile(component.forward)".
+        is_fullgraph: a graph break raises (`fullgraph=True`, or dynamo's `error_on_graph_break`).
+        has_cuda_graphs: kernels are recorded with the addresses of their weights (`mode="reduce-overhead"`), so a
+            weight that moves to another slot means recording again: correct, but slow and costly in memory.
+    """
+
+    form: str
+    is_fullgraph: bool
+    has_cuda_graphs: bool
+    _context: Any = field(repr=False, compare=False)  # dynamo's OptimizeContext: backend, mode, dynamic, options
+    _places: tuple[_Place, ...] = field(repr=False, compare=False)  # all that must give way for an eager call
+
+    def compile_call(self, module: nn.Module) -> Callable[..., Any]:
+        """The compiled `_call_impl` of `module` under the same settings; what `module.compile(...)` would store.
+
+        The same context, hence the same backend object: dynamo keeps compiled code by backend, so code that a
+        block already has under this backend is found again rather than compiled twice.
+        """
+        return self._context(module._call_impl)  # type: ignore[no-any-return]
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`, however often wrapped; `module` itself otherwise."""
+    optimized_module = getattr(_dynamo("eval_frame"), "OptimizedModule", None)
+    while optimized_module is not None and isinstance(module, optimized_module):
+        module = module._orig_mod
+    return module
+
+
+def describe_compiled(component: nn.Module) -> CompiledWhole | None:
+    """How `component` is compiled as a whole, or None if a call of it runs as ordinary Python.
+
+    Knows `component.compile(...)`, `torch.compile(component, ...)` and a compiled `forward` (on the instance, or
+    decorated in the class). `torch.compiler.disable(component)` and `torch.compile(..., disable=True)` are not
+    compiled. Modules inside `component` are not looked at: use this on a block to learn about the block.
+    """
+    if _dynamo("eval_frame") is None:
+        return None
+    found = list(_compiled_places(component))
+    if not found:
+        return None
+    form, context, _ = found[0]
+    return CompiledWhole(
+        form=form,
+        is_fullgraph=any(_is_fullgraph(each) for _, each, _ in found),
+        has_cuda_graphs=any(_has_cuda_graphs(each) for _, each, _ in found),
+        _context=context,
+        _places=tuple(place for _, _, place in found),
+    )
+
+
+def _compiled_places(component: nn.Module) -> Iterator[tuple[str, Any, _Place]]:
+    """Everything that compiles a call of `component`, outermost first: form, dynamo context, and its place."""
+    eval_frame = _dynamo("eval_frame")
+    module = component
+    while True:
+        context = _context_of(vars(module).get("_compiled_call_impl"))
+        if context is not None:
+            yield "component.compile()", context, _Place(module, "_compiled_call_impl", _ABSENT)
+        if isinstance(module, eval_frame.OptimizedModule):  # type: ignore[union-attr]
+            inner = module._orig_mod
+            # What its `forward` is does not matter (`_aot_compile` puts another kind of object there), unless it is
+            # the plain call of the module inside: then an exchange is under way.
+            if _is_compiling(module.dynamo_ctx) and vars(module).get("forward") != inner.__call__:
+                yield "torch.compile(component)", module.dynamo_ctx, _Place(module, "forward", inner.__call__)
+            module = inner
+            continue
+        forward = getattr(module, "forward", None)
+        context = _context_of(forward)
+        if context is not None:
+            plain = forward._torchdynamo_orig_callable  # type: ignore[union-attr]
+            if "forward" not in vars(module):  # compiled in the class: `plain` is the function, not yet bound
+                plain = plain.__get__(module)
+            form = "component.forward = torch.compile(component.forward)"
+            yield form, context, _Place(module, "forward", plain)
+        return
+
+
+def _context_of(function: object) -> Any | None:
+    """The dynamo context that `function` runs under if `torch.compile` made it, else None.
+
+    torch keeps it only as the variable `self` that the wrapper closes over (2.6: `_fn`, later `compile_wrapper`).
+    Attributes such as `_torchdynamo_orig_callable` prove nothing: `functools.wraps` copies them to other functions.
+    """
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or not cells or code.co_filename != getattr(_dynamo("eval_frame"), "__file__", None):
+        return None
+    for name, cell in zip(code.co_freevars, cells, strict=True):
+        if name == "self" and _is_compiling(cell.cell_contents):
+            return cell.cell_contents
+    return None
+
+
+def _is_compiling(context: object) -> bool:
+    # Sisters of OptimizeContext turn the compiler off (DisableContext) or only run what is there (RunOnlyContext).
+    return isinstance(context, getattr(_dynamo("eval_frame"), "OptimizeContext", ()))
+
+
+def _is_fullgraph(context: Any) -> bool:
+    if getattr(context, "fullgraph", False) or getattr(context, "error_on_graph_break", False):  # torch >= 2.9
+        return True
+    return _is_one_graph(context.callback)
+
+
+def _is_one_graph(callback: object) -> bool:
+    """Whether a frame callback of dynamo traces with `fullgraph=True`; False where there is no callback.
+
+    All versions end in a `ConvertFrameAssert`, whose `_one_graph` is the setting itself; without fullgraph it is
+    inside a `ConvertFrame`. The attribute that leads from a wrapper to what it wraps was renamed in 2.7.
+    """
+    for each in _unwrapped(callback):
+        convert = getattr(each, "_inner_convert", each)
+        if hasattr(convert, "_one_graph"):
+            return bool(convert._one_graph)
+    return False
+
+
+def _has_cuda_graphs(context: Any) -> bool:
+    for each in _unwrapped(context.callback):
+        config = getattr(each, "config", None)  # of torch's wrapper for the inductor backend: the mode, spelt out
+        if isinstance(config, dict) and config.get("triton.cudagraphs"):
+            return True
+        if getattr(getattr(each, "compiler_fn", None), "compiler_name", None) == "cudagraphs":
+            return True
+    return False
+
+
+def _unwrapped(callback: object) -> Iterator[object]:
+    """`callback` and what it wraps: error catcher, frame converter, debug wrapper, backend."""
+    while callback is not None:
+        yield callback
+        inner = getattr(callback, "_torchdynamo_orig_backend", None)
+        callback = getattr(callback, "_torchdynamo_orig_callable", None) if inner is None else inner
+
+
+# --------------------------------------------------------------------------------------------------------------
+# fullgraph=True on a component whose blocks are hooked
+
+
+def refuse_fullgraph(component: nn.Module, name: str) -> None:
+    """Raise if `component` is compiled with `fullgraph=True` around the blocks that are to be hooked.
+
+    Call it before hooks are installed, and at each call from the component's own pre-hook (wrapped by
+    `compile_safe`): that hook runs before dynamo sees the component's forward, so a component compiled *after*
+    hooks were installed gets this error instead of dynamo's. What is compiled further out (`torch.compile(fn,
+    fullgraph=True)` around the component) is traced through the hook, and stays dynamo's own error; it names
+    layerstream and says what to do (`compile_safe`). Takes 3 µs.
+
+    Raises: CompiledWholeError: names the component and the call that compiled it.
+    """
+    if _dynamo("eval_frame") is None:
+        return
+    whole = describe_compiled(component)
+    if whole is not None and whole.is_fullgraph:
+        form = whole.form
+    elif _is_call_fullgraph():
+        form = "torch.compile(component)"
+    else:
+        return
+    code = form.replace("component", name).removesuffix(")")
+    separator = "" if code.endswith("(") else ", "
+    raise CompiledWholeError(
+        f"`{name}` is compiled as a whole by `{code}{separator}fullgraph=True)`, which leaves no place to load its "
+        f"blocks one by one. Compile the blocks instead (`{name}.compile_repeated_blocks(fullgraph=True)`, or "
+        "`block.compile(fullgraph=True)` for each), or leave out fullgraph=True while it is streamed."
+    )
+
+
+def _is_call_fullgraph() -> bool:
+    """Whether the call that reached the running `compile_safe` hook is being compiled with `fullgraph=True`.
+
+    The hook itself runs with the compiler off; what was on before is a local of the function that turned it off.
+    """
+    file = getattr(_dynamo("eval_frame"), "__file__", None)
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(6):  # our callers, and the engine's between the hook and here
+        if frame is None:
+            return False
+        if frame.f_code.co_filename == file and "prior" in frame.f_code.co_varnames:
+            callback = frame.f_locals.get("prior")
+            strict = getattr(_dynamo("eval_frame"), "_get_error_on_graph_break", None)  # torch >= 2.9
+            return callable(callback) and (_is_one_graph(callback) or bool(strict is not None and strict()))
+        frame = frame.f_back
+    return False
+
+
+# --------------------------------------------------------------------------------------------------------------
+# From a compiled whole to compiled blocks, and back
+
+
+def exchange_for_block_compile(component: nn.Module, blocks: Iterable[nn.Module]) -> Callable[[], None]:
+    """Compile `blocks` one by one instead of `component` as a whole, until the returned function is called.
+
+    Meanwhile the component's own forward runs as ordinary Python, and each block that is not compiled already is,
+    with the backend, mode, dynamic and fullgraph of the whole. Calling the result undoes exactly that: names in the
+    `__dict__` of component and blocks are as before, except where the user compiled anew in between, which stays.
+    A second call does nothing.
+
+    Code compiled for the whole is not touched, so after undo it is used again without compiling. (Unless it was
+    dropped: `drop_dynamo_caches` with the hooks that were the reason for the exchange does, as it must.)
+
+    Does nothing if the component is not compiled, or is itself one of the blocks: then its compile *is* per block.
+
+    Raises: what dynamo raises for a block it cannot wrap; nothing is changed then.
+    """
+    whole = describe_compiled(component)
+    units = list(blocks)
+    if whole is None or any(uncompiled(block) is uncompiled(component) for block in units):
+        return _do_nothing
+    # All wrappers first: whatever fails here fails before anything is swapped.
+    places = [
+        _Place(block, "_compiled_call_impl", whole.compile_call(block))
+        for block in dict.fromkeys(units)
+        if block._compiled_call_impl is None and describe_compiled(block) is None
+    ]
+    undo: list[Callable[[], None]] = []
+
+    def put_back() -> None:
+        while undo:
+            undo.pop()()
+
+    try:
+        for place in (*whole._places, *places):
+            undo.append(place.swap())
+    except BaseException:
+        put_back()
+        raise
+    return put_back
+
+
+def _do_nothing() -> None:
+    """An undo where nothing was done."""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Code that was compiled before hooks came or went
+
+
+# Guards as dynamo prints them: `___check_type_id(L['self']._modules['blocks']._modules['0'], 94844736727520)`.
+# At least nine digits, so that a tuple of small numbers in the path is not taken for the address.
+_IDENTITY_CHECK: Final = re.compile(r"___check_(?:type|obj)_id\((.*?), (\d{9,})\)")
+
+# Names that compiled code uses when it fetches the weights of modules from their owners.
+_MODULE_STATE: Final = frozenset({"_modules", "_parameters", "_buffers"})
+
+# Layers of torch.nn that own weights. Containers are left out: torch's own guard filter keeps those.
+_LAYER_CLASSES: Final = frozenset(
+    str(id(each))
+    for each in vars(nn.modules).values()
+    if isinstance(each, type) and issubclass(each, nn.Module) and each.__module__ != nn.modules.container.__name__
+)
+
+
+def drop_dynamo_caches(modules: Iterable[nn.Module]) -> int:
+    """Drop compiled code that runs one of `modules` inside itself; call it after hooks were put on or taken off them.
+
+    Affected is whatever may have inlined a call of one of them: the forward of an ancestor, a function around the
+    component, the rest of either after a graph break. It is found by its guards, which name the class of every
+    module it went through, so all modules of one class are taken together. Kept is the code of a module's own
+    forward, as of blocks compiled by `block.compile()` or `compile_repeated_blocks()`, because hooks run outside of
+    it: entering and leaving streaming again and again does not compile the blocks again. Kept is also the code of
+    models that have nothing to do with `modules`. Functions that dynamo gave up on (a loop that broke at a hook) are
+    cleared too, so that it tries them again.
+
+    Does nothing if dynamo was never imported, and costs microseconds if nothing was compiled. Otherwise guards are
+    read as text: milliseconds per thousand modules compiled as a whole.
+
+    Not seen: code that `torch._dynamo.config.caching_precompile` loaded from disk and that has not run yet.
+
+    Returns: the number of functions whose compiled code was dropped (those that were only given up do not count).
+    """
+    convert_frame = _dynamo("convert_frame")
+    hooked = [uncompiled(module) for module in modules]
+    if convert_frame is None or not hooked:
+        return 0
+    try:
+        return _drop_affected(convert_frame, hooked)
+    except (AttributeError, TypeError):
+        # A torch that keeps compiled code in a way unknown here. All of it goes: slow once, never wrong.
+        torch._dynamo.reset()
+        return 1
+
+
+def _drop_affected(convert_frame: Any, hooked: list[nn.Module]) -> int:
+    store: Any = torch._C._dynamo.eval_frame
+    # By class: the guards of code traced for one block hold for its equal twins. By object: some guards do name it.
+    identities = frozenset(str(id(each)) for module in hooked for each in (module, type(module)))
+    forwards = frozenset(code for module in hooked for code in _codes_of(getattr(module, "forward", None)))
+    num_dropped = 0
+    with convert_frame.compile_lock:
+        # Every function that dynamo was ever asked to compile; `torch._dynamo.reset` walks the same list.
+        for reference in list(convert_frame.input_codes.seen):
+            code = reference()
+            if code is None:
+                continue
+            entries = list(store._debug_get_cache_entry_list(code))
+            if hasattr(store, "_debug_get_precompile_entries"):  # torch >= 2.8
+                entries += store._debug_get_precompile_entries(code)
+            own = _self_names(code, forwards)
+            if any(_may_call(entry, identities, own) for entry in entries):
+                store.reset_code(code)
+                num_dropped += 1
+            elif not entries and not code.co_filename.startswith(_TORCH_DIR):
+                # Given up on, or nothing to compile in it: it cannot be told which, and trying again is cheap.
+                store.reset_code(code)
+    return num_dropped
+
+
+def _may_call(entry: Any, identities: frozenset[str], own: frozenset[str]) -> bool:
+    """Whether a piece of compiled code may contain a call of a hooked module.
+
+    Args:
+        identities: `id` of the hooked modules and of their classes.
+        own: paths by which the code's own module is reached, whose hooks run before and after the code.
+    """
+    checks = _IDENTITY_CHECK.findall(str(entry.guard_manager))
+    if any(identity in identities and path not in own for path, identity in checks):
+        return True
+    # Guards on modules can be switched off (`torch.compiler.skip_guard_on_all_nn_modules_unsafe`). Code that fetches
+    # weights from modules, but checks not one layer on the way, was compiled like that and could call anything.
+    code = getattr(entry, "code", None)
+    reads_weights = code is None or not _MODULE_STATE.isdisjoint(code.co_names)
+    return reads_weights and _LAYER_CLASSES.isdisjoint(identity for _, identity in checks)
+
+
+def _self_names(code: CodeType, forwards: frozenset[CodeType]) -> frozenset[str]:
+    """The path that stands for the module itself in the guards of `code`, if `code` is one of `forwards`.
+
+    Elsewhere there is none: in `def run(model, x): return model(x)` the first argument is a module that is called.
+    """
+    # The rest of a function after a graph break is a function of its own; its guards use the same names.
+    resumed = getattr(_dynamo("resume_execution"), "ContinueExecutionCache", None)
+    metadata = getattr(resumed, "generated_code_metadata", {})
+    while code in metadata:
+        code = metadata[code].code
+    if code not in forwards or code.co_filename.startswith(_TORCH_DIR):  # torch's decorators wrap anything
+        return frozenset()
+    if code.co_argcount:
+        return frozenset({f"L['{code.co_varnames[0]}']"})
+    first = code.co_kwonlyargcount  # a decorator's `*args` comes after its keyword-only arguments
+    return frozenset(f"L['{name}'][0]" for name in code.co_varnames[first : first + 1])
+
+
+def _codes_of(function: object) -> Iterator[CodeType]:
+    """The code of a forward and of what its decorators wrap: compiled code is kept under the outermost of them."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            yield code
+        function = getattr(function, "__wrapped__", None)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Hooks
+
+
+def compile_safe(hook: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`hook` as `torch.compiler.disable` makes it: never traced, always run as ordinary Python, where it stands.
+
+    A plain hook would be compiled with the block, and once more for every block, since it guards on the engine's own
+    state (13 graphs and the recompile limit for one class of block).
+
+    Where a graph must not break (`fullgraph=True` around a hooked module) dynamo raises `Unsupported`; from torch 2.7
+    on its text gives the reason and the remedy, as set here. Use `refuse_fullgraph` for an error of our own.
+
+    Costs 0.4 µs a call (torch 2.13; 0.3 in 2.9, 3.6 in 2.6) and, if nothing has done so before, the import of
+    torch._dynamo (1 s).
+    """
+    disable: Any = torch.compiler.disable
+    if "reason" in inspect.signature(disable).parameters:
+        return disable(hook, reason=_REASON)  # type: ignore[no-any-return]
+    return disable(hook)  # type: ignore[no-any-return]

@@ -1,0 +1,70 @@
+"""Every error and warning layerstream raises; imports nothing.
+
+`LayerstreamError` is the root. A child also derives from the builtin a caller would expect
+(`ValueError` for a wrong argument, `RuntimeError` for a wrong moment), so code that knows nothing of
+layerstream still catches it. Messages say what happened with numbers, then what to do.
+"""
+
+from __future__ import annotations
+
+
+class LayerstreamError(Exception):
+    """Root of all errors raised by layerstream."""
+
+
+class BudgetError(LayerstreamError, ValueError):
+    """The budget cannot be parsed, or cannot hold what must be on the device.
+
+    Attributes:
+        budget_bytes: what was asked for, or None when it could not be read.
+        needed_bytes: the least that would do, or None when unknown.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int | None = None, needed_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.needed_bytes = needed_bytes
+
+
+class AdapterError(LayerstreamError, ValueError):
+    """An adapter described a component wrongly (a name that does not exist, a block listed twice)."""
+
+
+class PipelineError(LayerstreamError, TypeError):
+    """What was given is no pipeline, module or dict of modules, or holds weights that cannot be streamed."""
+
+
+class DeviceError(LayerstreamError, ValueError):
+    """The device asked for does not exist or cannot be streamed to."""
+
+
+class AlreadyOffloadedError(LayerstreamError, RuntimeError):
+    """The pipeline is under another offloader (layerstream, accelerate, diffusers, `device_map`)."""
+
+
+class StreamerStateError(LayerstreamError, RuntimeError):
+    """A streamer was used at the wrong moment: entered twice, or asked for something before it started."""
+
+
+class ConcurrentUseError(LayerstreamError, RuntimeError):
+    """A second thread called a pipeline that is in the middle of a call. One call at a time per streamer."""
+
+
+class MovedWhileStreamingError(LayerstreamError, RuntimeError):
+    """A component was moved to a device, or a streamed one cast, while its weights are streamed."""
+
+
+class BackwardError(LayerstreamError, RuntimeError):
+    """A backward pass reached streamed weights, whose bytes have been replaced since the forward pass."""
+
+
+class CompiledWholeError(LayerstreamError, RuntimeError):
+    """A component is compiled as a whole with `fullgraph=True`, which leaves no place to load its blocks."""
+
+
+class TransferError(LayerstreamError, RuntimeError):
+    """A fault inside the transfer engine. Our bug, or a device that failed: please report it."""
+
+
+class LayerstreamWarning(UserWarning):
+    """Something works, but slower or with more memory than it should; said once each."""

@@ -1,0 +1,138 @@
+"""The order in which units are used, learned while they are used. Pure.
+
+The order is a *position in the trace*: every use is appended to one history, and a cursor follows the
+earlier stretch of it that the present repeats. What followed there is what will follow here, across
+blocks, passes, components and calls, so the last block of a pass predicts the first of the next one.
+A map "after A came B" cannot do this: where a block is used several times a pass, or a token loop runs
+inside a call, it misses on the expensive block each time (54 of 107 predictions against 0).
+
+On a deviation the cursor moves to the earlier use with the longest matching past. After a second miss in
+a pass nothing is predicted until the present follows the past again: wrong loads cost the bus twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+_MAX_HISTORY = 1 << 20  # uses kept; a call of 50 steps has about 3,000, a token loop 200,000
+_MAX_CANDIDATES = 64  # earlier uses looked at when the cursor is lost; recent ones first
+_MAX_COMMON_PAST = 8192  # uses compared per candidate: finding the place again must cost less than a load
+_MISSES_TO_DOUBT = 2
+
+
+class OrderLearner:
+    """Predicts the next units to be used from the uses seen so far.
+
+    Args:
+        chains: units in definition order, one chain per component, and whether the component repeats. They are
+            the guess until something was seen: a chain that repeats continues with itself, another with the next.
+    """
+
+    def __init__(self, chains: Sequence[tuple[Sequence[int], bool]]) -> None:
+        self._history: list[int] = []
+        self._positions: dict[int, list[int]] = {}
+        self._cursor: int | None = None  # history[cursor] is the earlier use that matches the last one
+        self._misses = 0
+        self._defined = _successors([(list(c), r) for c, r in chains if c])
+        self._first = next((c[0] for c, _ in chains if c), None)
+
+    def begin_pass(self) -> None:
+        """A component's forward begins: doubt from the last pass is forgotten."""
+        self._misses = 0
+
+    def observe(self, unit: int) -> bool:
+        """Record that `unit` is used now; returns whether it was the predicted one."""
+        expected = self._following(1)
+        is_hit = bool(expected) and expected[0] == unit
+        is_first = not self._history
+        if self._cursor is not None and is_hit:
+            self._cursor += 1
+        else:
+            self._cursor = self._resynchronise(unit)
+        if is_hit:
+            self._misses = min(self._misses, _MISSES_TO_DOUBT - 1)  # found again: one more miss brings doubt back
+        elif not is_first:
+            self._misses += 1
+        self._positions.setdefault(unit, []).append(len(self._history))
+        self._history.append(unit)
+        if len(self._history) > _MAX_HISTORY:
+            self._forget()
+        return is_hit
+
+    def predict(self, count: int) -> list[int]:
+        """Up to `count` units expected next, nearest first; may repeat a unit. Empty while in doubt."""
+        if self._misses >= _MISSES_TO_DOUBT:
+            return []
+        return self._following(count)
+
+    def _following(self, count: int) -> list[int]:
+        """What the trace, or before there is one the definition, says comes next."""
+        if not self._history:
+            return self._defined_from(self._first, count)
+        if self._cursor is None:
+            return self._defined_from(self._defined.get(self._history[-1]), count)
+        ahead = self._history[self._cursor + 1 : self._cursor + 1 + count]
+        if len(ahead) < count:
+            # The past has caught up with the present: what repeats goes on with the same period.
+            period = self._history[self._cursor + 1 :]
+            while len(ahead) < count and period:
+                ahead += period[: count - len(ahead)]
+        return ahead
+
+    def _defined_from(self, unit: int | None, count: int) -> list[int]:
+        ahead: list[int] = []
+        while unit is not None and len(ahead) < count:
+            ahead.append(unit)
+            unit = self._defined.get(unit)
+        return ahead
+
+    def _resynchronise(self, unit: int) -> int | None:
+        """The earlier use of `unit` whose past matches ours longest; the latest of equals."""
+        best, best_length = None, -1
+        for position in reversed(self._positions.get(unit, [])[-_MAX_CANDIDATES:]):
+            length = self._common_past(position)
+            if length > best_length:
+                best, best_length = position, length
+        return best
+
+    def _common_past(self, position: int) -> int:
+        """How many uses before `position` equal the most recent ones: doubling, then bisection, over slices."""
+        history, end = self._history, len(self._history)
+        most = min(position, _MAX_COMMON_PAST)
+
+        def is_common(length: int) -> bool:
+            return history[position - length : position] == history[end - length : end]
+
+        low, high = 0, 1
+        while high <= most and is_common(high):
+            low, high = high, 2 * high
+        high = min(high, most + 1)  # is_common(low) holds, is_common(high) does not or is out of range
+        while high - low > 1:
+            middle = (low + high) // 2
+            if is_common(middle):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _forget(self) -> None:
+        """Drop the older half of the history; the cursor is found again at the next use."""
+        self._history = self._history[len(self._history) // 2 :]
+        self._positions = {}
+        for position, unit in enumerate(self._history):
+            self._positions.setdefault(unit, []).append(position)
+        last = self._history.pop()
+        self._positions[last].pop()
+        self._cursor = self._resynchronise(last)
+        self._positions[last].append(len(self._history))
+        self._history.append(last)
+
+
+def _successors(chains: list[tuple[list[int], bool]]) -> dict[int, int]:
+    after: dict[int, int] = {}
+    for number, (chain, repeats) in enumerate(chains):
+        after.update(pairwise(chain))
+        following = chain if repeats else chains[(number + 1) % len(chains)][0]
+        after[chain[-1]] = following[0]
+    return after

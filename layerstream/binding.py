@@ -47,11 +47,6 @@ class BoundTensor:
         return cls(name, tensor, home, home, tuple(home.shape), home.dtype, strides, home.device)
 
     @property
-    def version(self) -> int:
-        """Counts in-place writes; tensors made under inference mode have none."""
-        return 0 if self.tensor.is_inference() else self.tensor._version
-
-    @property
     def is_dense(self) -> bool:
         """Whether its bytes are one range of memory, in the strides they have on the device."""
         return self.home.stride() == self.strides
@@ -87,7 +82,7 @@ class UnitBinding:
         """Point every tensor at its view, in the order of `tensors`."""
         for bound, view in zip(self.tensors, views, strict=True):
             make_present(bound.tensor, view)
-            bound.seen_version = bound.version
+            bound.seen_version = bound.tensor._version
             bound.bound_address = view.data_ptr()
         self.is_present = True
 
@@ -102,14 +97,14 @@ class UnitBinding:
         return [
             bound
             for bound in self.tensors
-            if bound.version != bound.seen_version or bound.tensor.data_ptr() != bound.bound_address
+            if bound.tensor._version != bound.seen_version or bound.tensor.data_ptr() != bound.bound_address
         ]
 
     def forbid_backward(self) -> None:
         """Make autograd refuse what it saved of these weights: their bytes are about to change."""
         for bound in self.tensors:
-            if bound.tensor.requires_grad and not bound.tensor.is_inference():
-                torch.autograd.graph.increment_version(bound.tensor)
+            # Buffers too: indexing saves its indices.
+            torch.autograd.graph.increment_version(bound.tensor)
 
     def restore(self) -> None:
         """Hand every tensor the bytes it came with. Touches no device unless that is where they came from."""

@@ -11,13 +11,19 @@ What holds, on torch 2.6 to 2.13:
   by itself it runs outside the compiled code: one graph for all equal blocks, no break, `fullgraph=True` too.
 - Code that runs a hooked module *inside* something larger must be dropped when hooks come and when they go
   (`drop_dynamo_caches`). Traced anew it breaks at the hooked module, which is then compiled by itself.
-- A component compiled as a whole loses nothing that streaming could keep: it has to stop at every block anyway.
-  `exchange_for_block_compile` gives its compiler to the blocks for a while, so nothing of the whole is traced in
-  vain. With `fullgraph=True` it must not stop, so that is refused by name (`refuse_fullgraph`).
+- Between hooked blocks there is nothing worth compiling, and tracing it does harm: dynamo reads storage, strides and
+  gradient of every weight it meets, and weights that are elsewhere would be loaded in the middle of a trace.
+  `keep_eager_around` makes dynamo pass over the forwards that lead to the blocks and go on inside the blocks,
+  however and whenever the whole was compiled, and keeps what was compiled for later.
+- Or `exchange_for_block_compile` gives the compiler of the whole to the streamed blocks alone.
+- One graph cannot stop at a block: `fullgraph=True` on the whole is refused by name (`refuse_fullgraph`), unless one
+  of these two makes it hold for each block instead.
+
+Order: `keep_eager_around` or the exchange, hooks on, drop; ...; hooks off, drop, undo.
 
 Names that start with `_` in torch are read with a way out: what cannot be understood counts as "may be affected".
-torch._dynamo is imported by nothing here but `compile_safe`; the rest asks `sys.modules` (importing it takes 1 s,
-and diffusers has done so already by the time a pipeline exists).
+torch._dynamo is imported only where something is installed (`compile_safe`, `keep_eager_around`); the rest asks
+`sys.modules`. Importing it takes 1 s, which diffusers has spent already by the time a pipeline exists.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +49,7 @@ _R = TypeVar("_R")
 _ABSENT: Final = object()  # "this name is not in the module's own __dict__"
 _TORCH_DIR: Final = str(Path(torch.__file__).parent)
 
-# Said by dynamo in its own error where a graph must not break but meets our hook (torch >= 2.7 prints it).
+# Said by dynamo in its own error where a graph must not break but meets our hook (torch 2.9 does, 2.7 does not yet).
 _REASON: Final = (
     "layerstream loads a block's weights in this hook, which cannot be part of a graph; compile the blocks "
     "(`component.compile_repeated_blocks()` or `block.compile()`), or drop fullgraph=True while streaming"
@@ -203,7 +210,7 @@ def _is_one_graph(callback: object) -> bool:
     """Whether a frame callback of dynamo traces with `fullgraph=True`; False where there is no callback.
 
     All versions end in a `ConvertFrameAssert`, whose `_one_graph` is the setting itself; without fullgraph it is
-    inside a `ConvertFrame`. The attribute that leads from a wrapper to what it wraps was renamed in 2.7.
+    inside a `ConvertFrame`. The attribute that leads from a wrapper to what it wraps was renamed after 2.7.
     """
     for each in _unwrapped(callback):
         convert = getattr(each, "_inner_convert", each)
@@ -330,6 +337,66 @@ def _do_nothing() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# Forwards that dynamo is to pass over
+
+# Code that is passed over, by its id, and how many hold it so: components of one class share it.
+_held: Final[dict[int, tuple[CodeType, int]]] = {}
+_held_lock: Final = threading.Lock()
+
+
+def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Callable[[], None]:
+    """Have dynamo pass over the forwards of all modules that contain one of `blocks`, until the result is called.
+
+    Wherever a compiled call reaches such a forward it runs as ordinary Python, and what it calls is compiled piece by
+    piece under the settings of that compile: all blocks, streamed or not, and small modules such as embeddings. This
+    holds for every form of compiling the whole, before or during, and `fullgraph=True` then applies to each piece.
+
+    Code compiled for the whole before is kept (torch >= 2.7) and used again after undo; `drop_dynamo_caches` leaves
+    it alone meanwhile. Not passed over are forwards wrapped by torch's own decorators (`torch.no_grad`), which stop at
+    the hooks as they would without this, and a forward whose code is also that of a block.
+
+    Applies to classes, since dynamo keeps this with the code: another model of the component's class that is compiled
+    as a whole runs in pieces too meanwhile.
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    root = uncompiled(component)
+    units = {id(block): block for block in map(uncompiled, blocks)}
+    paths = [path for path, module in root.named_modules(remove_duplicate=False) if id(module) in units and path]
+    parents = {path[:end] for path in paths for end in (0, *(at.start() for at in re.finditer(r"\.", path)))}
+    around = {id(code): code for path in parents for code in _codes_of(root.get_submodule(path).forward)}
+    for code in _forward_codes(units.values()):
+        around.pop(id(code), None)
+    codes = [code for code in around.values() if not code.co_filename.startswith(_TORCH_DIR)]
+    with _held_lock:
+        for code in codes:
+            _, count = _held.get(id(code), (code, 0))
+            _held[id(code)] = (code, count + 1)
+            skip_code(code)
+
+    def let_go() -> None:
+        with _held_lock:
+            while codes:
+                code = codes.pop()
+                _, count = _held.pop(id(code))
+                if count > 1:
+                    _held[id(code)] = (code, count - 1)
+                else:
+                    _compile_again(code)
+
+    return let_go
+
+
+def _compile_again(code: CodeType) -> None:
+    store: Any = torch._C._dynamo.eval_frame
+    try:
+        action = store._FrameAction.DEFAULT
+        store.set_code_exec_strategy(code, store._FrameExecStrategy(action, action))
+    except AttributeError:  # torch 2.6 keeps the mark where the compiled code is, and takes both away
+        store.reset_code(code)
+
+
+# --------------------------------------------------------------------------------------------------------------
 # Code that was compiled before hooks came or went
 
 
@@ -382,13 +449,13 @@ def _drop_affected(convert_frame: Any, hooked: list[nn.Module]) -> int:
     store: Any = torch._C._dynamo.eval_frame
     # By class: the guards of code traced for one block hold for its equal twins. By object: some guards do name it.
     identities = frozenset(str(id(each)) for module in hooked for each in (module, type(module)))
-    forwards = frozenset(code for module in hooked for code in _codes_of(getattr(module, "forward", None)))
+    forwards = _forward_codes(hooked)
     num_dropped = 0
     with convert_frame.compile_lock:
         # Every function that dynamo was ever asked to compile; `torch._dynamo.reset` walks the same list.
         for reference in list(convert_frame.input_codes.seen):
             code = reference()
-            if code is None:
+            if code is None or id(code) in _held:  # held: does not run while there are hooks, and is right without
                 continue
             entries = list(store._debug_get_cache_entry_list(code))
             if hasattr(store, "_debug_get_precompile_entries"):  # torch >= 2.8
@@ -438,6 +505,10 @@ def _self_names(code: CodeType, forwards: frozenset[CodeType]) -> frozenset[str]
     return frozenset(f"L['{name}'][0]" for name in code.co_varnames[first : first + 1])
 
 
+def _forward_codes(modules: Iterable[nn.Module]) -> frozenset[CodeType]:
+    return frozenset(code for module in modules for code in _codes_of(getattr(module, "forward", None)))
+
+
 def _codes_of(function: object) -> Iterator[CodeType]:
     """The code of a forward and of what its decorators wrap: compiled code is kept under the outermost of them."""
     while function is not None:
@@ -458,8 +529,8 @@ def compile_safe(hook: Callable[_P, _R]) -> Callable[_P, _R]:
     A plain hook would be compiled with the block, and once more for every block, since it guards on the engine's own
     state (13 graphs and the recompile limit for one class of block).
 
-    Where a graph must not break (`fullgraph=True` around a hooked module) dynamo raises `Unsupported`; from torch 2.7
-    on its text gives the reason and the remedy, as set here. Use `refuse_fullgraph` for an error of our own.
+    Where a graph must not break (`fullgraph=True` around a hooked module) dynamo raises `Unsupported`; newer versions
+    (2.9; not yet 2.7) print the reason and the remedy set here. Use `refuse_fullgraph` for an error of our own.
 
     Costs 0.4 µs a call (torch 2.13; 0.3 in 2.9, 3.6 in 2.6) and, if nothing has done so before, the import of
     torch._dynamo (1 s).

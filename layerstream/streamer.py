@@ -52,6 +52,7 @@ class Streamer:
         self._layouts = layouts
         self._units = division.units
         self._places = division.places
+        self._stand_ins = division.stand_ins
         self._others = division.others
         self._device = device
         self._store = HostStore(device)
@@ -87,6 +88,8 @@ class Streamer:
         self._refuse_compiled_wholes()
         try:
             with engine_tensors():
+                for place, stand_in in self._stand_ins:
+                    getattr(place.module, place.kind)[place.name] = stand_in
                 for unit in self._units:
                     self._stored.append(self._store.add(unit.binding))
                     unit.binding.prepare(unit.spec.index, self._device.torch_device, self.load_absent)
@@ -123,6 +126,9 @@ class Streamer:
                 self._moved_others = []
                 for unit in self._units:
                     unit.binding.restore()
+                for place, stand_in in self._stand_ins:
+                    if getattr(place.module, place.kind).get(place.name) is stand_in:
+                        getattr(place.module, place.kind)[place.name] = place.tensor
                 self._bring_home_replaced()
                 self._attempt(self._transfer.close, "free device memory")
                 self._attempt(self._store.close, "release page locks")
@@ -194,7 +200,7 @@ class Streamer:
         for place in self._places:
             now = getattr(place.module, place.kind).get(place.name)
             if now is not None and now is not place.tensor and now.device == self._device.torch_device:
-                home = homes[id(place.tensor)]
+                home = homes.get(id(place.tensor), place.tensor.device)
                 if now.device != home:
                     brought = now.detach().to(home)
                     is_parameter = isinstance(now, nn.Parameter)
@@ -214,7 +220,10 @@ class Streamer:
 
     def enter_root(self, root: nn.Module) -> None:
         """A component's forward begins."""
-        compiled.refuse_fullgraph(root, self._names[id(root)])
+        name = self._names.get(id(root))
+        if name is None:
+            return  # a copy of a component, which carries the hook along
+        compiled.refuse_fullgraph(root, name)
         with self._mutex:
             self._calls.enter(root, is_root=True)
             self._order.begin_pass()
@@ -230,8 +239,8 @@ class Streamer:
         unit = self._unit_of.get(id(block))
         if unit is None:
             return  # a copy of a block, which carries the hook along
+        is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         with self._mutex, engine_tensors():
-            is_grad = _is_grad_enabled()
             self._calls.enter(block, is_root=False)
             self._use([unit], is_touch=False, is_grad=is_grad)
 
@@ -251,15 +260,17 @@ class Streamer:
 
     def load_absent(self, units: Sequence[int]) -> None:
         """Something looks at weights that are not there: load these units, all present at once afterwards."""
+        is_grad = _is_grad_enabled()
         with self._mutex, engine_tensors():
             self._calls.check_thread()
-            self._use(units, is_touch=True, is_grad=_is_grad_enabled())
+            self._use(units, is_touch=True, is_grad=is_grad)
 
     # ---- up and down
 
     def _use(self, units: Sequence[int], *, is_touch: bool, is_grad: bool) -> None:
         """Load, wait and bind; then start loading what is expected next."""
         held = [*units, *self._held()]
+        self._drop_extra_slots(held)
         for unit in units:
             self._order.observe(unit)
             if self._transfer.slot_of(unit) is None:
@@ -268,8 +279,11 @@ class Streamer:
                 self._transfer.load(unit, self._make_room(held))
             views = self._transfer.wait(unit)
             if not self._units[unit].binding.is_present:
-                self._units[unit].binding.present(views)
-            if is_grad:
+                # Code outside a call may keep, save or pickle what it sees (`state_dict`), which wants weights in
+                # storages of their own, as a resident model has them. Inside a call the slot is what is there for it.
+                is_outside = is_touch and self._calls.is_idle
+                self._units[unit].binding.present([v.clone() for v in views] if is_outside else views)
+            if is_grad and not is_touch:
                 self._seen_grad.add(unit)
         self._prefetch(held)
 
@@ -285,7 +299,7 @@ class Streamer:
         wanted = list(dict.fromkeys(held))
         num_slots = self.plan.num_slots
         for unit in self._order.predict(2 * num_slots):
-            if len(wanted) >= num_slots:
+            if len(wanted) >= num_slots:  # extra slots are not filled ahead
                 break
             if unit not in wanted:
                 wanted.append(unit)
@@ -293,7 +307,7 @@ class Streamer:
             for unit in wanted:
                 if self._transfer.slot_of(unit) is None:
                     slot = self._transfer.free_slot() or self._evict_one(keep=wanted)
-                    if slot is None or slot.is_extra:
+                    if slot is None:
                         return
                     self._transfer.load(unit, slot)
 
@@ -308,11 +322,7 @@ class Streamer:
 
     def _evict_one(self, keep: Sequence[int]) -> Slot | None:
         """Free the slot whose unit is needed last; None if all are to be kept."""
-        candidates = [s for s in self._transfer.slots if s.unit is not None and s.unit not in keep]
-        for slot in [s for s in candidates if s.is_extra]:
-            # Extra slots go as soon as nobody holds their unit; they are memory beyond the plan.
-            self._evict(slot)
-        candidates = [s for s in candidates if not s.is_extra]
+        candidates = [s for s in self._transfer.slots if s.unit is not None and s.unit not in keep and not s.is_extra]
         if not candidates:
             return None
         ahead = self._order.predict(4 * self.plan.num_slots)
@@ -334,11 +344,19 @@ class Streamer:
             self._forget_autocast(unit)
             binding.absent()
             # Graphs hold the weights they saved; those get an error in backward. Any other holder keeps the bytes.
-            if not was_grad and slot.is_aliased:
+            # (What a forward keeps of its weights under grad cannot be told from what the graph keeps.)
+            if was_grad:
+                slot.accept_references()
+            elif slot.is_aliased():
                 self._transfer.abandon(unit)
                 slot = self._transfer.slot_of(unit) or slot
         self._transfer.vacate(unit)
         return slot
+
+    def _drop_extra_slots(self, held: Sequence[int]) -> None:
+        """Extra slots go as soon as nobody holds their unit; they are memory beyond the plan."""
+        for slot in [s for s in self._transfer.slots if s.is_extra and s.unit not in held]:
+            self._evict(slot)
 
     def _forget_autocast(self, unit: int) -> None:
         """Autocast keeps a cast copy of every parameter until the region ends: the model would pile up."""

@@ -60,10 +60,16 @@ class Slot:
         self.pieces[unit] = [(self.buffer[s.offset : s.offset + s.source.numel()], s.source) for s in stored.segments]
         self._references += self._count_references() - before
 
-    @property
     def is_aliased(self) -> bool:
         """Whether anything but this slot looks at its memory: `weight.detach()` kept by user code, say."""
-        return self._count_references() > self._references
+        count = self._count_references()
+        if count < self._references:
+            self._references = count  # a graph that was accepted is gone
+        return count > self._references
+
+    def accept_references(self) -> None:
+        """What looks at the slot now may stay, and see its bytes change: graphs, whose backward is refused."""
+        self._references = self._count_references()
 
     def _count_references(self) -> int:
         return int(torch._C._storage_Use_Count(self._storage._cdata))

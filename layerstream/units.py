@@ -14,6 +14,7 @@ from torch import nn
 
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import UnitSpec, unit_bytes
+from layerstream.device import engine_tensors
 from layerstream.errors import AdapterError, PipelineError
 
 
@@ -66,11 +67,14 @@ class Division:
         units: bases and blocks, component by component; `units[i].spec.index == i`.
         places: every place of every tensor that moves.
         others: places of tensors that stay whole: subclasses, sparse and quantised ones.
+        stand_ins: ordinary tensors, over the same bytes, that take the place of tensors made under inference mode
+            while streaming is on; pointing one of those elsewhere would break it.
     """
 
     units: list[Unit]
     places: list[TensorPlace]
     others: list[TensorPlace]
+    stand_ins: list[tuple[TensorPlace, torch.Tensor]]
 
 
 def divide(layouts: Sequence[ComponentLayout]) -> Division:
@@ -81,8 +85,8 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
         PipelineError: weights on the meta device, which have no bytes to stream.
     """
     drafts: list[_Draft] = []
-    division = Division([], [], [])
-    named: dict[int, tuple[str, torch.Tensor]] = {}  # one entry per tensor object, by its first name
+    division = Division([], [], [], [])
+    named: dict[int, tuple[str, torch.Tensor, tuple[int, int]]] = {}  # per tensor object: first name, bytes
     # Users of the same bytes, whether through one object or through two tied by `.data`.
     users: dict[tuple[int, int], list[_Draft]] = {}
     for layout in layouts:
@@ -106,11 +110,15 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
                         "(from_pretrained without device_map, or load_state_dict(..., assign=True))."
                     )
                 division.places.append(place)
-                named.setdefault(id(place.tensor), (name, place.tensor))
+                if id(place.tensor) not in named:
+                    tensor = _ordinary(place.tensor) if place.tensor.is_inference() else place.tensor
+                    named[id(place.tensor)] = (name, tensor, _bytes_key(place.tensor))
+                if place.tensor.is_inference():
+                    division.stand_ins.append((place, named[id(place.tensor)][1]))
                 users.setdefault(_bytes_key(place.tensor), []).extend(owners.get(id(module), [base]))
     bases = {id(d.layout): d for d in drafts if d.module is None}
-    for name, tensor in named.values():
-        first, *rest = users[_bytes_key(tensor)]
+    for name, tensor, key in named.values():
+        first, *rest = users[key]
         owner = bases[id(first.layout)] if any(other is not first for other in rest) else first
         owner.tensors.append(BoundTensor.of(name, tensor))
     for draft in drafts:
@@ -168,6 +176,15 @@ def _places(module: nn.Module) -> Iterator[TensorPlace]:
         for name, tensor in getattr(module, kind).items():
             if tensor is not None:
                 yield TensorPlace(module, kind, name, tensor)
+
+
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """An ordinary tensor over the bytes of one made under inference mode."""
+    with engine_tensors():
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+        )
+        return nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
 
 
 def _moves(tensor: torch.Tensor) -> bool:

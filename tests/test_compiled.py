@@ -27,6 +27,7 @@ from layerstream.compiled import (
     describe_compiled,
     drop_dynamo_caches,
     exchange_for_block_compile,
+    keep_eager_around,
     refuse_fullgraph,
     uncompiled,
 )
@@ -116,6 +117,37 @@ class Broken(Transformer):
         return self.head(x)
 
 
+class Reading(Transformer):
+    """The same, and it looks at weights of its blocks from outside, as `hidden.to(self.proj.weight.dtype)` does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).to(self.blocks[0].ff.linear.weight.dtype)
+        for block in self.blocks:
+            x = block(x.to(block.norm.weight.dtype))
+        return self.head(x.to(next(self.blocks.parameters()).dtype))
+
+
+class Encoder(nn.Module):
+    """Blocks one level deeper, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Reading()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.stack.blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stack(x.to(self.blocks[0].norm.weight.dtype))
+
+
+class WithoutGrad(Transformer):
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
 def scaled(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A decorator on a forward, as `diffusers.utils.apply_lora_scale`."""
 
@@ -133,26 +165,36 @@ class DecoratedBlock(Block):
 
 
 class AbsentParameter(nn.Parameter):
+    """Answers what the engine's would answer without loading; all else would load, here it fails."""
+
     @classmethod
+    @compile_safe
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.dtype.__get__:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         raise AssertionError(f"{func} read a weight that is not here")
 
 
 class Streaming:
     """Hooks and slots on `blocks` of `root`, in the order the engine is to use the functions under test."""
 
-    def __init__(self, root: nn.Module, blocks: Sequence[nn.Module], *, exchange: bool = False) -> None:
-        self.root, self.blocks, self.exchange = root, list(blocks), exchange
+    def __init__(
+        self, root: nn.Module, blocks: Sequence[nn.Module], *, exchange: bool = False, keep_eager: bool = False
+    ) -> None:
+        self.root, self.blocks, self.exchange, self.keep_eager = root, list(blocks), exchange, keep_eager
         self.num_acquired = self.num_released = self.num_calls = 0
         self._master = {p: p.data for block in blocks for p in block.parameters()}
         self._slots = [torch.empty(4096, dtype=torch.uint8) for _ in range(2)]
         self._handles: list[Any] = []
-        self._undo: Callable[[], None] = lambda: None
+        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Streaming:
         root = uncompiled(self.root)
         if self.exchange:
-            self._undo = exchange_for_block_compile(self.root, self.blocks)
+            self._undo.append(exchange_for_block_compile(self.root, self.blocks))
+        if self.keep_eager:
+            self._undo.append(keep_eager_around(self.root, self.blocks))
         acquire, release = compile_safe(self._acquire), compile_safe(self._release)
         for block in map(uncompiled, self.blocks):
             self._set_absent(block)
@@ -168,8 +210,9 @@ class Streaming:
         for parameter, data in self._master.items():
             parameter.__class__ = nn.Parameter
             parameter.data = data
-        self._undo()
         drop_dynamo_caches([self.root, *self.blocks])
+        for undo in reversed(self._undo):
+            undo()
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -177,7 +220,8 @@ class Streaming:
 
     def _count(self, module: nn.Module, args: object) -> None:
         self.num_calls += 1
-        refuse_fullgraph(self.root, "transformer")
+        if not self.keep_eager:
+            refuse_fullgraph(self.root, "transformer")
 
     def _acquire(self, block: nn.Module, args: object) -> None:
         slot, offset = self._slots[self.num_acquired % len(self._slots)], 0
@@ -208,6 +252,7 @@ def clean_dynamo() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+    assert not compiled._held
 
 
 @pytest.fixture
@@ -334,7 +379,9 @@ def test_what_is_not_compiled_as_a_whole() -> None:
     assert describe_compiled(model) is None
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning")  # torch importing its own inductor
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is:DeprecationWarning"
+)  # torch importing its own inductor
 def test_cuda_graphs_are_seen() -> None:
     assert describe_compiled(compile_method(make(), mode="reduce-overhead")).has_cuda_graphs  # type: ignore[union-attr]
     assert describe_compiled(compile_module(make(), backend="cudagraphs")).has_cuda_graphs  # type: ignore[union-attr]
@@ -486,6 +533,116 @@ def test_compiled_around_the_blocks_while_streaming(
         for _ in range(2):
             assert torch.equal(call(x), expected)
     assert streaming.counts == (3 * len(blocks), 3 * len(blocks), 3)
+
+
+# --- passed over --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_compiled_first", [True, False])
+@pytest.mark.parametrize(
+    ("compile_it", "fullgraph", "kind"),
+    [
+        *((compile_it, fullgraph, Reading) for compile_it in WHOLE for fullgraph in (False, True)),
+        *((compile_it, False, Reading) for compile_it in (compile_function, compile_outer)),
+        (compile_method, True, Encoder),
+        (compile_module, False, WithoutGrad),
+    ],
+)
+def test_keep_eager_around(
+    compile_it: Callable[..., Any],
+    fullgraph: bool,
+    kind: type[nn.Module],
+    is_compiled_first: bool,
+    x: torch.Tensor,
+    backend: CountingBackend,
+) -> None:
+    """Blocks are compiled, nothing else is traced, and what was compiled for the whole is there again afterwards."""
+    model = make(kind)
+    expected = model(x)
+    call = None
+    if is_compiled_first:
+        call = compile_it(model, backend=backend, fullgraph=fullgraph)
+        with backend.expect(graphs=1, runs=1):
+            assert torch.equal(call(x), expected)
+    blocks = model.blocks[HALF]
+    for attempt in range(2):
+        with Streaming(model, blocks, keep_eager=True) as streaming:
+            if call is None:
+                call = compile_it(model, backend=backend, fullgraph=fullgraph)
+            with backend.expect(graphs=1 - attempt, runs=3 * _NUM_BLOCKS):
+                for _ in range(3):
+                    assert torch.equal(call(x), expected)
+            assert streaming.counts == (3 * len(blocks), 3 * len(blocks), 3)
+        # A function around the component is not the component's, and 2.6 cannot pass over code and keep it.
+        is_kept = compile_it in WHOLE and kind is not WithoutGrad and _TORCH >= (2, 7)
+        with backend.expect(graphs=0 if is_kept and (is_compiled_first or attempt) else 1, runs=2):
+            for _ in range(2):
+                assert torch.equal(call(x), expected)
+        assert streaming.counts == (3 * len(blocks), 3 * len(blocks), 3)
+
+
+def test_tracing_around_absent_weights_is_what_it_avoids(x: torch.Tensor) -> None:
+    """The fact behind it: dynamo reads far more of a weight than the code it traces does (here only a dtype)."""
+    model = compile_method(make(Reading), backend="eager")
+    streaming = Streaming(model, model.blocks)
+    with streaming:
+        if _TORCH < (2, 9):
+            model(x)
+        else:
+            with pytest.raises(AssertionError, match="read a weight that is not here"):
+                model(x)
+
+
+def test_keep_eager_around_with_the_exchange(x: torch.Tensor, backend: CountingBackend) -> None:
+    model = make(Reading)
+    expected = model(x)
+    call = compile_module(model, backend=backend)
+    with backend.expect(graphs=1, runs=1):
+        call(x)
+    with Streaming(call, model.blocks, exchange=True, keep_eager=True), backend.expect(graphs=1, runs=_NUM_BLOCKS):
+        assert torch.equal(call(x), expected)
+    with backend.expect(graphs=0 if _TORCH >= (2, 7) else 1, runs=1):
+        assert torch.equal(call(x), expected)
+
+
+def test_keep_eager_around_is_shared_by_components_of_one_class(x: torch.Tensor, backend: CountingBackend) -> None:
+    first, second = make(), make()
+    for model in (first, second):
+        model.compile(backend=backend)
+    undo_first = keep_eager_around(first, first.blocks)
+    undo_second = keep_eager_around(second, second.blocks)
+    for undo in (undo_first, undo_first, lambda: None):  # twice is once
+        with backend.expect(graphs=0 if backend.num_graphs else 1, runs=_NUM_BLOCKS):
+            second(x)
+        undo()
+    undo_second()
+    with backend.expect(graphs=1, runs=2):  # one code for both: they are equal modules to dynamo
+        first(x), second(x)
+
+
+def test_keep_eager_around_leaves_blocks_alone(x: torch.Tensor, backend: CountingBackend) -> None:
+    class Recursive(nn.Module):
+        def __init__(self, *inner: nn.Module) -> None:
+            super().__init__()
+            self.linear = nn.Linear(_WIDTH, _WIDTH)
+            self.blocks = nn.ModuleList(inner)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.linear(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model = Recursive(Recursive(), Recursive())
+    undo = keep_eager_around(model, model.blocks)
+    compile_blocks(model, backend=backend)
+    with backend.expect(graphs=1, runs=2):
+        model(x)
+    undo()
+    keep_eager_around(model, [])()
+    keep_eager_around(model, [model])()
+    with backend.expect(graphs=0, runs=2):
+        model(x)
 
 
 # --- from the whole to its blocks, and back -----------------------------------------------------------------------

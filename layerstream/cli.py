@@ -1,0 +1,159 @@
+"""The `layerstream` command: arguments and printing only.
+
+Exit codes: 0 done (and the images identical), 1 the images differ, 2 wrong arguments or nothing could be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from layerstream import demo
+from layerstream._version import __version__
+from layerstream.budget import format_bytes
+from layerstream.device import find_device
+from layerstream.errors import LayerstreamError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Raises:
+        SystemExit: from argparse, after --help or wrong arguments.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        return _demo(options)
+    except LayerstreamError as exc:
+        print(f"layerstream: {' '.join(str(exc).split())}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="layerstream", description="Run diffusion pipelines on GPUs too small for them.")
+    parser.add_argument("--version", action="version", version=f"layerstream {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    command = commands.add_parser(
+        "demo",
+        help="run a pipeline resident and streamed, and compare the images bit by bit",
+        description="Runs a pipeline with all its weights on the device, then again with a part of them, and compares "
+        "the images bit by bit. Without --model: an offline stand-in with random weights. Without a GPU: on a "
+        "simulated device.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = command.add_argument
+    add("--model", metavar="ID_OR_PATH", default=None, help="a diffusers model: a folder, or an id on the hub")
+    add("--dtype", choices=_DTYPES, help="of the weights (default: bfloat16 for --model, float32 for the stand-in)")
+    add("--prompt", help="(default: a lighthouse)")
+    add("--steps", type=_positive, metavar="N", help="denoising steps (default: the pipeline's own)")
+    add("--height", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
+    add("--width", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
+    add("--seed", type=int, default=0, help="of the image")
+    add("--device", help='"cuda:0", or "cpu" for the simulated device (default: the GPU, if there is one)')
+    add("--vram-budget", metavar="SIZE", help='"8GiB", "auto" or "min" (default: a third of the weights)')
+    add("--skip-resident", action="store_true", default=False, help="run streamed only; nothing is compared")
+    add("--output", metavar="FILE", type=Path, help="where to save the image (default: demo-NAME.png)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+_positive.__name__ = "number"  # argparse names it in "invalid number value"
+
+
+def _demo(options: argparse.Namespace) -> int:
+    given = vars(options)
+    device = find_device(given.get("device"))
+    output = given.get("output") or Path(f"demo-{Path(options.model).name if options.model else 'standin'}.png")
+    dtype = given.get("dtype", "bfloat16" if options.model else "float32")
+    is_simulated = device.type == "cpu"
+    print(f"layerstream {__version__}, torch {torch.__version__}, device: {'simulated' if is_simulated else device}")
+
+    started = time.perf_counter()
+    pipe = demo.load_pipeline(options.model, _DTYPES[dtype])
+    call = demo.make_call(
+        pipe,
+        is_standin=options.model is None,
+        seed=options.seed,
+        prompt=given.get("prompt"),
+        num_inference_steps=given.get("steps"),
+        height=given.get("height"),
+        width=given.get("width"),
+    )
+    what = options.model or "an offline stand-in with random weights"
+    print(f"{type(pipe).__name__}: {what}, {dtype}, ready after {time.perf_counter() - started:.1f} s\n")
+    _print_parts(demo.describe(pipe))
+
+    resident = None
+    if not options.skip_resident:
+        resident = demo.run_resident(pipe, call, str(device))
+        if resident is None:
+            print(f"resident    does not fit on {device} (out of memory); streamed only\n")
+    streamed = demo.run_streamed(pipe, call, str(device), _budget(given.get("vram_budget")))
+    _print_runs(resident, streamed, is_simulated=is_simulated)
+
+    is_different = resident is not None and not demo.are_identical(resident.image, streamed.image)
+    if resident is None:
+        print("not compared: there is no resident image")
+    elif is_different:
+        print(f"DIFFERENT images: {demo.difference(resident.image, streamed.image)}. Please report this.")
+    else:
+        print(f"identical images: all {streamed.image.numel():,} values, bit for bit")
+    demo.save_png(streamed.image, output)
+    print(f"saved {output}{'' if options.model else ' (random weights paint noise)'}")
+    return 1 if is_different else 0
+
+
+def _budget(text: str | None) -> int | str | None:
+    """A bare number is an int of bytes."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _print_parts(parts: Sequence[demo.Part]) -> None:
+    print(f"{'component':<16} {'class':<30} {'weights':>10}  in blocks, which can stream")
+    for part in parts:
+        blocks = f"{format_bytes(part.block_bytes)} in {part.num_blocks}: {', '.join(part.stacks)}"
+        size = format_bytes(part.num_bytes)
+        print(f"{part.name:<16} {part.class_name:<30} {size:>10}  {blocks if part.num_blocks else '-'}")
+    in_blocks = format_bytes(sum(p.block_bytes for p in parts))
+    total = format_bytes(sum(p.num_bytes for p in parts))
+    print(f"{'all':<16} {'':<30} {total:>10}  {in_blocks} in {sum(p.num_blocks for p in parts)}\n")
+
+
+def _print_runs(resident: demo.Run | None, streamed: demo.StreamedRun, *, is_simulated: bool) -> None:
+    stats = streamed.stats
+    budget = format_bytes(streamed.budget) if isinstance(streamed.budget, int) else streamed.budget
+    if resident is not None:
+        print(f"resident    {resident.seconds:.2f} s, all weights on the device")
+    print(f"streamed    {streamed.seconds:.2f} s, vram_budget {budget}")
+    print(f"  blocks    {stats.num_resident_blocks} resident, {stats.num_streamed_blocks} streamed")
+    print(f"  slots     {stats.num_slots} of {format_bytes(stats.slot_bytes)}, {stats.num_extra_slots} extra")
+    print(f"  weights   at most {format_bytes(stats.peak_device_bytes)} on the device at a time")
+    print(f"  pinned    {format_bytes(stats.pinned_bytes)} of host memory")
+    print(f"  loads     {stats.num_loads} ({format_bytes(stats.loaded_bytes)}), {stats.num_demand_loads} not foreseen")
+    print(f"  stalls    {stats.num_stalls} ({stats.stall_ms:.1f} ms{', simulated' if is_simulated else ''})")
+    print(f"  enter     {stats.enter_s:.2f} s, exit {stats.exit_s:.2f} s")
+    if is_simulated:
+        print("These times are of a simulated device (host memory, no bus): they say nothing about a GPU.")
+    print()

@@ -1,0 +1,31 @@
+"""Global state is as it was after every test, or the test fails."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from layerstream import absent, api
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    yield
+    assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()) == modes
+    gc.collect()
+    assert not absent._RECORDS, "absent tensors left behind"
+    assert not list(api._ACTIVE), "a streamer left active"
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield
+    sys.modules["torch._dynamo"].reset()

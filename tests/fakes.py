@@ -1,0 +1,126 @@
+"""Toy models with every shape of weight that real ones have, and a snapshot to compare before and after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerstream.simulated import SimulatedDevice
+
+
+class Block(nn.Module):
+    """Linear layers, a bare parameter, a 0-dim and a zero-size one, mixed dtypes, odd strides, a written buffer."""
+
+    def __init__(self, width: int, *, hidden: int | None = None, writes_buffer: bool = False) -> None:
+        super().__init__()
+        hidden = hidden or 2 * width
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width).to(torch.bfloat16)
+        self.scale = nn.Parameter(torch.randn(width))
+        self.gain = nn.Parameter(torch.tensor(1.25))
+        self.empty = nn.Parameter(torch.empty(0, width))
+        self.transposed = nn.Parameter(torch.randn(hidden, width).t())
+        self.conv = nn.Conv2d(width, 2, 3, padding=1).to(memory_format=torch.channels_last)
+        self.register_buffer("index", torch.arange(width - 1, -1, -1))
+        self.register_buffer("mask", torch.rand(width) > 0.2, persistent=False)
+        self.register_buffer("count", torch.zeros(()))
+        self.writes_buffer = writes_buffer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.writes_buffer:
+            self.count += 1
+            x = x + self.count
+        h = torch.relu(self.up(self.norm(x)))
+        y = self.down(h.to(torch.bfloat16)).to(x.dtype) + h @ self.transposed.t()
+        y = y[..., self.index] * self.mask * self.scale * self.gain + self.empty.sum()
+        image = y[..., None, None].expand(*y.shape, 3, 3)
+        return x + y + self.conv(image).mean((-1, -2)).repeat(1, y.shape[-1] // 2)
+
+
+class Toy(nn.Module):
+    """An embedding, a stack and a head. `order` says which blocks a forward runs."""
+
+    def __init__(
+        self, num_blocks: int = 6, width: int = 16, *, hidden: Sequence[int] | None = None, writes_buffer: bool = False
+    ) -> None:
+        super().__init__()
+        sizes = hidden or [2 * width] * num_blocks
+        self.embed = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(Block(width, hidden=h, writes_buffer=writes_buffer) for h in sizes)
+        self.head = nn.Linear(width, 4)
+        self.order: list[int] = list(range(len(sizes)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for number in self.order:
+            x = self.blocks[number](x)
+        return self.head(x)
+
+
+def toy(seed: int = 0, **kwargs: Any) -> Toy:
+    torch.manual_seed(seed)
+    return Toy(**kwargs).eval()
+
+
+def toy_input(seed: int = 1) -> torch.Tensor:
+    return torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def adversary(**kwargs: Any) -> SimulatedDevice:
+    """The harshest device: copies as late as is legal, slots poisoned until then."""
+    return SimulatedDevice(**{"copies": "late", "is_poisoned": True} | kwargs)
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Everything that leaving must restore: objects, values, layout, hooks in their order, and the instance's names."""
+    state: dict[str, Any] = {}
+    for path, m in module.named_modules():
+        for kind in ("_parameters", "_buffers"):
+            for name, t in getattr(m, kind).items():
+                if t is not None:
+                    meta = (id(t), type(t), t.dtype, t.device, tuple(t.shape), t.stride(), t.requires_grad)
+                    state[f"{path}.{name}"] = (meta, t.detach().clone())
+        names = {k for k in vars(m) if k not in ("_parameters", "_buffers")}
+        hooks = [list(getattr(m, h).items()) for h in ("_forward_pre_hooks", "_forward_hooks")]
+        state[f"{path} instance"] = (names, hooks, m._compiled_call_impl)
+    return state
+
+
+def assert_restored(module: nn.Module, before: dict[str, Any], *, changed: Sequence[str] = ()) -> None:
+    """`module` is as `describe` saw it, but for the values of tensors whose name ends in one of `changed`."""
+    after = describe(module)
+    assert after.keys() == before.keys()
+    for name, was in before.items():
+        now = after[name]
+        assert now[0] == was[0], name
+        if isinstance(was[1], torch.Tensor):
+            if not name.endswith(tuple(changed) or ("\0",)):
+                assert _same_bytes(now[1], was[1]), name
+        else:
+            assert now[1:] == was[1:], name
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return torch.equal(*as_bytes)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module)
+
+
+def run(module: nn.Module, passes: int = 3, make_input: Callable[[int], torch.Tensor] = toy_input) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [module(make_input(n)) for n in range(passes)]
+
+
+def assert_equal(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    assert len(outputs) == len(expected)
+    for number, (a, b) in enumerate(zip(outputs, expected, strict=True)):
+        assert not torch.isnan(b).any()
+        assert torch.equal(a, b), f"output {number} differs"

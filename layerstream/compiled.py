@@ -364,7 +364,9 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
     units = {id(block): block for block in map(uncompiled, blocks)}
     paths = [path for path, module in root.named_modules(remove_duplicate=False) if id(module) in units and path]
     parents = {path[:end] for path in paths for end in (0, *(at.start() for at in re.finditer(r"\.", path)))}
-    around = {id(code): code for path in parents for code in _codes_of(root.get_submodule(path).forward)}
+    # A forward may call that of a base class, which is a function of its own to dynamo.
+    bases = {base for path in parents for base in type(root.get_submodule(path)).__mro__}
+    around = {id(code): code for each in (*map(root.get_submodule, parents), *bases) for code in _forward_codes([each])}
     for code in _forward_codes(units.values()):
         around.pop(id(code), None)
     codes = [code for code in around.values() if not code.co_filename.startswith(_TORCH_DIR)]
@@ -505,7 +507,7 @@ def _self_names(code: CodeType, forwards: frozenset[CodeType]) -> frozenset[str]
     return frozenset(f"L['{name}'][0]" for name in code.co_varnames[first : first + 1])
 
 
-def _forward_codes(modules: Iterable[nn.Module]) -> frozenset[CodeType]:
+def _forward_codes(modules: Iterable[nn.Module | type]) -> frozenset[CodeType]:
     return frozenset(code for module in modules for code in _codes_of(getattr(module, "forward", None)))
 
 

@@ -114,7 +114,9 @@ def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module)
 
 
-def run(module: nn.Module, passes: int = 3, make_input: Callable[[int], torch.Tensor] = toy_input) -> list[torch.Tensor]:
+def run(
+    module: nn.Module, passes: int = 3, make_input: Callable[[int], torch.Tensor] = toy_input
+) -> list[torch.Tensor]:
     with torch.no_grad():
         return [module(make_input(n)) for n in range(passes)]
 

@@ -211,12 +211,16 @@ def test_hooks_that_users_put_on_a_block_see_its_weights() -> None:
     handles = []
     for number, block in enumerate(model.blocks):
         handles.append(
-            block.register_forward_pre_hook(lambda m, a, n=number: seen.append(("pre", n, float(m.scale.detach().sum()))))
+            block.register_forward_pre_hook(
+                lambda m, a, n=number: seen.append(("pre", n, float(m.scale.detach().sum())))
+            )
         )
     with offloaded(model, adversary()) as streamer:
         for number, block in enumerate(model.blocks):
             handles.append(
-                block.register_forward_hook(lambda m, a, o, n=number: seen.append(("post", n, float(m.scale.detach().sum()))))
+                block.register_forward_hook(
+                    lambda m, a, o, n=number: seen.append(("post", n, float(m.scale.detach().sum())))
+                )
             )
         run(model, passes=2)
         assert streamer.stats().num_touch_loads == 0
@@ -527,7 +531,11 @@ def test_a_second_thread_is_refused() -> None:
     handle = model.blocks[2].up.register_forward_pre_hook(pause)
 
     def second() -> None:
-        for use in (lambda: run(model, 1), lambda: model.blocks[5].scale.sum(), lambda: model.blocks[0](torch.ones(2, 16))):
+        for use in (
+            lambda: run(model, 1),
+            lambda: model.blocks[5].scale.sum(),
+            lambda: model.blocks[0](torch.ones(2, 16)),
+        ):
             try:
                 use()
             except layerstream.ConcurrentUseError as exc:

@@ -1,0 +1,1 @@
+"""Measurements. A result is what these programs wrote, never edited by hand."""

@@ -58,13 +58,11 @@ def is_absent(tensor: torch.Tensor) -> bool:
     return id(tensor) in _RECORDS
 
 
-def placeholder_for(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """One NaN (the lowest value for integers, True for bool) seen as a tensor of `shape`, strides 0."""
+def nan_scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What absent tensors of a dtype lie over: one NaN (the lowest value for integers, True for bool)."""
     if dtype.is_floating_point or dtype.is_complex:
-        scalar = torch.full((), float("nan"), dtype=torch.float32, device=device).to(dtype)
-    else:
-        scalar = torch.full((), 1 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
-    return scalar.expand(tuple(shape))
+        return torch.full((), float("nan"), dtype=torch.float32, device=device).to(dtype)
+    return torch.full((), 1 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
 
 
 class _Absent:

@@ -19,7 +19,7 @@ from layerstream.compiled import uncompiled
 from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import AlreadyOffloadedError, LayerstreamWarning, PipelineError, StreamerStateError
 from layerstream.intercept import refuse_rivals
-from layerstream.plan import make_plan
+from layerstream.plan import Plan, make_plan
 from layerstream.simulated import SimulatedDevice
 from layerstream.stats import Stats
 from layerstream.streamer import Streamer
@@ -49,7 +49,8 @@ class LayerStreamer:
         self._vram_budget = vram_budget
         self._device = device
         self._streamer: Streamer | None = None
-        self._last: Streamer | None = None
+        self._stats: Stats | None = None
+        self._plan: Plan | None = None
         self._num_slots: int | None = None  # set by benchmarks and tests; the plan chooses otherwise
 
     # ---- entering and leaving
@@ -81,7 +82,7 @@ class LayerStreamer:
         plan = make_plan(specs, budget, num_slots=self._num_slots)
         streamer = Streamer(layouts, division, plan, device)
         streamer.open()
-        self._streamer = self._last = streamer
+        self._streamer, self._stats, self._plan = streamer, streamer.stats, plan
         for module in components.values():
             _ACTIVE[module] = self
         if not any(spec.is_block for spec in specs):
@@ -172,19 +173,19 @@ class LayerStreamer:
         Raises:
             StreamerStateError: it was never started.
         """
-        if self._last is None:
+        if self._stats is None:
             raise StreamerStateError("no stats yet: the streamer was never started.")
-        return self._last.stats
+        return self._stats
 
     def __repr__(self) -> str:
-        if self._last is None:
+        if self._stats is None or self._plan is None:
             return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
-        stats = self._last.stats
+        stats = self._stats
         state = "active" if self.is_active else "closed"
         return (
             f"LayerStreamer({state}, {stats.num_resident_blocks} blocks resident, {stats.num_streamed_blocks} streamed "
             f"through {stats.num_slots} slots of {format_bytes(stats.slot_bytes)}, "
-            f"{format_bytes(self._last.plan.device_bytes)} of weights on the device)"
+            f"{format_bytes(self._plan.device_bytes)} of weights on the device)"
         )
 
     def _make_device(self) -> Device:

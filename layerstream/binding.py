@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from layerstream.absent import AbsentRecord, make_absent, make_present, placeholder_for
+from layerstream.absent import AbsentRecord, make_absent, make_present
 
 
 @dataclass(eq=False)
@@ -72,10 +72,12 @@ class UnitBinding:
             bound.home, bound.is_exact = master, False
             make_present(bound.tensor, master)
 
-    def prepare(self, unit: int, device: torch.device, load: Callable[[Sequence[int]], None]) -> None:
-        """Make what `absent` needs, once: it must not allocate later."""
+    def prepare(
+        self, unit: int, nans: Callable[[torch.dtype], torch.Tensor], load: Callable[[Sequence[int]], None]
+    ) -> None:
+        """Make what `absent` needs, once: it must not allocate later. `nans` gives the scalar of a dtype."""
         for bound in self.tensors:
-            self._placeholders.append(placeholder_for(bound.dtype, bound.shape, device))
+            self._placeholders.append(nans(bound.dtype).expand(bound.shape))
             self._records.append(AbsentRecord(bound.name, unit, bound.strides, load))
 
     def present(self, views: Sequence[torch.Tensor]) -> None:
@@ -115,3 +117,4 @@ class UnitBinding:
                 home.copy_(bound.home)
             make_present(bound.tensor, home)
         self.is_present = True
+        self._placeholders, self._records = [], []

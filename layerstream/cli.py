@@ -16,7 +16,7 @@ import torch
 
 from layerstream import demo
 from layerstream._version import __version__
-from layerstream.budget import format_bytes
+from layerstream.budget import format_bytes, parse_bytes
 from layerstream.device import find_device
 from layerstream.errors import LayerstreamError
 
@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _demo(options)
     except LayerstreamError as exc:
-        print(f"layerstream: {' '.join(str(exc).split())}", file=sys.stderr)
-        return 2
+        problem = str(exc)
+    except torch.OutOfMemoryError as exc:
+        problem = f"out of memory while streaming ({exc}). vram_budget limits weights only: give a smaller one."
+    print(f"layerstream: {' '.join(problem.split())}", file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,21 +57,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs a pipeline with all its weights on the device, then again with a part of them, and compares "
         "the images bit by bit. Without --model: an offline stand-in with random weights. Without a GPU: on a "
         "simulated device.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
     )
     add = command.add_argument
-    add("--model", metavar="ID_OR_PATH", default=None, help="a diffusers model: a folder, or an id on the hub")
+    add("--model", metavar="ID_OR_PATH", help="a diffusers model: a folder, or an id on the hub")
     add("--dtype", choices=_DTYPES, help="of the weights (default: bfloat16 for --model, float32 for the stand-in)")
-    add("--prompt", help="(default: a lighthouse)")
+    add("--prompt", metavar="TEXT", help="(default: a lighthouse)")
     add("--steps", type=_positive, metavar="N", help="denoising steps (default: the pipeline's own)")
     add("--height", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
     add("--width", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
-    add("--seed", type=int, default=0, help="of the image")
+    add("--seed", type=int, default=0, help="of the image (default: 0)")
     add("--device", help='"cuda:0", or "cpu" for the simulated device (default: the GPU, if there is one)')
-    add("--vram-budget", metavar="SIZE", help='"8GiB", "auto" or "min" (default: a third of the weights)')
-    add("--skip-resident", action="store_true", default=False, help="run streamed only; nothing is compared")
-    add("--output", metavar="FILE", type=Path, help="where to save the image (default: demo-NAME.png)")
+    add("--vram-budget", type=_budget, metavar="SIZE", help='"8GiB", "auto" or "min" (default: a third of the weights)')
+    add("--skip-resident", action="store_true", help="run streamed only; nothing is compared")
+    add("--output", type=_writable, metavar="FILE", help="where to save the image (default: demo-NAME.png)")
     return parser
 
 
@@ -79,14 +80,32 @@ def _positive(text: str) -> int:
     return value
 
 
-_positive.__name__ = "number"  # argparse names it in "invalid number value"
+_positive.__name__ = "number"  # argparse says "invalid number value"
+
+
+def _budget(text: str) -> int | str:
+    """A bare number is an int of bytes; anything else is left to `offload`, once it is known to be a size."""
+    if text.isdecimal():
+        return int(text)
+    if text not in ("auto", "min"):
+        try:
+            parse_bytes(text)
+        except LayerstreamError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+    return text
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no file in an existing folder")
+    return path
 
 
 def _demo(options: argparse.Namespace) -> int:
-    given = vars(options)
-    device = find_device(given.get("device"))
-    output = given.get("output") or Path(f"demo-{Path(options.model).name if options.model else 'standin'}.png")
-    dtype = given.get("dtype", "bfloat16" if options.model else "float32")
+    device = find_device(options.device)
+    output = options.output or Path(f"demo-{Path(options.model).name if options.model else 'standin'}.png")
+    dtype = options.dtype or ("bfloat16" if options.model else "float32")
     is_simulated = device.type == "cpu"
     print(f"layerstream {__version__}, torch {torch.__version__}, device: {'simulated' if is_simulated else device}")
 
@@ -96,10 +115,10 @@ def _demo(options: argparse.Namespace) -> int:
         pipe,
         is_standin=options.model is None,
         seed=options.seed,
-        prompt=given.get("prompt"),
-        num_inference_steps=given.get("steps"),
-        height=given.get("height"),
-        width=given.get("width"),
+        prompt=options.prompt,
+        num_inference_steps=options.steps,
+        height=options.height,
+        width=options.width,
     )
     what = options.model or "an offline stand-in with random weights"
     print(f"{type(pipe).__name__}: {what}, {dtype}, ready after {time.perf_counter() - started:.1f} s\n")
@@ -110,7 +129,7 @@ def _demo(options: argparse.Namespace) -> int:
         resident = demo.run_resident(pipe, call, str(device))
         if resident is None:
             print(f"resident    does not fit on {device} (out of memory); streamed only\n")
-    streamed = demo.run_streamed(pipe, call, str(device), _budget(given.get("vram_budget")))
+    streamed = demo.run_streamed(pipe, call, str(device), options.vram_budget)
     _print_runs(resident, streamed, is_simulated=is_simulated)
 
     is_different = resident is not None and not demo.are_identical(resident.image, streamed.image)
@@ -123,11 +142,6 @@ def _demo(options: argparse.Namespace) -> int:
     demo.save_png(streamed.image, output)
     print(f"saved {output}{'' if options.model else ' (random weights paint noise)'}")
     return 1 if is_different else 0
-
-
-def _budget(text: str | None) -> int | str | None:
-    """A bare number is an int of bytes."""
-    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _print_parts(parts: Sequence[demo.Part]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -90,7 +91,10 @@ def load_pipeline(model: str | None, dtype: torch.dtype) -> Any:
     if model.startswith((".", "/", "~")) and not Path(model).expanduser().is_dir():
         raise PipelineError(f"there is no folder {model}. Give a folder with a model_index.json, or an id on the hub.")
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(str(Path(model).expanduser()), torch_dtype=dtype)
+        with warnings.catch_warnings():
+            # The newer name of the argument is not known to diffusers 0.35.
+            warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
+            return diffusers.DiffusionPipeline.from_pretrained(str(Path(model).expanduser()), torch_dtype=dtype)
     except (OSError, ValueError, ImportError) as exc:
         raise PipelineError(f"diffusers cannot load {model!r}: {exc}") from exc
 
@@ -182,7 +186,7 @@ def save_png(image: torch.Tensor, path: Path) -> None:
     while picture.ndim > 3:
         picture = picture[0]
     pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8)
-    Image.fromarray(pixels.numpy()).save(path)
+    Image.fromarray(pixels.numpy()).save(path, format="PNG")
 
 
 def _run_streamed(pipe: Any, call: Mapping[str, Any], device: str | None, budget: int | str) -> StreamedRun:
@@ -222,12 +226,9 @@ def _run(pipe: Any, call: Mapping[str, Any], num_steps: int | None = None) -> tu
 
 def _new_bytes(module: nn.Module, seen: set[int]) -> int:
     """Bytes of the module's weights that are not in `seen`; adds them to it."""
-    return sum(t.numel() * t.element_size() for t in _weights(module) if not (id(t) in seen or seen.add(id(t))))
-
-
-def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    new = {id(t): t for t in [*module.parameters(), *module.buffers()] if id(t) not in seen}
+    seen.update(new)
+    return sum(t.numel() * t.element_size() for t in new.values())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

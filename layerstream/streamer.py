@@ -15,6 +15,7 @@ ours have run; it is *held*, and never evicted, while its block runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import warnings
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from layerstream import compiled
+from layerstream.absent import nan_scalar
 from layerstream.binding import BoundTensor
 from layerstream.calls import RunningCalls
 from layerstream.device import Device, engine_tensors
@@ -90,9 +92,10 @@ class Streamer:
             with engine_tensors():
                 for place, stand_in in self._stand_ins:
                     getattr(place.module, place.kind)[place.name] = stand_in
+                nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
                 for unit in self._units:
                     self._stored.append(self._store.add(unit.binding))
-                    unit.binding.prepare(unit.spec.index, self._device.torch_device, self.load_absent)
+                    unit.binding.prepare(unit.spec.index, nans, self.load_absent)
                 self._store.pin()
                 self._transfer.make_slots(self.plan.num_slots, self.plan.slot_bytes)
                 for unit in self._units:
@@ -268,7 +271,7 @@ class Streamer:
     # ---- up and down
 
     def _use(self, units: Sequence[int], *, is_touch: bool, is_grad: bool) -> None:
-        """Load, wait and bind; then start loading what is expected next."""
+        """Load what is missing, start loading what is expected next, wait, and bind."""
         held = [*units, *self._held()]
         self._drop_extra_slots(held)
         for unit in units:
@@ -277,6 +280,10 @@ class Streamer:
                 self.stats.num_demand_loads += 1
                 self.stats.num_touch_loads += is_touch
                 self._transfer.load(unit, self._make_room(held))
+        # Before compute is told to wait: what is recorded on its stream after the wait, such as the last block's
+        # release, happens after the wait, and the next load would start a round trip after this one ends.
+        self._prefetch(held)
+        for unit in units:
             views = self._transfer.wait(unit)
             if not self._units[unit].binding.is_present:
                 # Code outside a call may keep, save or pickle what it sees (`state_dict`), which wants weights in
@@ -285,7 +292,6 @@ class Streamer:
                 self._units[unit].binding.present([v.clone() for v in views] if is_outside else views)
             if is_grad and not is_touch:
                 self._seen_grad.add(unit)
-        self._prefetch(held)
 
     def _held(self) -> list[int]:
         """Units that compute is reading, or may read without asking again."""

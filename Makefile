@@ -1,0 +1,50 @@
+# Each target sets up what it needs: Python 3.10 or newer, make and a package index are enough.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types slow gpu-test clean
+
+help:
+	@echo "make demo      run a stand-in pipeline resident and streamed, compare the images (ARGS=... for options)"
+	@echo "make test      the tests that need no GPU"
+	@echo "make lint      ruff: rules and format"
+	@echo "make types     mypy, strict"
+	@echo "make slow      the long tests: examples, documentation, sweeps"
+	@echo "make gpu-test  the tests that need a CUDA GPU"
+	@echo "make clean     remove the virtual environment and caches"
+
+# Made again when what it installs has changed. pip and setuptools come first, because the pins are theirs too.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo]" --group dev
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m layerstream demo $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/python -m mypy
+
+# pytest says 5 when there is no such test.
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
+
+gpu-test: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-*.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

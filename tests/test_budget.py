@@ -1,0 +1,162 @@
+"""Sizes as people write them: parsed once, refused with the text of what to write instead."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerstream.budget import format_bytes, parse_bytes, resolve_budget
+from layerstream.errors import BudgetError
+
+GIB = 2**30
+
+
+def resolve(vram_budget: Any, *, free: int = 20 * GIB, total: int = 24 * GIB) -> int | None:
+    return resolve_budget(vram_budget, free_bytes=free, total_bytes=total)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("8GB", 8 * 10**9),
+        ("8 gb", 8 * 10**9),
+        (" 512 MiB ", 512 * 2**20),
+        ("1.5GiB", 3 * 2**29),
+        (".5KiB", 512),
+        ("2.KB", 2000),
+        ("7b", 7),
+        ("1TiB", 2**40),
+        ("1TB", 10**12),
+        ("1kib", 1024),
+        ("1MB", 10**6),
+    ],
+)
+def test_parse(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", " ", "8", "GiB", "-8GiB", "8 GiBs", "eight GiB", "8Gi B", "1,5GiB", "1e3MiB", "8G\u0456B"])
+def test_unparsable_names_the_text_and_the_units(text: str) -> None:
+    expected = (
+        f"vram_budget {text!r} is not a size. "
+        'Write a number with a unit ("8GiB", "8GB", "512MiB"), an int of bytes, "auto" or "min".'
+    )
+    for parse in (parse_bytes, resolve):
+        with pytest.raises(BudgetError) as error:
+            parse(text)
+        assert str(error.value) == expected
+        assert error.value.budget_bytes is None
+
+
+@given(st.text(max_size=20) | st.from_regex(r"[0-9]{300,400}(\.[0-9]*)? ?GiB", fullmatch=True))
+def test_any_text_is_a_positive_size_or_a_budget_error(text: str) -> None:
+    try:
+        assert (resolve(text) or 1) > 0 or text.strip().lower() == "auto"
+    except BudgetError as error:
+        assert "vram_budget" in str(error)
+
+
+@given(st.integers(0, 2**52), st.sampled_from(["B", "KiB", "MiB", "GiB", "KB", "MB", "GB"]), st.sampled_from(["", " "]))
+def test_whole_numbers_are_exact(number: int, unit: str, space: str) -> None:
+    scale = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}[unit.lower()]
+    if number * scale < 2**53:  # what a float holds exactly: 8 PiB
+        assert parse_bytes(f"{number}{space}{unit}") == number * scale
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (3 * 2**30, "3.0 GiB"),
+        (int(6.25 * 2**30), "6.2 GiB"),
+        (5 * 2**40, "5.0 TiB"),
+        (3000 * 2**40, "3000.0 TiB"),
+        (-(2**20), "-1.0 MiB"),
+    ],
+)
+def test_format(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+@given(st.integers(0, 2**45))
+def test_format_can_be_read_back_to_within_its_last_digit(num_bytes: int) -> None:
+    text = format_bytes(num_bytes)
+    assert re.fullmatch(r"[0-9]+ B|[0-9]+\.[0-9] (Ki|Mi|Gi|Ti)B", text)
+    assert abs(parse_bytes(text) - num_bytes) <= max(1, 0.05 * num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("vram_budget", "message"),
+    [
+        (0, "vram_budget 0 is 0 bytes. Give a positive size"),
+        (-5, "vram_budget -5 is -5 bytes. Give a positive size"),
+        ("0GiB", "vram_budget '0GiB' is 0 bytes. Give a positive size"),
+        ("0.1B", "vram_budget '0.1B' is 0 bytes. Give a positive size"),
+    ],
+)
+def test_not_positive(vram_budget: int | str, message: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(message)) as error:
+        resolve(vram_budget)
+    assert '"auto", or "min"' in str(error.value)
+    assert error.value.budget_bytes in (0, -5)
+
+
+@pytest.mark.parametrize(
+    ("vram_budget", "name"),
+    [(True, "bool (True)"), (8.5, "float (8.5)"), (None, "NoneType (None)"), (b"8GiB", "bytes (b'8GiB')")],
+)
+def test_not_a_size_at_all(vram_budget: Any, name: str) -> None:
+    with pytest.raises(BudgetError) as error:
+        resolve(vram_budget)
+    assert str(error.value) == (
+        f"vram_budget must be an int of bytes or a string, not {name}. " 'Write, for instance, vram_budget="8GiB".'
+    )
+
+
+@pytest.mark.parametrize("vram_budget", ["32GiB", 32 * GIB])
+def test_larger_than_the_device(vram_budget: int | str) -> None:
+    with pytest.raises(BudgetError) as error:
+        resolve(vram_budget)
+    assert str(error.value) == (
+        'vram_budget 32.0 GiB is more than the device has (24.0 GiB). Give at most that, or "auto" for what is free.'
+    )
+    assert error.value.budget_bytes == 32 * GIB
+
+
+def test_as_large_as_the_device_is_allowed_and_free_memory_does_not_limit_it() -> None:
+    # What is free now is no bound: foreign memory may go, and the plan checks what it needs itself.
+    assert resolve("24GiB", free=1) == 24 * GIB
+    assert resolve(1, free=0) == 1
+
+
+@pytest.mark.parametrize("word", ["min", " MIN ", "Min"])
+def test_min_is_left_to_the_plan(word: str) -> None:
+    assert resolve(word) is None
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(20 * GIB, 16 * GIB), (3 * GIB, 2 * GIB), (GIB, 0), (GIB // 2, 0), (0, 0)]
+)
+def test_auto_is_what_is_free_less_a_reserve(free: int, expected: int) -> None:
+    assert resolve("auto", free=free) == expected
+    assert resolve(" Auto", free=free) == expected
+
+
+@given(st.integers(0, 2**40))
+def test_auto_stays_within_what_is_free(free: int) -> None:
+    budget = resolve("auto", free=free, total=2**40)
+    assert budget is not None
+    assert 0 <= budget <= free
+
+
+def test_the_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        resolve("lots")

@@ -27,8 +27,9 @@ from layerstream.units import divide
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-# Who streams which component, so that entering twice is refused; entries go with their modules.
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, LayerStreamer] = weakref.WeakKeyDictionary()
+# Who streams which component, so that entering twice is refused; weak both ways, so that nothing here keeps a
+# pipeline alive that its user has dropped without closing.
+_ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LayerStreamer]] = weakref.WeakKeyDictionary()
 
 
 class LayerStreamer:
@@ -84,7 +85,7 @@ class LayerStreamer:
         streamer.open()
         self._streamer, self._stats, self._plan = streamer, streamer.stats, plan
         for module in components.values():
-            _ACTIVE[module] = self
+            _ACTIVE[module] = weakref.ref(self)
         if not any(spec.is_block for spec in specs):
             _warn_nothing_streams(components)
         return self
@@ -100,7 +101,7 @@ class LayerStreamer:
             return
         streamer.close()
         self._streamer = None
-        for module in [m for m, owner in _ACTIVE.items() if owner is self]:
+        for module in [m for m, owner in _ACTIVE.items() if owner() is self]:
             del _ACTIVE[module]
 
     def __enter__(self) -> LayerStreamer:
@@ -155,7 +156,7 @@ class LayerStreamer:
                 "a function decorated with layerstream.offload() takes the pipeline as its first argument."
             )
         pipe = args[0] if self._pipe is None else self._pipe
-        if any(_ACTIVE.get(module) for module in _components(pipe).values()):
+        if any(module in _ACTIVE for module in _components(pipe).values()):
             return _Already()
         inner = LayerStreamer(pipe, vram_budget=self._vram_budget, device=self._device)
         inner._num_slots = self._num_slots
@@ -275,7 +276,7 @@ def _refuse_active(components: Mapping[str, nn.Module]) -> None:
                 or any(m is component for m in active.modules())
             ):
                 raise AlreadyOffloadedError(
-                    f"`{name}` is streamed by layerstream already ({_ACTIVE[active]!r}). Leave that context, or call "
+                    f"`{name}` is streamed by layerstream already ({_ACTIVE[active]()!r}). Leave that context, or call "
                     "its close(), before entering another."
                 )
 

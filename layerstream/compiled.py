@@ -365,11 +365,9 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
     paths = [path for path, module in root.named_modules(remove_duplicate=False) if id(module) in units and path]
     parents = {path[:end] for path in paths for end in (0, *(at.start() for at in re.finditer(r"\.", path)))}
     # A forward may call that of a base class, which is a function of its own to dynamo.
-    bases = {base for path in parents for base in type(root.get_submodule(path)).__mro__}
-    around = {id(code): code for each in (*map(root.get_submodule, parents), *bases) for code in _forward_codes([each])}
-    for code in _forward_codes(units.values()):
-        around.pop(id(code), None)
-    codes = [code for code in around.values() if not code.co_filename.startswith(_TORCH_DIR)]
+    modules = [root.get_submodule(path) for path in parents]
+    around = _forward_codes([*modules, *(base for module in modules for base in type(module).__mro__)])
+    codes = [code for code in around - _forward_codes(units.values()) if not code.co_filename.startswith(_TORCH_DIR)]
     with _held_lock:
         for code in codes:
             _, count = _held.get(id(code), (code, 0))
@@ -507,7 +505,7 @@ def _self_names(code: CodeType, forwards: frozenset[CodeType]) -> frozenset[str]
     return frozenset(f"L['{name}'][0]" for name in code.co_varnames[first : first + 1])
 
 
-def _forward_codes(modules: Iterable[nn.Module | type]) -> frozenset[CodeType]:
+def _forward_codes(modules: Iterable[object]) -> frozenset[CodeType]:
     return frozenset(code for module in modules for code in _codes_of(getattr(module, "forward", None)))
 
 

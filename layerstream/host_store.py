@@ -97,7 +97,9 @@ class HostStore:
         self._maps = _MemoryMaps.read()
         self._units: list[StoredUnit] = []
         self._locks: list[Range] = []
-        self._ranges = _ranges_of(device)
+        # Memory must not be unmapped while it is page-locked. A pipeline dropped without closing takes its page locks
+        # along: the finaliser holds the storages until they are released.
+        self._release = weakref.finalize(self, _release_locks, device, _ranges_of(device), self._locks, self._units)
         self.pinned_bytes = 0
         self.unpinned_bytes = 0
 
@@ -132,7 +134,7 @@ class HostStore:
             wanted = [r for r in wanted if not self._maps.is_file(r)]
             touched = []
         _touch([s for unit in self._units for s, _ in unit.ranges if _address_range(s) in set(touched)])
-        self._locks = self._ranges.acquire(_merged(_whole_pages(r) for r in wanted))
+        self._locks += _ranges_of(self._device).acquire(_merged(_whole_pages(r) for r in wanted))
         for unit in self._units:
             unit.segments = [segment for source, offset in unit.ranges for segment in self._cut(source, offset)]
             for segment in unit.segments:
@@ -150,10 +152,8 @@ class HostStore:
             )
 
     def close(self) -> None:
-        """Release the page locks. No copy may be in flight."""
-        self._ranges.release(self._locks)
-        self._locks = []
-        self._units = []
+        """Release the page locks; idempotent. No copy may be in flight."""
+        self._release()
 
     def _can_stay(self, bound: BoundTensor) -> bool:
         """The safe rule; see the module's text."""
@@ -188,6 +188,14 @@ class HostStore:
         for piece_start, piece_end, is_pinned in _pieces(start, end, self._locks):
             piece = source[piece_start - start : piece_end - start]
             yield Segment(piece, offset + piece_start - start, is_pinned)
+
+
+def _release_locks(device: Device, ranges: _PageLocks, locks: list[Range], units: list[StoredUnit]) -> None:
+    if locks:
+        device.synchronize()
+        ranges.release(locks)
+    locks.clear()
+    units.clear()
 
 
 # ---- ranges of memory

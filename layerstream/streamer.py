@@ -341,21 +341,22 @@ class Streamer:
         unit = slot.unit
         assert unit is not None
         binding = self._units[unit].binding
+        was_grad = unit in self._seen_grad
         if binding.is_present:
             self._write_back(unit, may_replace=False)
-            was_grad = unit in self._seen_grad
             if was_grad:
-                self._seen_grad.discard(unit)
                 binding.forbid_backward()
-            self._forget_autocast(unit)
+            self._forget_autocast()
             binding.absent()
-            # Graphs hold the weights they saved; those get an error in backward. Any other holder keeps the bytes.
-            # (What a forward keeps of its weights under grad cannot be told from what the graph keeps.)
-            if was_grad:
-                slot.accept_references()
-            elif slot.is_aliased():
-                self._transfer.abandon(unit)
-                slot = self._transfer.slot_of(unit) or slot
+        if was_grad:
+            # Graphs hold the weights they saved; their backward is refused. (What else a forward keeps of its weights
+            # under grad cannot be told from that.)
+            slot.accept_references()
+            self._seen_grad.discard(unit)
+        elif slot.is_aliased():
+            # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes.
+            self._transfer.abandon(unit)
+            slot = self._transfer.slot_of(unit) or slot
         self._transfer.vacate(unit)
         return slot
 
@@ -364,7 +365,7 @@ class Streamer:
         for slot in [s for s in self._transfer.slots if s.is_extra and s.unit not in held]:
             self._evict(slot)
 
-    def _forget_autocast(self, unit: int) -> None:
+    def _forget_autocast(self) -> None:
         """Autocast keeps a cast copy of every parameter until the region ends: the model would pile up."""
         if torch.is_autocast_cache_enabled() and torch.is_autocast_enabled(self._device.torch_device.type):
             torch.clear_autocast_cache()

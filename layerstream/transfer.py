@@ -153,12 +153,12 @@ class TransferEngine:
             raise TransferError(f"unit {unit} loaded into a slot that holds unit {slot.unit}, or loaded twice")
         with engine_tensors():
             slot.prepare(unit, self._stored[unit], self._bindings[unit])
+            # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
+            # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
+            slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
             slot.unit, self._slot_of[unit] = unit, slot
             slot.generation += 1
-            slot.readers = []
-            # The last readers' events; from now on nothing but this copy may touch the slot until `wait`.
-            slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
-            slot.after = []
+            slot.after, slot.readers = [], []
         self._stats.num_loads += 1
         self._stats.loaded_bytes += self._stored[unit].copied_bytes
 
@@ -181,9 +181,10 @@ class TransferEngine:
 
         Records on each reading stream an event that covers whatever was issued up to now.
         """
-        slot = self._slot_of.pop(unit)
-        slot.unit = None
+        slot = self._slot_of[unit]
         slot.after = [*slot.after, *(self._device.record(stream) for stream in slot.readers)]
+        slot.unit = None
+        del self._slot_of[unit]
         if slot.is_extra:
             self.slots.remove(slot)
             self._free(slot.buffer)
@@ -220,9 +221,9 @@ class TransferEngine:
 
     def _add_slot(self, *, is_extra: bool) -> Slot:
         with engine_tensors():
-            buffer = self._allocate(self._slot_bytes)
             # As in `place`: recycled memory may still be read by compute that was issued before.
-            slot = Slot(buffer, self._device.record(self._device.compute_stream()), is_extra=is_extra)
+            issued = self._device.record(self._device.compute_stream())
+            slot = Slot(self._allocate(self._slot_bytes), issued, is_extra=is_extra)
         self.slots.append(slot)
         return slot
 

@@ -9,6 +9,7 @@ silently went without the compiler fails as well.
 from __future__ import annotations
 
 import functools
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -248,6 +249,15 @@ class Streaming:
         for parameter in block.parameters():
             parameter.data = torch.full((), float("nan")).expand(parameter.shape)
             parameter.__class__ = AbsentParameter
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_to_collect() -> Iterator[None]:
+    """A collection after each test (see conftest.py) would walk all of torch and sympy, 0.2 s each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

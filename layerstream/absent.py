@@ -32,30 +32,31 @@ class AbsentRecord(NamedTuple):
     load: Callable[[Sequence[int]], None]
 
 
-# id(tensor) -> record, an entry exactly while its class is absent. Not an attribute of the tensor, which would
-# travel with copies and pickles of it.
-_RECORDS: dict[int, AbsentRecord] = {}
+# The record hangs on the tensor, so that it goes with it, and only while it is absent: whatever copies or pickles the
+# tensor loads it first, so the attribute never travels.
+_RECORD = "_layerstream_absent"
 
 
 def make_absent(tensor: torch.Tensor, placeholder: torch.Tensor, record: AbsentRecord) -> None:
     """Let go of the tensor's bytes: it answers metadata, and loads on any other use."""
     # Data first: once the class is switched, setting `.data` would itself be a use.
     tensor.data = placeholder
-    _RECORDS[id(tensor)] = record
+    setattr(tensor, _RECORD, record)
     tensor.__class__ = AbsentParameter if isinstance(tensor, nn.Parameter) else AbsentTensor
 
 
 def make_present(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Point the tensor at `data`; it is a plain `Parameter` or `Tensor` again."""
     # Class first: the setter would otherwise go through `__torch_function__`.
-    if _RECORDS.pop(id(tensor), None) is not None:
+    if is_absent(tensor):
+        tensor.__dict__.pop(_RECORD, None)
         tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
     tensor.data = data
 
 
 def is_absent(tensor: torch.Tensor) -> bool:
     """Whether the tensor's bytes are elsewhere now."""
-    return id(tensor) in _RECORDS
+    return type(tensor) is AbsentParameter or type(tensor) is AbsentTensor
 
 
 def nan_scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -79,7 +80,7 @@ class _Absent:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _LAYOUT:
-            record = _RECORDS.get(id(args[0]))
+            record = args[0].__dict__.get(_RECORD)
             if record is not None:
                 with torch._C.DisableTorchFunctionSubclass():
                     size, dtype = args[0].size(), args[0].dtype
@@ -110,7 +111,7 @@ def _load_all(used: Any) -> None:
     """Load the units of all absent tensors in `used`, together, so that none evicts another."""
     units: dict[Callable[[Sequence[int]], None], list[int]] = {}
     for leaf in tree_leaves(used):
-        record = _RECORDS.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
+        record = leaf.__dict__.get(_RECORD) if isinstance(leaf, _Absent) else None
         if record is not None:
             units.setdefault(record.load, []).append(record.unit)
     for load, numbers in units.items():

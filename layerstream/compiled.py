@@ -427,7 +427,7 @@ def drop_dynamo_caches(modules: Iterable[nn.Module]) -> int:
     cleared too, so that it tries them again.
 
     Does nothing if dynamo was never imported, and costs microseconds if nothing was compiled. Otherwise guards are
-    read as text: milliseconds per thousand modules compiled as a whole.
+    read as text: 0.1 s for a model of a thousand modules compiled as a whole.
 
     Not seen: code that `torch._dynamo.config.caching_precompile` loaded from disk and that has not run yet.
 

@@ -163,10 +163,11 @@ class Streamer:
             if unit.module is not None and not self.plan.is_resident(unit.spec.index)
         }
         self._interception.install(self, list(roots.values()), blocks)
+        target = self._device.torch_device
         for layout in self._layouts:
-            self._interception.guard_moves(
-                layout.root, layout.name, self._device.torch_device, is_streamed=layout.name in roots
-            )
+            self._interception.guard_moves(layout.root, layout.name, target, is_streamed=layout.name in roots)
+        for block in blocks:
+            self._interception.guard_moves(block, self._units[self._unit_of[id(block)]].spec.name, target, is_streamed=True)
 
     def _move_others(self) -> None:
         """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects."""

@@ -1,0 +1,229 @@
+"""Wrong arguments and wrong moments: a clear error each, and nothing changed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import layerstream
+from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
+
+
+def refused(pipe: Any, error: type[Exception], match: str, **options: Any) -> Exception:
+    device = options.pop("device", None) or adversary()
+    with pytest.raises(error, match=match) as caught:
+        layerstream.offload(pipe, device=device, **options).start()
+    if hasattr(device, "operations"):
+        assert not device.allocated_bytes
+        assert not device.registered
+    return caught.value
+
+
+@pytest.mark.parametrize("pipe", [3, "model.safetensors", object(), [nn.Linear(2, 2)]])
+def test_not_a_pipeline(pipe: Any) -> None:
+    refused(pipe, layerstream.PipelineError, "no diffusers pipeline .* no torch.nn.Module and no dict")
+
+
+@pytest.mark.parametrize(
+    ("pipe", "match"), [({}, "has no modules"), ({"a": 3}, "'a': int"), ({"a": nn.Linear(2, 2), "b": None}, "NoneType")]
+)
+def test_a_dict_that_is_none(pipe: Any, match: str) -> None:
+    refused(pipe, layerstream.PipelineError, match)
+
+
+def test_nothing_streamable_is_whole_and_said_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    before, x = describe(model), torch.randn(2, 4)
+    expected = model(x)
+    device = adversary()
+    with pytest.warns(layerstream.LayerstreamWarning, match=r"no block stacks found in `Sequential`.*register_adapter") as said:
+        streamer = layerstream.offload(model, vram_budget="min", device=device).start()
+    assert len(said) == 1
+    with device.checking():
+        assert torch.equal(model(x), expected)
+    assert device.allocated_bytes > 0
+    streamer.close()
+    assert_restored(model, before)
+
+
+def test_meta_tensors() -> None:
+    model = toy()
+    model.blocks[2].up = nn.Linear(16, 32, device="meta")
+    refused(model, layerstream.PipelineError, r"Toy\.blocks\.2\.up\.weight` is on the meta device")
+
+
+@pytest.mark.parametrize(
+    ("budget", "match"),
+    [
+        (0, "0 is 0 bytes"),
+        (-5, "-5 is -5 bytes"),
+        ("0GiB", "'0GiB' is 0 bytes"),
+        ("eight", "'eight' is not a size"),
+        ("8 gigs", "not a size"),
+        ("-1GiB", "not a size"),
+        (1.5, "not float"),
+        (True, "not bool"),
+        (None, "not NoneType"),
+        ("1PiB", "not a size"),
+        (10_000, r"too small: 2 slot\(s\) for `Toy\.blocks\.\d` .* Raise vram_budget to at least \d+ bytes"),
+        (2**41, r"2.0 TiB is more than the device has \(1.0 TiB\)"),
+    ],
+)
+def test_budgets(budget: Any, match: str) -> None:
+    model = toy()
+    before = describe(model)
+    refused(model, layerstream.BudgetError, match, vram_budget=budget, device=adversary(memory_bytes=2**40))
+    assert_restored(model, before)
+
+
+def test_the_least_budget_that_is_named_works_and_a_byte_less_does_not() -> None:
+    model = toy()
+    expected = run(twin(model))
+    needed = refused(model, layerstream.BudgetError, "too small", vram_budget=1).needed_bytes
+    refused(model, layerstream.BudgetError, "too small", vram_budget=needed - 1)
+    device = adversary()
+    with layerstream.offload(model, vram_budget=needed, device=device):
+        assert_equal(run(model), expected)
+    assert device.peak_allocated_bytes <= needed
+
+
+@pytest.mark.parametrize(
+    ("device", "match"),
+    [("cuda:99", "does not exist"), ("warp", "is not a device"), ("meta", "cannot be streamed to"), (99, "does not exist")],
+)
+def test_devices(device: Any, match: str) -> None:
+    model = toy()
+    before = describe(model)
+    refused(model, layerstream.DeviceError, match, device=device)
+    assert_restored(model, before)
+
+
+def test_entering_twice_and_closing_twice() -> None:
+    model = toy()
+    before = describe(model)
+    streamer = layerstream.offload(model, vram_budget="min", device=adversary())
+    streamer.close()  # before starting: nothing to do
+    with streamer:
+        with pytest.raises(layerstream.StreamerStateError, match="active already"):
+            streamer.start()
+        refused(model, layerstream.AlreadyOffloadedError, "streamed by layerstream already .*active")
+        refused({"part": model.blocks}, layerstream.AlreadyOffloadedError, "`part` is streamed by layerstream already")
+        refused({"all": nn.ModuleList([model])}, layerstream.AlreadyOffloadedError, "streamed by layerstream already")
+        assert streamer.is_active
+        run(model)
+    streamer.close()
+    streamer.close()
+    assert_restored(model, before)
+
+
+def test_a_decorator_is_no_context() -> None:
+    with pytest.raises(layerstream.StreamerStateError, match="is a decorator"):
+        layerstream.offload(vram_budget="8GiB").start()
+    with pytest.raises(layerstream.StreamerStateError, match="first argument"):
+        layerstream.offload(lambda pipe: pipe)()
+    with pytest.raises(layerstream.StreamerStateError, match="no stats yet"):
+        layerstream.offload(toy()).stats()
+
+
+def test_offloaded_by_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = toy()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    refused(model, layerstream.AlreadyOffloadedError, r"offloaded by accelerate \(\w+Hook.*remove_all_hooks")
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+
+
+def test_offloaded_by_diffusers() -> None:
+    hooks = pytest.importorskip("diffusers.hooks")
+    model = toy()
+    hooks.apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    refused(model, layerstream.AlreadyOffloadedError, "offloaded by diffusers .*group_offloading")
+
+
+def test_spread_by_device_map() -> None:
+    model = toy()
+    model.hf_device_map = {"blocks": 0, "head": "cpu"}
+    refused(model, layerstream.AlreadyOffloadedError, r"spread by device_map over \['0', 'cpu'\]")
+    model.hf_device_map = {"": "cpu"}
+    layerstream.offload(model, vram_budget="min", device=adversary()).start().close()
+
+
+MOVES: list[Callable[[nn.Module], object]] = [
+    lambda m: m.to("cuda"),
+    lambda m: m.to("meta"),
+    lambda m: m.cuda(),
+    lambda m: m.to_empty(device="meta"),
+    lambda m: m.to(torch.float16),
+    lambda m: m.half(),
+    lambda m: m.double(),
+    lambda m: nn.Sequential(m).to(torch.float64),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MOVES)))
+def test_moving_or_casting_while_active(number: int) -> None:
+    model = toy()
+    expected, before = run(twin(model)), describe(model)
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        with pytest.raises(layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be (moved|cast).*Leave the offload"):
+            MOVES[number](model)
+        assert_equal(run(model), expected)
+        model.to("cpu")  # where it is
+        model.eval().requires_grad_(True)
+        assert_equal([o.detach() for o in run(model)], expected)
+    assert_restored(model, before)
+    model.to(torch.float64)
+    assert model.blocks[0].up.weight.dtype == torch.float64
+
+
+def test_moving_a_block_while_active() -> None:
+    model = toy()
+    expected = run(twin(model))
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        with pytest.raises(layerstream.MovedWhileStreamingError, match="blocks.3"):
+            model.blocks[3].to(torch.float16)
+        assert_equal(run(model), expected)
+
+
+def test_moving_a_pipeline_while_active() -> None:
+    from layerstream.standins import build_tiny, run_tiny
+
+    pipe = build_tiny("sd3")
+    expected = run_tiny(pipe, "sd3")
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()):
+        for move in (lambda: pipe.to("cuda"), lambda: pipe.to(torch.float16), lambda: pipe.transformer.to("cuda")):
+            with pytest.raises(layerstream.MovedWhileStreamingError):
+                move()
+        # A component that does not stream may be cast, as some pipelines do inside a call.
+        pipe.vae.to(torch.float64)
+        pipe.vae.to(torch.float32)
+        assert torch.equal(run_tiny(pipe, "sd3"), expected)
+    assert torch.equal(run_tiny(pipe, "sd3"), expected)
+
+
+def test_a_cast_that_stays_is_what_the_user_gets() -> None:
+    model = nn.ModuleDict({"vae": nn.Linear(4, 4)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", layerstream.LayerstreamWarning)
+        with layerstream.offload({"vae": model["vae"], "net": toy()}, vram_budget="min", device=adversary()):
+            model["vae"].to(torch.float64)
+    assert model["vae"].weight.dtype == torch.float64
+
+
+def test_adapters_that_are_wrong() -> None:
+    from layerstream.adapters import registry
+
+    model = toy()
+    try:
+        for stacks, match in ((["layers"], "stack `layers` does not exist .* blocks"), (["head"], "without children")):
+            layerstream.register_adapter("Toy", layerstream.Adapter(stacks=stacks))
+            refused(model, layerstream.AdapterError, match)
+        layerstream.register_adapter("Toy", layerstream.Adapter(stacks=["blocks", "blocks.0"]))
+        refused(model, layerstream.AdapterError, "overlap")
+    finally:
+        registry._REGISTERED.clear()

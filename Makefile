@@ -20,9 +20,10 @@ help:
 
 # Made again when what it installs has changed. pip and setuptools come first, because the pins are theirs too.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV); this takes a minute, and happens once."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[demo]" --group dev
+	$(BIN)/python -m pip install -qq --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --no-build-isolation --editable ".[demo]" --group dev
 	@touch $@
 
 demo: $(INSTALLED)

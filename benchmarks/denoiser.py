@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import resource
@@ -170,7 +171,7 @@ def timed(step: Callable[[], torch.Tensor], passes: int, device: torch.device) -
         event.record()
     host_ms = 1e3 * (time.perf_counter() - started) / passes
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
     return {
         "ms_per_pass": round(statistics.median(times), 3),
         "ms_per_pass_range": [round(min(times), 3), round(max(times), 3)],
@@ -266,8 +267,8 @@ def write(records: list[dict[str, Any]], directory: Path, name: str) -> None:
         f"- Command: `{first['command']}`",
         f"- {_WARM_UP_PASSES} warm-up passes, then medians; resident first and last, ratio to their mean.",
         "",
-        "| case | method | plan | ms/pass | link limit | ratio | peak alloc GB | peak reserved GB | enter s | GB/s | exit s "
-        "| GB/pass | stall ms | host RSS GB | equal | error |",
+        "| case | method | plan | ms/pass | link limit | ratio | peak alloc GB | peak reserved GB | enter s | GB/s "
+        "| exit s | GB/pass | stall ms | host RSS GB | equal | error |",
         "|" + "---|" * 16,
     ]
     for r in records:

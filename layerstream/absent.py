@@ -99,6 +99,13 @@ class _Absent:
         return self.__reduce_ex__(protocol)
 
 
+def keep_out_of_graphs(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Let dynamo leave `__torch_function__` alone; `wrap` is `torch.compiler.disable`, which takes 1 s to import."""
+    function = _Absent.__dict__["__torch_function__"].__func__
+    if not hasattr(function, "_torchdynamo_disable"):
+        _Absent.__torch_function__ = classmethod(wrap(function))  # type: ignore[method-assign, assignment]
+
+
 class AbsentParameter(_Absent, nn.Parameter):
     """A parameter whose bytes are not on the device now."""
 

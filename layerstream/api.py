@@ -7,6 +7,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -72,16 +73,21 @@ class LayerStreamer:
             raise StreamerStateError(
                 "this streamer is active already. Leave it (or call close()) before entering again."
             )
-        components = _components(self._pipe)
+        called = _components(self._pipe)
+        components = {name: uncompiled(module) for name, module in called.items()}
         _refuse_active(components)
         refuse_rivals(self._pipe, components)
-        layouts = [adapter_for(module).layout(name, module) for name, module in components.items()]
+        layouts = [
+            replace(adapter_for(module).layout(name, module), called=called[name])
+            for name, module in components.items()
+        ]
         division = divide(layouts)
         device = self._make_device()
         specs = [unit.spec for unit in division.units]
         budget = resolve_budget(self._vram_budget, free_bytes=device.free_bytes(), total_bytes=device.total_bytes())
         plan = make_plan(specs, budget, num_slots=self._num_slots)
         streamer = Streamer(layouts, division, plan, device)
+        streamer.owner = self  # hooks keep the engine alive, the engine keeps us: dropped by its user, it can be closed
         streamer.open()
         self._streamer, self._stats, self._plan = streamer, streamer.stats, plan
         for module in components.values():
@@ -156,7 +162,7 @@ class LayerStreamer:
                 "a function decorated with layerstream.offload() takes the pipeline as its first argument."
             )
         pipe = args[0] if self._pipe is None else self._pipe
-        if any(module in _ACTIVE for module in _components(pipe).values()):
+        if any(uncompiled(module) in _ACTIVE for module in _components(pipe).values()):
             return _Already()
         inner = LayerStreamer(pipe, vram_budget=self._vram_budget, device=self._device)
         inner._num_slots = self._num_slots
@@ -242,7 +248,7 @@ def offload(
 
 
 def _components(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's modules by name; compiled ones by the module inside, each once."""
+    """The pipeline's modules by name, as it calls them (compiled or not), each once."""
     found: Mapping[Any, Any]
     if isinstance(pipe, nn.Module):
         found = {type(uncompiled(pipe)).__name__: pipe}
@@ -260,8 +266,10 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
         )
     components: dict[str, nn.Module] = {}
     for name, module in found.items():
-        if isinstance(module, nn.Module) and not any(uncompiled(module) is known for known in components.values()):
-            components[str(name)] = uncompiled(module)
+        if isinstance(module, nn.Module) and not any(
+            uncompiled(module) is uncompiled(known) for known in components.values()
+        ):
+            components[str(name)] = module
     if not components:
         raise PipelineError(f"{type(pipe).__name__} has no modules: there are no weights to stream.")
     return components
@@ -269,15 +277,14 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
 
 def _refuse_active(components: Mapping[str, nn.Module]) -> None:
     for name, component in components.items():
-        for active in list(_ACTIVE):
-            if (
-                active is component
-                or any(m is active for m in component.modules())
-                or any(m is component for m in active.modules())
-            ):
+        inside = set(component.modules())
+        for active, owner in list(_ACTIVE.items()):
+            if active in inside or any(module is component for module in active.modules()):
+                streamer = owner()
                 raise AlreadyOffloadedError(
-                    f"`{name}` is streamed by layerstream already ({_ACTIVE[active]()!r}). Leave that context, or call "
-                    "its close(), before entering another."
+                    f"`{name}` is streamed by layerstream already ({streamer!r}). Leave that context, or call its "
+                    "close(), before entering another. (This error's `.streamer` is it, should you have lost it.)",
+                    streamer=streamer,
                 )
 
 

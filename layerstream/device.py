@@ -193,7 +193,7 @@ class CudaDevice:
 
     def pinned_staging(self, num_bytes: int) -> torch.Tensor | None:
         try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError:
             _clear_sticky_error()
             return None

@@ -39,7 +39,15 @@ class DeviceError(LayerstreamError, ValueError):
 
 
 class AlreadyOffloadedError(LayerstreamError, RuntimeError):
-    """The pipeline is under another offloader (layerstream, accelerate, diffusers, `device_map`)."""
+    """The pipeline is under another offloader (layerstream, accelerate, diffusers, `device_map`).
+
+    Attributes:
+        streamer: the `LayerStreamer` that streams it, when it is layerstream; its `close()` ends that.
+    """
+
+    def __init__(self, message: str, *, streamer: object = None) -> None:
+        super().__init__(message)
+        self.streamer = streamer
 
 
 class StreamerStateError(LayerstreamError, RuntimeError):

@@ -7,7 +7,7 @@ which copies the hook with it, finds nothing and does nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -34,27 +34,30 @@ class Interception:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self._compile_undo: list[Callable[[], object]] = []
         self._hooked: list[nn.Module] = []
 
-    def install(self, listener: Listener, roots: Sequence[nn.Module], blocks: Mapping[nn.Module, nn.Module]) -> None:
+    def install(self, listener: Listener, roots: Iterable[nn.Module], blocks: Mapping[nn.Module, nn.Module]) -> None:
         """Hook the streamed blocks and the roots of their components.
 
         Args:
-            blocks: each streamed block and its component's root.
+            blocks: each streamed block and what the pipeline calls to run it: its root, or that root compiled.
         """
+        roots = list(roots)
         # Weights must be there before anybody's pre-hook looks, and an exception must not leave a block running.
         enter_root = compiled.compile_safe(lambda module, args: listener.enter_root(module))
         leave_root = compiled.compile_safe(lambda module, args, output: listener.leave_root(module))
         enter_block = compiled.compile_safe(lambda module, args: listener.enter_block(module))
         leave_block = compiled.compile_safe(lambda module, args, output: listener.leave_block(module, output))
         self._hooked = [*roots, *blocks]
+        for called in dict.fromkeys(blocks.values()):
+            own = [block for block, of in blocks.items() if of is called]
+            self._compile_undo.append(compiled.exchange_for_block_compile(called, own))
+            self._compile_undo.append(compiled.keep_eager_around(called, own))
         for modules, enter, leave in ((roots, enter_root, leave_root), (list(blocks), enter_block, leave_block)):
             for module in modules:
                 self._undo.append(module.register_forward_pre_hook(enter, prepend=True).remove)
                 self._undo.append(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
-        for root in roots:
-            own = [block for block, of in blocks.items() if of is root]
-            self._undo.append(compiled.exchange_for_block_compile(root, own))
         compiled.drop_dynamo_caches(self._hooked)
 
     def guard_moves(self, component: nn.Module, name: str, device: torch.device, *, is_streamed: bool) -> None:
@@ -71,8 +74,11 @@ class Interception:
         """Take everything off; idempotent."""
         while self._undo:
             self._undo.pop()()
+        # While the whole is still out of the way: what was compiled for it stays, and is used again.
         compiled.drop_dynamo_caches(self._hooked)
         self._hooked = []
+        while self._compile_undo:
+            self._compile_undo.pop()()
 
 
 class _Guarded:

@@ -189,7 +189,7 @@ class SimulatedDevice:
                 f"simulated device: {num_bytes} bytes asked for, {self.free_bytes()} of {self.memory_bytes} free"
             )
         # Over-allocated by one alignment so that the slot can start on a boundary, as a GPU allocation does.
-        raw = torch.empty(num_bytes + 256, dtype=torch.uint8)
+        raw = torch.empty(num_bytes + 256, dtype=torch.uint8, device="cpu")
         shift = -raw.data_ptr() % 256
         buffer = raw[shift : shift + num_bytes]
         if self.is_poisoned:
@@ -288,7 +288,7 @@ class SimulatedDevice:
             del self.registered[address]
 
     def pinned_staging(self, num_bytes: int) -> torch.Tensor | None:
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def synchronize(self) -> None:
         self._run_copies(until=None)

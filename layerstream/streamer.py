@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from layerstream import compiled
-from layerstream.absent import nan_scalar
+from layerstream.absent import keep_out_of_graphs, nan_scalar
 from layerstream.binding import BoundTensor
 from layerstream.calls import RunningCalls
 from layerstream.device import Device, engine_tensors
@@ -51,6 +51,7 @@ class Streamer:
     def __init__(self, layouts: Sequence[ComponentLayout], division: Division, plan: Plan, device: Device) -> None:
         self.plan = plan
         self.stats = Stats()
+        self.owner: object = None
         self._layouts = layouts
         self._units = division.units
         self._places = division.places
@@ -88,6 +89,7 @@ class Streamer:
         """Start streaming. Whatever fails, the pipeline is as it was before the error leaves."""
         started = time.perf_counter()
         self._refuse_compiled_wholes()
+        keep_out_of_graphs(compiled.compile_safe)
         try:
             with engine_tensors():
                 for place, stand_in in self._stand_ins:
@@ -140,7 +142,7 @@ class Streamer:
 
     def _refuse_compiled_wholes(self) -> None:
         for layout in self._streamed_layouts():
-            compiled.refuse_fullgraph(layout.root, layout.name)
+            compiled.refuse_fullgraph(layout.outermost, layout.name)
 
     def _streamed_layouts(self) -> list[ComponentLayout]:
         streamed = {u.spec.component for u in self._units if not self.plan.is_resident(u.spec.index)}
@@ -150,24 +152,27 @@ class Streamer:
         streamed = self._streamed_layouts()
         roots = {layout.name: layout.root for layout in streamed}
         for layout in streamed:
-            if compiled.describe_compiled(layout.root) is not None:
+            if compiled.describe_compiled(layout.outermost) is not None:
                 warnings.warn(
                     f"`{layout.name}` is compiled as a whole; while it streams, its blocks are compiled one by one "
                     "instead (the same code for all that are alike).",
                     LayerstreamWarning,
                     stacklevel=5,
                 )
+        outermost = {layout.name: layout.outermost for layout in streamed}
         blocks = {
-            unit.module: roots[unit.spec.component]
+            unit.module: outermost[unit.spec.component]
             for unit in self._units
             if unit.module is not None and not self.plan.is_resident(unit.spec.index)
         }
-        self._interception.install(self, list(roots.values()), blocks)
+        self._interception.install(self, roots.values(), blocks)
         target = self._device.torch_device
         for layout in self._layouts:
             self._interception.guard_moves(layout.root, layout.name, target, is_streamed=layout.name in roots)
         for block in blocks:
-            self._interception.guard_moves(block, self._units[self._unit_of[id(block)]].spec.name, target, is_streamed=True)
+            self._interception.guard_moves(
+                block, self._units[self._unit_of[id(block)]].spec.name, target, is_streamed=True
+            )
 
     def _move_others(self) -> None:
         """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects."""

@@ -32,12 +32,18 @@ class ComponentLayout:
 
     Attributes:
         is_repeated: it runs many times a call (a denoiser, not a text encoder).
+        called: the module that the pipeline calls, where that is `torch.compile(root)`; `root` itself otherwise.
     """
 
     name: str
     root: nn.Module
     stacks: tuple[StackLayout, ...]
     is_repeated: bool = False
+    called: nn.Module | None = None
+
+    @property
+    def outermost(self) -> nn.Module:
+        return self.root if self.called is None else self.called
 
 
 @dataclass(eq=False)

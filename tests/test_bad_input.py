@@ -41,7 +41,9 @@ def test_nothing_streamable_is_whole_and_said_once() -> None:
     before, x = describe(model), torch.randn(2, 4)
     expected = model(x)
     device = adversary()
-    with pytest.warns(layerstream.LayerstreamWarning, match=r"no block stacks found in `Sequential`.*register_adapter") as said:
+    with pytest.warns(
+        layerstream.LayerstreamWarning, match=r"no block stacks found in `Sequential`.*register_adapter"
+    ) as said:
         streamer = layerstream.offload(model, vram_budget="min", device=device).start()
     assert len(said) == 1
     with device.checking():
@@ -94,7 +96,12 @@ def test_the_least_budget_that_is_named_works_and_a_byte_less_does_not() -> None
 
 @pytest.mark.parametrize(
     ("device", "match"),
-    [("cuda:99", "does not exist"), ("warp", "is not a device"), ("meta", "cannot be streamed to"), (99, "does not exist")],
+    [
+        ("cuda:99", "does not exist"),
+        ("warp", "is not a device"),
+        ("meta", "cannot be streamed to"),
+        (99, "does not exist"),
+    ],
 )
 def test_devices(device: Any, match: str) -> None:
     model = toy()
@@ -170,7 +177,9 @@ def test_moving_or_casting_while_active(number: int) -> None:
     model = toy()
     expected, before = run(twin(model)), describe(model)
     with layerstream.offload(model, vram_budget="min", device=adversary()):
-        with pytest.raises(layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be (moved|cast).*Leave the offload"):
+        with pytest.raises(
+            layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be (moved|cast).*Leave the offload"
+        ):
             MOVES[number](model)
         assert_equal(run(model), expected)
         model.to("cpu")  # where it is

@@ -21,7 +21,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 class Piece(nn.Module):
     """A block of random tensors, all of which reach the output."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], make: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], make: Callable[..., torch.Tensor]
+    ) -> None:
         super().__init__()
         for number, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
             tensor = make(shape).to(dtype)
@@ -36,7 +38,11 @@ class Piece(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.steps += 1
         for tensor in [*self.parameters(), *self.buffers()]:
-            x = x * 0.5 + tensor.to(x.dtype).sum() * 0.1 + tensor.numel() + tensor.stride(0) if tensor.ndim else x + tensor
+            x = (
+                x * 0.5 + tensor.to(x.dtype).sum() * 0.1 + tensor.numel() + tensor.stride(0)
+                if tensor.ndim
+                else x + tensor
+            )
         return x
 
 
@@ -56,7 +62,9 @@ class Random(nn.Module):
 
 
 shapes = st.lists(
-    st.sampled_from([(), (1,), (7,), (3, 5), (16, 16), (0, 4), (2, 3, 4), (130, 67), (600, 500)]), min_size=1, max_size=5
+    st.sampled_from([(), (1,), (7,), (3, 5), (16, 16), (0, 4), (2, 3, 4), (130, 67), (600, 500)]),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -131,4 +139,3 @@ def test_any_model_any_budget_any_order(
             assert int(a.steps) == int(b.steps)
     assert device.allocated_bytes == 0
     assert not device.registered
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
@@ -497,7 +498,7 @@ def test_streams_of_the_caller_are_read_at_each_use() -> None:
     model, resident = toy(), toy()
     device = adversary()
     with offloaded(model, device), device.checking():
-        for number in range(4):
+        for _ in range(4):
             with device.use_stream(device.new_stream()):
                 assert_equal(run(model, 1), run(resident, 1))
         assert_equal(run(model), run(resident))
@@ -667,3 +668,42 @@ def test_repr_counts() -> None:
     with streamer:
         assert "active, 0 blocks resident, 6 streamed through 2 slots" in repr(streamer)
     assert "closed" in repr(streamer)
+
+
+def test_default_device_and_dtype_of_the_caller_do_not_matter() -> None:
+    model = toy()
+    expected = run(twin(model))
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            streamer = offloaded(model, adversary()).start()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(run(model), expected)
+    with torch.device("meta"):
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        streamer.close()
+    assert not any(value.is_meta for value in state.values())
+    assert_equal(run(model), expected)
+
+
+def test_a_streamer_that_its_user_lost_can_be_closed() -> None:
+    model = toy()
+    before = describe(model)
+    offloaded(model, adversary()).start()
+    with pytest.raises(layerstream.AlreadyOffloadedError) as refused:
+        layerstream.offload(model).start()
+    assert isinstance(refused.value.streamer, layerstream.LayerStreamer)
+    refused.value.streamer.close()
+    assert_restored(model, before)
+
+
+def test_a_pipeline_dropped_without_closing_gives_its_page_locks_back() -> None:
+    device = adversary()
+    model = toy()
+    offloaded(model, device).start()
+    run(model, 1)
+    assert device.registered
+    del model
+    gc.collect()
+    assert not device.registered

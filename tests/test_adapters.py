@@ -1,0 +1,481 @@
+"""Which stacks are found in real classes and toy ones, and how a user's adapter takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layerstream.adapters import registry
+from layerstream.adapters.base import Adapter
+from layerstream.adapters.generic import GenericAdapter
+from layerstream.adapters.registry import adapter_for, register_adapter
+from layerstream.errors import AdapterError
+from layerstream.units import divide
+
+
+@pytest.fixture(autouse=True)
+def clean_registry() -> Iterator[None]:
+    before = dict(registry._REGISTERED)
+    yield
+    registry._REGISTERED.clear()
+    registry._REGISTERED.update(before)
+
+
+def found(component: nn.Module) -> list[str]:
+    return list(GenericAdapter().find_stacks(component))
+
+
+def block_names(component: nn.Module, adapter: Adapter | None = None) -> list[str]:
+    layout = (adapter or GenericAdapter()).layout("net", component)
+    return [name for stack in layout.stacks for name, _ in stack.blocks]
+
+
+# ---- real classes, on the meta device: a description needs no weights
+
+
+def diffusion_model(name: str, **config: Any) -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        return getattr(diffusers, name)(**config)
+
+
+SD3 = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 16,
+}
+FLUX = {
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (4, 4, 8),
+}
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 3,
+}
+VAE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "layers_per_block": 2,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "stacks"),
+    [
+        ("SD3Transformer2DModel", SD3, ["transformer_blocks"]),
+        ("FluxTransformer2DModel", FLUX, ["transformer_blocks", "single_transformer_blocks"]),
+        ("WanTransformer3DModel", WAN, ["blocks"]),
+    ],
+)
+def test_denoisers(name: str, config: dict[str, Any], stacks: list[str]) -> None:
+    model = diffusion_model(name, **config)
+    layout = GenericAdapter().layout("transformer", model)
+    assert [s.name for s in layout.stacks] == stacks
+    assert layout.is_repeated
+    for stack in layout.stacks:
+        container = model.get_submodule(stack.name)
+        assert stack.blocks == tuple((f"{stack.name}.{i}", block) for i, block in enumerate(container))
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderTiny"])
+def test_autoencoders_stay_whole(name: str) -> None:
+    model = diffusion_model(name, **(VAE if name == "AutoencoderKL" else {}))
+    assert found(model) == []
+    assert not GenericAdapter().find_repeated(model)
+
+
+def test_unet_by_its_nested_stacks() -> None:
+    model = diffusion_model(
+        "UNet2DConditionModel",
+        sample_size=16,
+        block_out_channels=(32, 64),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        transformer_layers_per_block=2,
+    )
+    stacks = found(model)
+    assert "down_blocks" not in stacks, "unlike children are looked into"
+    assert {"down_blocks.0.attentions", "down_blocks.0.resnets", "down_blocks.1.resnets"} <= set(stacks)
+    assert "mid_block.attentions.0.transformer_blocks" in stacks
+    assert GenericAdapter().find_repeated(model)
+    assert len(block_names(model)) == len(set(block_names(model)))
+    GenericAdapter().layout("unet", model)
+
+
+def test_blocks_of_sdxl_are_a_small_part_of_it() -> None:
+    # Two slots of the largest block are the least that works; where one block is half the model, nothing is gained.
+    model = diffusion_model("UNet2DConditionModel", **SDXL)
+    layout = GenericAdapter().layout("unet", model)
+    total = sum(p.numel() for p in model.parameters())
+    largest, name = max((sum(p.numel() for p in m.parameters()), n) for s in layout.stacks for n, m in s.blocks)
+    assert largest <= 0.2 * total, f"{name} is {largest / total:.0%} of the model"
+
+
+def text_encoder(name: str, config: str, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        return getattr(transformers, name)(getattr(transformers, config)(**options))
+
+
+QWEN = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "options", "ends", "counts"),
+    [
+        (
+            "T5EncoderModel",
+            "T5Config",
+            {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2},
+            ["encoder.block"],
+            [3],
+        ),
+        (
+            "CLIPTextModel",
+            "CLIPTextConfig",
+            {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2},
+            ["encoder.layers"],  # inside `text_model` in some versions of transformers
+            [3],
+        ),
+        ("Qwen3Model", "Qwen3Config", {**QWEN, "head_dim": 16}, ["layers"], [3]),
+        (
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen2_5_VLConfig",
+            {
+                "text_config": {
+                    **QWEN,
+                    "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]},
+                },
+                "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
+            },
+            ["visual.blocks", "language_model.layers"],
+            [2, 3],
+        ),
+    ],
+)
+def test_text_encoders(name: str, config: str, options: dict[str, Any], ends: Sequence[str], counts: list[int]) -> None:
+    model = text_encoder(name, config, **options)
+    layout = GenericAdapter().layout("text_encoder", model)
+    assert len(layout.stacks) == len(ends)
+    for stack, end in zip(layout.stacks, ends, strict=True):
+        assert stack.name == end or stack.name.endswith(f".{end}")
+    assert [len(s.blocks) for s in layout.stacks] == counts
+    assert not layout.is_repeated
+
+
+# ---- structure
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+class OtherBlock(Block):
+    pass
+
+
+def net(**children: nn.Module) -> nn.Module:
+    root = nn.Module()
+    for name, child in children.items():
+        root.add_module(name, child)
+    return root
+
+
+def blocks(count: int = 3, cls: type[Block] = Block, width: int = 4) -> nn.ModuleList:
+    return nn.ModuleList(cls(width) for _ in range(count))
+
+
+def test_stacks_in_the_order_of_definition_as_far_out_as_possible() -> None:
+    assert found(net(down=blocks(), head=nn.Linear(2, 2), inner=net(up=blocks()))) == ["down", "inner.up"]
+
+
+def encoder() -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3, enable_nested_tensor=False)
+
+
+def test_transformer_encoder_and_decoder_are_not_taken_apart() -> None:
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2), 3)
+    assert found(net(encoder=encoder(), decoder=decoder, blocks=blocks())) == ["blocks"]
+    # A list of whole encoders is a list of blocks as any other.
+    assert found(net(encoders=nn.ModuleList([encoder(), encoder()]))) == ["encoders"]
+
+
+class EncoderSubclass(nn.TransformerEncoder):
+    pass
+
+
+@pytest.mark.parametrize("cls", [nn.TransformerEncoder, EncoderSubclass])
+def test_component_that_is_a_transformer_encoder_is_not_taken_apart(cls: type[nn.TransformerEncoder]) -> None:
+    assert found(cls(nn.TransformerEncoderLayer(8, 2), 3, enable_nested_tensor=False)) == []
+
+
+def test_list_of_lists_is_looked_into() -> None:
+    assert found(net(stages=nn.ModuleList([blocks(2), blocks(3)]))) == ["stages.0", "stages.1"]
+
+
+def test_list_of_unlike_children_is_looked_into() -> None:
+    assert found(net(mixed=nn.ModuleList([Block(), OtherBlock()]))) == ["mixed.0.inner", "mixed.1.inner"]
+
+
+def test_unlike_children_that_the_author_calls_blocks_are_a_stack() -> None:
+    class Net(nn.Module):
+        _no_split_modules = ("Block",)
+        _repeated_blocks = ("OtherBlock",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed = nn.ModuleList([Block(), OtherBlock(), Block()])
+            self.partly = nn.ModuleList([Block(), nn.Linear(4, 4)])
+
+    assert found(Net()) == ["mixed", "partly.0.inner"]
+
+
+@pytest.mark.parametrize("declared", [None, "Block", ["Block", 3], {"Block"}])
+def test_odd_declarations_of_blocks_do_no_harm(declared: Any) -> None:
+    root = net(blocks=blocks())
+    type(root)
+    cls = type("Net", (nn.Module,), {"_no_split_modules": declared})
+    outer = cls()
+    outer.inner = root
+    assert found(outer) == ["inner.blocks"]
+
+
+def test_a_single_child_is_no_stack() -> None:
+    assert found(net(one=nn.ModuleList([Block()]))) == ["one.0.inner"]
+
+
+def test_children_without_weights_do_not_count() -> None:
+    root = net(list=nn.ModuleList([Block(), nn.Identity(), Block()]), dropouts=nn.ModuleList([nn.Dropout(), nn.Dropout()]))
+    assert found(root) == ["list"]
+    assert block_names(root) == ["list.0", "list.2"]
+
+
+def test_lists_of_far_smaller_modules_are_left_in_the_base() -> None:
+    root = net(blocks=blocks(3, width=64), gates=nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
+    assert found(root) == ["blocks"]
+
+
+def test_a_block_listed_several_times_is_one_block() -> None:
+    shared = Block()
+    root = net(blocks=nn.ModuleList([shared, Block(), shared]))
+    assert block_names(root) == ["blocks.0", "blocks.1"]
+    assert len(divide([GenericAdapter().layout("net", root)]).units) == 2
+
+
+def test_no_stacks() -> None:
+    for root in (nn.Linear(2, 2), nn.Module(), nn.Sequential(nn.Linear(2, 2), nn.ReLU())):
+        layout = GenericAdapter().layout("net", root)
+        assert layout.stacks == ()
+
+
+def test_every_layout_can_be_divided() -> None:
+    root = net(stages=nn.ModuleList([blocks(2), blocks(3)]), mixed=nn.ModuleList([Block(), OtherBlock()]))
+    units = divide([GenericAdapter().layout("net", root)]).units
+    assert sum(len(u.binding.tensors) for u in units) == len(list(root.parameters()))
+
+
+# ---- a user's adapter
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = blocks(2)
+        self.second = blocks(3)
+        self.mixed = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.empty = nn.ModuleList()
+        self.activation = nn.ReLU()
+
+
+class Child(Model):
+    pass
+
+
+def test_stacks_by_name_in_the_order_given() -> None:
+    layout = Adapter(stacks=["second", "mixed"], is_repeated=True).layout("net", Model())
+    assert [s.name for s in layout.stacks] == ["second", "mixed"]
+    assert [n for n, _ in layout.stacks[1].blocks] == ["mixed.0", "mixed.1"]
+    assert layout.is_repeated
+    assert (layout.name, Adapter().layout("x", Model()).is_repeated) == ("net", False)
+
+
+def test_without_stacks_the_component_is_one_unit() -> None:
+    layout = Adapter().layout("net", Model())
+    assert layout.stacks == ()
+    assert [u.spec.name for u in divide([layout]).units] == ["net (base)"]
+
+
+def test_resident_blocks_are_not_blocks() -> None:
+    model = Model()
+    adapter = Adapter(stacks=["first", "second"], resident=["first.0", "second.2"])
+    assert block_names(model, adapter) == ["first.1", "second.0", "second.1"]
+    base = divide([adapter.layout("net", model)]).units[0]
+    names = {b.name for b in base.binding.tensors}
+    assert {"net.first.0.inner.0.weight", "net.second.2.inner.1.bias"} <= names
+
+
+def test_find_stacks_may_depend_on_the_component() -> None:
+    class Even(Adapter):
+        def find_stacks(self, component: nn.Module) -> Sequence[str]:
+            return [n for n, m in component.named_children() if isinstance(m, nn.ModuleList) and len(m) % 2 == 0 and len(m)]
+
+        def find_repeated(self, component: nn.Module) -> bool:
+            return isinstance(component, Child)
+
+    assert block_names(Model(), Even()) == ["first.0", "first.1"]
+    assert [Even().layout("net", m()).is_repeated for m in (Model, Child)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "what"),
+    [(Adapter(stacks=["third"]), "stack `third`"), (Adapter(stacks=["first"], resident=["first.9"]), "resident block `first.9`")],
+)
+def test_unknown_names(adapter: Adapter, what: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        adapter.layout("net", Model())
+    lists = "first, first.0.inner, first.1.inner, second, second.0.inner, second.1.inner, second.2.inner, empty"
+    assert str(error.value) == f"{what} does not exist in `net` (Model). Its module lists are: {lists}."
+
+
+def test_unknown_name_where_there_are_no_lists() -> None:
+    with pytest.raises(AdapterError, match=r"does not exist in `net` \(Linear\)\. Its module lists are: none\.$"):
+        Adapter(stacks=["blocks"]).layout("net", nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("stack", "kind"), [("activation", "ReLU"), ("empty", "ModuleList")])
+def test_stack_without_children(stack: str, kind: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        Adapter(stacks=[stack]).layout("net", Model())
+    assert str(error.value) == (
+        f"stack `{stack}` of `net` (Model) is a {kind} without children. "
+        "Name the container whose children are the blocks."
+    )
+
+
+def test_stack_inside_another_is_refused_when_divided() -> None:
+    layout = Adapter(stacks=["first", "first.0.inner"]).layout("net", Model())
+    with pytest.raises(AdapterError, match="overlap"):
+        divide([layout])
+
+
+def test_the_component_itself_as_a_stack() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    names = block_names(model, Adapter(stacks=[""], resident=["1"]))
+    assert names == ["0"]
+
+
+# ---- the registry
+
+
+def test_registered_by_class_and_by_name() -> None:
+    by_class, by_name = Adapter(stacks=["first"]), Adapter(stacks=["second"])
+    register_adapter(Model, by_class)
+    register_adapter("OtherBlock", by_name)
+    assert adapter_for(Model()) is by_class
+    assert adapter_for(OtherBlock()) is by_name
+    assert isinstance(adapter_for(Block()), GenericAdapter)
+
+
+def test_subclasses_take_the_adapter_of_the_nearest_class() -> None:
+    for_model, for_child, for_any = Adapter(stacks=["first"]), Adapter(stacks=["second"]), Adapter()
+    register_adapter("Module", for_any)
+    register_adapter("Model", for_model)
+    assert adapter_for(Child()) is for_model
+    register_adapter(Child, for_child)
+    assert adapter_for(Child()) is for_child
+    assert adapter_for(Model()) is for_model
+    assert adapter_for(nn.Linear(1, 1)) is for_any
+
+
+def test_a_later_registration_replaces_an_earlier() -> None:
+    first, second = Adapter(stacks=["first"]), Adapter(stacks=["second"])
+    register_adapter(Model, first)
+    register_adapter(Model, second)
+    assert adapter_for(Model()) is second
+
+
+def test_a_later_registration_by_name_replaces_an_earlier_by_class() -> None:
+    first, second = Adapter(stacks=["first"]), Adapter(stacks=["second"])
+    register_adapter(Model, first)
+    register_adapter("Model", second)
+    assert adapter_for(Model()) is second
+
+
+@pytest.mark.parametrize("target", [3, None, int, Model(), Adapter])
+def test_bad_target(target: Any) -> None:
+    with pytest.raises(AdapterError) as error:
+        register_adapter(target, Adapter())
+    assert str(error.value) == f"register_adapter needs a subclass of torch.nn.Module or a class name, not {target!r}."
+    assert registry._REGISTERED == {}
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter, ["blocks"], "blocks"])
+def test_bad_adapter(adapter: Any) -> None:
+    with pytest.raises(AdapterError) as error:
+        register_adapter(Model, adapter)
+    assert str(error.value) == (
+        f"register_adapter needs an Adapter instance, not {adapter!r}. Adapter(stacks=[...]) makes one."
+    )
+    assert registry._REGISTERED == {}
+
+
+def test_stacks_given_as_a_string_are_refused() -> None:
+    """`Adapter(stacks="layers")` would be read as the stacks l, a, y, ..."""
+    with pytest.raises(AdapterError, match="layers"):
+        Adapter(stacks="layers").layout("net", Model())

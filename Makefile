@@ -14,7 +14,7 @@ help:
 	@echo "make test      the tests that need no GPU"
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy, strict"
-	@echo "make slow      the long tests: examples, documentation, sweeps"
+	@echo "make slow      the long tests: examples, the stand-in demo, a wheel, sweeps"
 	@echo "make gpu-test  the tests that need a CUDA GPU"
 	@echo "make clean     remove the virtual environment and caches"
 

@@ -42,7 +42,7 @@ def make_absent(tensor: torch.Tensor, placeholder: torch.Tensor, record: AbsentR
     # Data first: once the class is switched, setting `.data` would itself be a use.
     tensor.data = placeholder
     setattr(tensor, _RECORD, record)
-    tensor.__class__ = AbsentParameter if isinstance(tensor, nn.Parameter) else AbsentTensor
+    tensor.__class__ = AbsentParameter if type(tensor) is nn.Parameter else AbsentTensor
 
 
 def make_present(tensor: torch.Tensor, data: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ def make_present(tensor: torch.Tensor, data: torch.Tensor) -> None:
     # Class first: the setter would otherwise go through `__torch_function__`.
     if is_absent(tensor):
         tensor.__dict__.pop(_RECORD, None)
-        tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
+        tensor.__class__ = nn.Parameter if type(tensor) is AbsentParameter else torch.Tensor
     tensor.data = data
 
 

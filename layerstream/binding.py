@@ -90,9 +90,9 @@ class UnitBinding:
 
     def absent(self) -> None:
         """Let go of the bytes. What the tensors pointed at may be overwritten from now on."""
+        self.is_present = False  # first: interrupted half-way, the unit is bound anew at its next use
         for bound, placeholder, record in zip(self.tensors, self._placeholders, self._records, strict=True):
             make_absent(bound.tensor, placeholder, record)
-        self.is_present = False
 
     def written(self) -> list[BoundTensor]:
         """Tensors that were written in place, or pointed elsewhere, since they were bound."""

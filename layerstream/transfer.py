@@ -90,7 +90,6 @@ class TransferEngine:
         self._bindings = bindings
         self._stats = stats
         self._residents: list[torch.Tensor] = []
-        self._slot_of: dict[int, Slot] = {}
         self._slot_bytes = 0
         self._device_bytes = 0
         self._stalls: deque[Any] = deque()
@@ -126,13 +125,13 @@ class TransferEngine:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
         for buffer in [*self._residents, *(slot.buffer for slot in self.slots)]:
             self._device.free(buffer)
-        self._residents, self.slots, self._slot_of, self._staging = [], [], {}, None
+        self._residents, self.slots, self._staging = [], [], None
 
     # ---- one unit's way into a slot and out of it
 
     def slot_of(self, unit: int) -> Slot | None:
         """The slot that holds `unit`, or into which it is being loaded."""
-        return self._slot_of.get(unit)
+        return next((s for s in self.slots if s.unit == unit), None)
 
     def free_slot(self) -> Slot | None:
         """A planned slot without a unit. Extra slots are for the use that made them and no other."""
@@ -149,22 +148,22 @@ class TransferEngine:
         Raises:
             TransferError: the slot holds another unit, or the unit is in another slot.
         """
-        if slot.unit is not None or unit in self._slot_of:
+        if slot.unit is not None or self.slot_of(unit) is not None:
             raise TransferError(f"unit {unit} loaded into a slot that holds unit {slot.unit}, or loaded twice")
         with engine_tensors():
             slot.prepare(unit, self._stored[unit], self._bindings[unit])
             # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
             # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
             slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
-            slot.unit, self._slot_of[unit] = unit, slot
             slot.generation += 1
             slot.after, slot.readers = [], []
+            slot.unit = unit
         self._stats.num_loads += 1
         self._stats.loaded_bytes += self._stored[unit].copied_bytes
 
     def wait(self, unit: int) -> list[torch.Tensor]:
         """Queue this thread's compute behind the load of `unit`; returns the unit's views."""
-        slot = self._slot_of[unit]
+        slot = self._holding(unit)
         stream = self._device.compute_stream()
         if stream not in slot.readers:
             marker = self._device.start_stall(stream, slot.ready)
@@ -181,25 +180,29 @@ class TransferEngine:
 
         Records on each reading stream an event that covers whatever was issued up to now.
         """
-        slot = self._slot_of[unit]
+        slot = self._holding(unit)
         slot.after = [*slot.after, *(self._device.record(stream) for stream in slot.readers)]
         slot.unit = None
-        del self._slot_of[unit]
         if slot.is_extra:
             self.slots.remove(slot)
             self._free(slot.buffer)
 
     def abandon(self, unit: int) -> None:
         """Leave the slot's memory to whoever still looks at it, and give the slot new memory."""
-        slot = self._slot_of[unit]
+        slot = self._holding(unit)
         with engine_tensors():
             fresh = self._add_slot(is_extra=slot.is_extra)
         self.slots.remove(slot)
-        self._slot_of[unit] = fresh
         fresh.unit = unit
         self._free(slot.buffer)
 
     # ---- inside
+
+    def _holding(self, unit: int) -> Slot:
+        slot = self.slot_of(unit)
+        if slot is None:
+            raise TransferError(f"unit {unit} is in no slot")
+        return slot
 
     def _copy(self, unit: int, pieces: list[tuple[torch.Tensor, torch.Tensor]], after: list[Event]) -> Event:
         if all(s.is_pinned for s in self._stored[unit].segments):

@@ -71,12 +71,12 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def missing_wait(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(transfer.TransferEngine, "wait", lambda self, unit: self._slot_of[unit].views[unit])
+    patch.setattr(transfer.TransferEngine, "wait", lambda self, unit: self.slot_of(unit).views[unit])
 
 
 def no_release_event(patch: pytest.MonkeyPatch) -> None:
     def vacate(self: Any, unit: int) -> None:
-        slot = self._slot_of.pop(unit)
+        slot = self.slot_of(unit)
         slot.unit, slot.after = None, []
         if slot.is_extra:
             self.slots.remove(slot)
@@ -91,11 +91,11 @@ def release_too_early(patch: pytest.MonkeyPatch) -> None:
 
     def early(self: Any, unit: int) -> Any:
         views = wait(self, unit)
-        self._slot_of[unit].early = self._device.record(self._device.compute_stream())
+        self.slot_of(unit).early = self._device.record(self._device.compute_stream())
         return views
 
     def late(self: Any, unit: int) -> None:
-        slot = self._slot_of[unit]
+        slot = self.slot_of(unit)
         vacate(self, unit)
         slot.after = [slot.early] if hasattr(slot, "early") else slot.after
 

@@ -175,14 +175,14 @@ class LayerStreamer:
         return self._streamer is not None
 
     def stats(self) -> Stats:
-        """Counters since the last start.
+        """The counters since the last start, as they are now.
 
         Raises:
             StreamerStateError: it was never started.
         """
         if self._stats is None:
             raise StreamerStateError("no stats yet: the streamer was never started.")
-        return self._stats
+        return replace(self._stats)
 
     def __repr__(self) -> str:
         if self._stats is None or self._plan is None:

@@ -37,7 +37,7 @@ RANKS = {
     "api": 7,
     "demo": 8,
     "cli": 9,
-    "": 10,  # __init__
+    "__init__": 10,
     "__main__": 10,
 }
 # Not only lower ranks: nothing of the package at all but themselves.
@@ -51,7 +51,7 @@ NAMES_CUDA = {"device"}
 
 def part_of(module: str) -> str:
     """The entry in RANKS: `layerstream.adapters.base` belongs to `adapters`."""
-    return module.split(".")[1] if "." in module else ""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def imports_of(tree: ast.AST, module: str) -> Iterator[str]:
@@ -59,7 +59,7 @@ def imports_of(tree: ast.AST, module: str) -> Iterator[str]:
     package = module.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ("layerstream.__init__" if a.name == "layerstream" else a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
@@ -109,7 +109,7 @@ def faults(source: str, module: str) -> list[str]:
         top = name.split(".")[0]
         if top == "layerstream":
             other = part_of(name)
-            if name == "layerstream" and part != "__main__":
+            if name == "layerstream":
                 continue  # of `from layerstream import x`; x itself is looked at
             if other not in RANKS:
                 # A name of the package's __init__ rather than a module of its own.
@@ -162,7 +162,7 @@ def test_every_rank_has_a_module() -> None:
 
 
 def test_the_package_itself_is_of_the_highest_rank() -> None:
-    assert RANKS[""] == max(RANKS.values())
+    assert RANKS["__init__"] == max(RANKS.values())
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,7 @@ def test_the_package_itself_is_of_the_highest_rank() -> None:
         ("plan", "from layerstream.order import OrderLearner", "(rank 2) imports layerstream.order (rank 2)"),
         ("plan", "def f():\n    import layerstream.api", "(rank 2) imports layerstream.api (rank 7)"),
         ("intercept", "from layerstream import streamer", "(rank 3) imports layerstream.streamer (rank 6)"),
+        ("intercept", "import layerstream", "(rank 3) imports layerstream.__init__ (rank 10)"),
         ("intercept", "from . import streamer", "(rank 3) imports layerstream.streamer (rank 6)"),
         ("intercept", "from .streamer import Streamer", "(rank 3) imports layerstream.streamer (rank 6)"),
         ("adapters.base", "from ..streamer import Streamer", "(rank 5) imports layerstream.streamer (rank 6)"),

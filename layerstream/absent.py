@@ -60,10 +60,11 @@ def is_absent(tensor: torch.Tensor) -> bool:
 
 
 def nan_scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What absent tensors of a dtype lie over: one NaN (the lowest value for integers, True for bool)."""
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.full((), float("nan"), dtype=torch.float32, device=device).to(dtype)
-    return torch.full((), 1 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
+    """What absent tensors of a dtype lie over: one NaN; for integers the lowest value, which is no valid index."""
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return torch.full((), 1 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
+    # All bits set is NaN in every floating dtype, also in those that torch cannot fill or cast to.
+    return torch.full((dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)[0]
 
 
 class _Absent:

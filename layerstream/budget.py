@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from layerstream.errors import BudgetError
 
@@ -17,6 +18,8 @@ _AUTO_RESERVE_LEAST_BYTES = 2**30
 
 def format_bytes(num_bytes: int | float) -> str:
     """Memory as text in powers of two: `format_bytes(3 * 2**30)` is "3.0 GiB"."""
+    if num_bytes >= 2**60:
+        return f"{int(num_bytes) >> 40} TiB"  # beyond what a float says exactly, or at all
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
@@ -38,7 +41,7 @@ def parse_bytes(text: str) -> int:
             f"vram_budget {text!r} is not a size. "
             'Write a number with a unit ("8GiB", "8GB", "512MiB"), an int of bytes, "auto" or "min".'
         )
-    return int(float(match.group(1)) * scale)
+    return int(Fraction(match.group(1)) * scale)  # exact, whatever the number of digits
 
 
 def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int) -> int | None:

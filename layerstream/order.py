@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 _MAX_HISTORY = 1 << 20  # uses kept; a call of 50 steps has about 3,000, a token loop 200,000
-_MAX_CANDIDATES = 64  # earlier uses looked at when the cursor is lost; recent ones first
+_MAX_CANDIDATES = 512  # earlier uses looked at when the cursor is lost: a call of 50 steps in two passes has 100
 _MAX_COMMON_PAST = 8192  # uses compared per candidate: finding the place again must cost less than a load
 _MISSES_TO_DOUBT = 2
 
@@ -88,9 +88,13 @@ class OrderLearner:
         return ahead
 
     def _resynchronise(self, unit: int) -> int | None:
-        """The earlier use of `unit` whose past matches ours longest; the latest of equals."""
+        """The earlier use of `unit` whose past matches ours longest; the earliest of equals.
+
+        Passes of a loop are alike, and the first of them has the rest of the loop before it. The last would predict the
+        loop's end after every pass.
+        """
         best, best_length = None, -1
-        for position in reversed(self._positions.get(unit, [])[-_MAX_CANDIDATES:]):
+        for position in self._positions.get(unit, [])[-_MAX_CANDIDATES:]:
             length = self._common_past(position)
             if length > best_length:
                 best, best_length = position, length

@@ -6,7 +6,7 @@ weights), belongs to the component's base, which stays on the device: stored onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,9 +92,7 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
     """
     drafts: list[_Draft] = []
     division = Division([], [], [], [])
-    named: dict[int, tuple[str, torch.Tensor, tuple[int, int]]] = {}  # per tensor object: first name, bytes
-    # Users of the same bytes, whether through one object or through two tied by `.data`.
-    users: dict[tuple[int, int], list[_Draft]] = {}
+    uses: dict[int, _Use] = {}  # one per tensor object
     for layout in layouts:
         base = _Draft(f"{layout.name} (base)", layout, None, None)
         blocks = [
@@ -102,11 +100,16 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
             for stack in layout.stacks
             for name, module in stack.blocks
         ]
-        owners = _owners_of_modules(layout, blocks)
+        _refuse_overlaps(blocks)
         drafts += [base, *blocks]
-        for path, module in layout.root.named_modules():
+        seen: set[int] = set()
+        for path, module, draft in _walk(layout.root, "", base, {id(b.module): b for b in blocks}, set()):
             for place in _places(module):
                 name = ".".join(part for part in (layout.name, path, place.name) if part)
+                if id(module) in seen:
+                    if id(place.tensor) in uses:
+                        uses[id(place.tensor)].users.append(draft)
+                    continue
                 if not _moves(place.tensor):
                     division.others.append(place)
                     continue
@@ -116,17 +119,23 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
                         "(from_pretrained without device_map, or load_state_dict(..., assign=True))."
                     )
                 division.places.append(place)
-                if id(place.tensor) not in named:
+                use = uses.get(id(place.tensor))
+                if use is None:
                     tensor = _ordinary(place.tensor) if place.tensor.is_inference() else place.tensor
-                    named[id(place.tensor)] = (name, tensor, _bytes_key(place.tensor))
+                    use = uses[id(place.tensor)] = _Use(name, place.tensor, tensor)
+                use.users.append(draft)
                 if place.tensor.is_inference():
-                    division.stand_ins.append((place, named[id(place.tensor)][1]))
-                users.setdefault(_bytes_key(place.tensor), []).extend(owners.get(id(module), [base]))
+                    division.stand_ins.append((place, use.tensor))
+            seen.add(id(module))
     bases = {id(d.layout): d for d in drafts if d.module is None}
-    for name, tensor, key in named.values():
-        first, *rest = users[key]
-        owner = bases[id(first.layout)] if any(other is not first for other in rest) else first
-        owner.tensors.append(BoundTensor.of(name, tensor))
+    for group in _sharing_bytes(uses.values()):
+        users = [user for use in group for user in use.users]
+        is_shared = any(user is not users[0] for user in users)
+        for use in group:
+            use.owner = bases[id(users[0].layout)] if is_shared else users[0]
+    for use in uses.values():  # in the order of the modules
+        assert use.owner is not None
+        use.owner.tensors.append(BoundTensor.of(use.name, use.tensor))
     for draft in drafts:
         if draft.tensors:
             spec = UnitSpec(
@@ -154,27 +163,71 @@ class _Draft:
         self.tensors: list[BoundTensor] = []
 
 
-def _owners_of_modules(layout: ComponentLayout, blocks: Sequence[_Draft]) -> dict[int, list[_Draft]]:
-    """The blocks each module is part of: one, or several that share it."""
-    owners: dict[int, list[_Draft]] = {}
-    for block in blocks:
+@dataclass(eq=False)
+class _Use:
+    """A tensor and the units that use it; `tensor` stands in for `found` where that cannot be bound."""
+
+    name: str
+    found: torch.Tensor
+    tensor: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.users: list[_Draft] = []
+        self.owner: _Draft | None = None
+
+
+def _walk(
+    module: nn.Module, path: str, owner: _Draft, blocks: dict[int, _Draft], done: set[tuple[int, int]]
+) -> Iterator[tuple[str, nn.Module, _Draft]]:
+    """Every module once for each unit it is part of, however often it is reached."""
+    owner = blocks.get(id(module), owner)
+    if (id(module), id(owner)) in done:
+        return
+    done.add((id(module), id(owner)))
+    yield path, module, owner
+    for name, child in module.named_children():
+        yield from _walk(child, f"{path}.{name}" if path else name, owner, blocks, done)
+
+
+def _refuse_overlaps(blocks: Sequence[_Draft]) -> None:
+    """A module inside two blocks is legal (its tensors become part of the base); a block inside a block is not."""
+    names = {id(block.module): block.name for block in blocks}
+    for position, block in enumerate(blocks):
         assert block.module is not None
-        for module in block.module.modules():
-            owners.setdefault(id(module), []).append(block)
-    for block in blocks:
-        # A module shared by two blocks is legal (its tensors become part of the base); a block in a block is not.
-        other = next((o for o in owners[id(block.module)] if o is not block), None)
-        if other is not None:
+        inner = next((names[id(m)] for m in list(block.module.modules())[1:] if id(m) in names), None)
+        twin = next((b.name for b in blocks[:position] if b.module is block.module), None)
+        if inner or twin:
             raise AdapterError(
-                f"`{block.name}` and `{other.name}` overlap: one block is inside, or the same as, another. "
-                f"Each block of `{layout.name}` must be listed once, and no stack inside another."
+                f"`{inner or block.name}` and `{block.name if inner else twin}` overlap: one block is inside, or the same as, another. "
+                f"Each block of `{block.layout.name}` must be listed once, and no stack inside another."
             )
-    return owners
 
 
-def _bytes_key(tensor: torch.Tensor) -> tuple[int, int]:
-    num_bytes = tensor.numel() * tensor.element_size()
-    return (tensor.data_ptr(), num_bytes) if num_bytes else (id(tensor), 0)
+def _sharing_bytes(uses: Iterable[_Use]) -> Iterator[list[_Use]]:
+    """Tensors in groups that share memory: one object, two tied by `.data`, or views that overlap."""
+
+    def start(use: _Use) -> tuple[str, int]:
+        return str(use.found.device), use.found.data_ptr()
+
+    group: list[_Use] = []
+    end = ("", 0)
+    for use in sorted(uses, key=start):
+        if not use.found.numel():
+            yield [use]
+            continue
+        if group and not (start(use)[0] == end[0] and start(use)[1] < end[1]):
+            yield group
+            group = []
+        group.append(use)
+        end = max(end, (start(use)[0], start(use)[1] + _extent(use.found)))
+    if group:
+        yield group
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the last, whatever lies between."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _places(module: nn.Module) -> Iterator[TensorPlace]:

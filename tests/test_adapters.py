@@ -137,7 +137,9 @@ def test_unet_by_its_nested_stacks() -> None:
     )
     stacks = found(model)
     assert "down_blocks" not in stacks, "unlike children are looked into"
-    assert {"down_blocks.0.attentions", "down_blocks.0.resnets", "down_blocks.1.resnets"} <= set(stacks)
+    assert {"down_blocks.0.attentions.0.transformer_blocks", "down_blocks.0.resnets", "down_blocks.1.resnets"} <= set(
+        stacks
+    )
     assert "mid_block.attentions.0.transformer_blocks" in stacks
     assert GenericAdapter().find_repeated(model)
     assert len(block_names(model)) == len(set(block_names(model)))
@@ -182,7 +184,13 @@ QWEN = {
         (
             "CLIPTextModel",
             "CLIPTextConfig",
-            {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2},
+            {
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+            },
             ["encoder.layers"],  # inside `text_model` in some versions of transformers
             [3],
         ),
@@ -195,7 +203,13 @@ QWEN = {
                     **QWEN,
                     "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]},
                 },
-                "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32},
+                "vision_config": {
+                    "depth": 2,
+                    "hidden_size": 32,
+                    "intermediate_size": 32,
+                    "num_heads": 2,
+                    "out_hidden_size": 32,
+                },
             },
             ["visual.blocks", "language_model.layers"],
             [2, 3],
@@ -301,7 +315,9 @@ def test_a_single_child_is_no_stack() -> None:
 
 
 def test_children_without_weights_do_not_count() -> None:
-    root = net(list=nn.ModuleList([Block(), nn.Identity(), Block()]), dropouts=nn.ModuleList([nn.Dropout(), nn.Dropout()]))
+    root = net(
+        list=nn.ModuleList([Block(), nn.Identity(), Block()]), dropouts=nn.ModuleList([nn.Dropout(), nn.Dropout()])
+    )
     assert found(root) == ["list"]
     assert block_names(root) == ["list.0", "list.2"]
 
@@ -373,7 +389,9 @@ def test_resident_blocks_are_not_blocks() -> None:
 def test_find_stacks_may_depend_on_the_component() -> None:
     class Even(Adapter):
         def find_stacks(self, component: nn.Module) -> Sequence[str]:
-            return [n for n, m in component.named_children() if isinstance(m, nn.ModuleList) and len(m) % 2 == 0 and len(m)]
+            return [
+                n for n, m in component.named_children() if isinstance(m, nn.ModuleList) and len(m) % 2 == 0 and len(m)
+            ]
 
         def find_repeated(self, component: nn.Module) -> bool:
             return isinstance(component, Child)
@@ -384,7 +402,10 @@ def test_find_stacks_may_depend_on_the_component() -> None:
 
 @pytest.mark.parametrize(
     ("adapter", "what"),
-    [(Adapter(stacks=["third"]), "stack `third`"), (Adapter(stacks=["first"], resident=["first.9"]), "resident block `first.9`")],
+    [
+        (Adapter(stacks=["third"]), "stack `third`"),
+        (Adapter(stacks=["first"], resident=["first.9"]), "resident block `first.9`"),
+    ],
 )
 def test_unknown_names(adapter: Adapter, what: str) -> None:
     with pytest.raises(AdapterError) as error:

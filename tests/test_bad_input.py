@@ -149,8 +149,12 @@ def test_offloaded_by_diffusers() -> None:
     hooks = pytest.importorskip("diffusers.hooks")
     model = toy()
     # As apply_group_offloading leaves it; older versions of that refuse to run without an accelerator.
-    hooks.HookRegistry.check_if_exists_or_initialize(model.blocks[1]).register_hook(hooks.ModelHook(), "group_offloading")
-    refused(model, layerstream.AlreadyOffloadedError, r"`Toy\.blocks\.1` is offloaded by diffusers \(group_offloading\)")
+    hooks.HookRegistry.check_if_exists_or_initialize(model.blocks[1]).register_hook(
+        hooks.ModelHook(), "group_offloading"
+    )
+    refused(
+        model, layerstream.AlreadyOffloadedError, r"`Toy\.blocks\.1` is offloaded by diffusers \(group_offloading\)"
+    )
 
 
 def test_spread_by_device_map() -> None:

@@ -94,21 +94,22 @@ def test_modules_are_running_while_they_run(watched: Watched) -> None:
 
 
 def test_leave_says_whether_it_was_running(watched: Watched) -> None:
-    calls, (first, second, _) = watched.calls, watched.root.blocks
+    calls, (first, second, third) = watched.calls, watched.root.blocks
+    said: list[bool] = []
     assert not calls.leave(first)
-    calls.enter(watched.root, is_root=True)
-    calls.enter(first, is_root=False)
-    assert not calls.leave(second)
-    assert calls.leave(first)
-    assert not calls.leave(first)
-    assert calls.leave(watched.root)
+    second.action = lambda: said.extend(
+        [calls.leave(first), calls.leave(third), calls.leave(second), calls.leave(second)]
+    )
+    watched()
+    assert said == [False, False, True, False]
     assert calls.is_idle
 
 
 def test_leaving_a_root_ends_what_ran_inside_it(watched: Watched) -> None:
-    watched.calls.enter(watched.root, is_root=True)
-    watched.calls.enter(watched.root.blocks[0], is_root=False)
-    assert watched.calls.leave(watched.root)
+    left: list[bool] = []
+    watched.root.blocks[0].action = lambda: left.extend([watched.calls.leave(watched.root), watched.calls.is_idle])
+    watched()
+    assert left == [True, True]
     assert watched.calls.is_idle
 
 

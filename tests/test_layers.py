@@ -45,7 +45,7 @@ ALONE = {"errors", "_version", "blocks", "stats", "order", "absent", "standins"}
 PURE = {"errors", "_version", "blocks", "budget", "stats", "order", "plan"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}
-WRITES_DATA = {"binding", "absent"}
+WRITES_DATA = {"binding", "absent", "standins"}  # stand-ins are built, not streamed, there
 NAMES_CUDA = {"device"}
 
 

@@ -156,9 +156,9 @@ def test_nothing_to_place() -> None:
         assert (plan.placements, plan.num_slots, plan.device_bytes, plan.least_bytes) == ((), 0, 0, 0)
 
 
-def test_a_single_block_needs_one_slot() -> None:
+def test_a_single_block_is_resident_since_its_slot_would_be_as_large() -> None:
     plan = make_plan(units([3], ([10], True)), None)
-    assert (plan.num_slots, plan.device_bytes) == (1, 13)
+    assert (plan.num_slots, plan.device_bytes) == (0, 13)
 
 
 # ---- who is resident
@@ -216,7 +216,7 @@ def test_every_third_block_resident() -> None:
 def test_what_repeats_is_resident_first() -> None:
     specs = units([], ([4] * 6, False), ([4] * 6, True))
     plan = make_plan(specs, 3 * 4 + 7 * 4)
-    assert (plan.num_slots, resident_pattern(specs, plan)) == (3, "...R.." + "RRRRRR")
+    assert (plan.num_slots, resident_pattern(specs, plan)) == (2, ".R..R." + "RRRRRR")
 
 
 def test_bases_are_resident_whatever_the_budget() -> None:
@@ -229,12 +229,12 @@ def test_bases_are_resident_whatever_the_budget() -> None:
 
 
 def test_a_few_blocks_twice_the_size_are_resident_where_that_streams_less() -> None:
-    # FLUX: 19 blocks of 2 and 38 of 1. With 19 x 2 + 3 x 1 the large ones stay and the slots are small; slots for
-    # the large ones would hold three of them and keep 35 bytes of residents instead of 38.
+    # FLUX: 19 blocks of 2 and 38 of 1. With 19 x 2 + 2 x 1 the large ones stay and the slots are small; slots for
+    # the large ones would hold two of them and keep 37 bytes of residents instead of 39.
     specs = units([], ([2] * 19 + [1] * 38, True))
     plan = make_plan(specs, 41)
     assert resident_pattern(specs, plan)[:19] == "R" * 19
-    assert (plan.slot_bytes, plan.num_slots) == (1, 3)
+    assert (plan.slot_bytes, plan.num_slots) == (1, 2)
     assert make_plan(specs, 12).slot_bytes == 2
 
 
@@ -264,10 +264,14 @@ def test_more_slots_than_fit_fall_back_to_what_does() -> None:
     assert plan.device_bytes <= 6
 
 
-def test_a_third_slot_where_it_is_cheap() -> None:
+def test_more_slots_only_where_no_further_block_fits() -> None:
     specs = units([], ([1] * 20, True))
-    assert make_plan(specs, 7).num_slots == 2
-    assert make_plan(specs, 8).num_slots == 3
+    assert {make_plan(specs, budget).num_slots for budget in range(2, 20)} == {2}
+    uneven = units([], ([9, 9, 9, 1], True))
+    assert make_plan(uneven, 18 + 1).num_slots == 2
+    for budget in range(18, 28):
+        plan = make_plan(uneven, budget)
+        assert plan.device_bytes <= budget
 
 
 # ---- sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def loaded_by(code: str) -> set[str]:
     """Which heavy modules a fresh interpreter has loaded after running `code`."""
     code = f"{code}\nimport sys\nprint([n for n in {HEAVY!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(eval(done.stdout))
+    return set(ast.literal_eval(done.stdout))
 
 
 def test_importing_layerstream_loads_nothing_heavy() -> None:

@@ -54,10 +54,11 @@ class Adapter:
         for stack in self.find_stacks(component):
             if stack not in modules:
                 raise AdapterError(self._unknown(name, component, stack, "stack"))
+            prefix = f"{stack}." if stack else ""  # "": the component's own children are the blocks
             blocks = tuple(
-                (f"{stack}.{child}", module)
+                (f"{prefix}{child}", module)
                 for child, module in modules[stack].named_children()
-                if f"{stack}.{child}" not in self.resident and next(_weights(module), None) is not None
+                if f"{prefix}{child}" not in self.resident and next(_weights(module), None) is not None
             )
             if not blocks and not len(list(modules[stack].children())):
                 raise AdapterError(

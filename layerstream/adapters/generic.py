@@ -3,7 +3,7 @@
 A stack is a list of modules of one class that can be called (`nn.ModuleList` of blocks), taken as far out as
 possible: what is inside a block belongs to the block. Classes that a model itself calls its blocks
 (`_repeated_blocks` in diffusers, `_no_split_modules` in both libraries) may be mixed in one list. A list of
-unlike children, as in a UNet, is looked into.
+unlike children, or of parts that hold repeated blocks, as in a UNet, is looked into.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class GenericAdapter(Adapter):
     """For every component that nothing else is registered for."""
 
     def find_stacks(self, component: nn.Module) -> Sequence[str]:
-        if _is_autoencoder(component):
+        if _is_autoencoder(component) or _is_opaque(component):
             return ()
-        found = [
-            (name, _mean_block_bytes(module)) for name, module in _stacks(component, "", _block_classes(component))
-        ]
+        declared = _declared(component, "_repeated_blocks", "_no_split_modules")
+        repeated = _declared(component, "_repeated_blocks")
+        found = [(name, _mean_block_bytes(module)) for name, module in _stacks(component, "", declared, repeated)]
         largest = max((size for _, size in found), default=0)
         return [name for name, size in found if size and size >= _LEAST_SHARE_OF_LARGEST * largest]
 
@@ -40,35 +40,46 @@ def _is_autoencoder(component: nn.Module) -> bool:
     return callable(getattr(component, "encode", None)) and callable(getattr(component, "decode", None))
 
 
-def _block_classes(component: nn.Module) -> frozenset[str]:
+def _is_opaque(module: nn.Module) -> bool:
+    """The forward of these asks their first layer's weights for the fast path, before that layer runs."""
+    return isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder)
+
+
+def _declared(component: nn.Module, *attributes: str) -> frozenset[str]:
     """Names of the classes that the model's author calls its blocks."""
     names: list[str] = []
     for module in component.modules():
-        for attribute in ("_repeated_blocks", "_no_split_modules"):
+        for attribute in attributes:
             declared = getattr(type(module), attribute, None)
             if isinstance(declared, list | tuple | set):
                 names += [n for n in declared if isinstance(n, str)]
     return frozenset(names)
 
 
-def _stacks(module: nn.Module, path: str, block_classes: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+def _stacks(
+    module: nn.Module, path: str, declared: frozenset[str], repeated: frozenset[str]
+) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
-        # The encoder's own forward asks its first layer's weights for the fast path, before that layer runs.
-        if isinstance(child, nn.TransformerEncoder | nn.TransformerDecoder):
+        if _is_opaque(child):
             continue
-        if isinstance(child, nn.ModuleList) and _is_stack(child, block_classes):
+        if isinstance(child, nn.ModuleList) and _is_stack(child, declared, repeated):
             yield child_path, child
         else:
-            yield from _stacks(child, child_path, block_classes)
+            yield from _stacks(child, child_path, declared, repeated)
 
 
-def _is_stack(modules: nn.ModuleList, block_classes: frozenset[str]) -> bool:
+def _is_stack(modules: nn.ModuleList, declared: frozenset[str], repeated: frozenset[str]) -> bool:
     children = [m for m in modules if next(m.parameters(), None) is not None]
-    if len(children) < 2 or any(not _is_callable(m) for m in children):
-        return False
     classes = {type(m).__name__ for m in children}
-    return len(classes) == 1 or classes <= block_classes
+    if not children or any(not _is_callable(m) for m in children):
+        return False
+    if classes <= repeated:
+        return True  # the author's own blocks, be it one
+    # A list of large parts that have such blocks inside (the levels of a UNet) is looked into.
+    if any(type(inner).__name__ in repeated for m in children for inner in list(m.modules())[1:]):
+        return False
+    return len(children) >= 2 and (len(classes) == 1 or classes <= declared)
 
 
 def _is_callable(module: nn.Module) -> bool:

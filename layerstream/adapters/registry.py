@@ -8,7 +8,7 @@ from layerstream.adapters.base import Adapter
 from layerstream.adapters.generic import GenericAdapter
 from layerstream.errors import AdapterError
 
-_REGISTERED: dict[type | str, Adapter] = {}
+_REGISTERED: dict[type | str, Adapter] = {}  # in the order of registration
 _GENERIC = GenericAdapter()
 
 
@@ -26,13 +26,14 @@ def register_adapter(target: type[nn.Module] | str, adapter: Adapter) -> None:
         raise AdapterError(
             f"register_adapter needs an Adapter instance, not {adapter!r}. Adapter(stacks=[...]) makes one."
         )
+    _REGISTERED.pop(target, None)
     _REGISTERED[target] = adapter
 
 
 def adapter_for(component: nn.Module) -> Adapter:
     """The registered adapter of the component's class, or the generic one."""
     for cls in type(component).__mro__:
-        for key in (cls, cls.__name__):
-            if key in _REGISTERED:
-                return _REGISTERED[key]
+        for key, adapter in reversed(_REGISTERED.items()):
+            if key in (cls, cls.__name__):
+                return adapter
     return _GENERIC

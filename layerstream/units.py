@@ -198,8 +198,8 @@ def _refuse_overlaps(blocks: Sequence[_Draft]) -> None:
         twin = next((b.name for b in blocks[:position] if b.module is block.module), None)
         if inner or twin:
             raise AdapterError(
-                f"`{inner or block.name}` and `{block.name if inner else twin}` overlap: one block is inside, or the same as, another. "
-                f"Each block of `{block.layout.name}` must be listed once, and no stack inside another."
+                f"`{inner or block.name}` and `{block.name if inner else twin}` overlap: one block is inside, or the "
+                f"same as, another. Each block of `{block.layout.name}` must be listed once, and no stack inside another."
             )
 
 

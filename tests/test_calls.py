@@ -306,7 +306,7 @@ def test_a_block_called_alone_after_an_interrupt(watched: Watched, interrupted: 
 
 def test_an_interrupt_caught_inside_a_call_leaves_the_outer_call_running(watched: Watched) -> None:
     """A root catches the interrupt of a block (or of a nested call) and goes on."""
-    first, second, third = watched.root.blocks
+    first, second, _ = watched.root.blocks
     seen: list[list[nn.Module]] = []
 
     def catch() -> None:

@@ -136,7 +136,7 @@ def lost_buffer_write(patch: pytest.MonkeyPatch) -> None:
 
 def hook_left_behind(patch: pytest.MonkeyPatch) -> None:
     def remove(self: Any) -> None:
-        for undo in self._undo[1:]:
+        for undo in [*self._undo[1:], *self._compile_undo]:
             undo()
         self._undo = []
 

@@ -16,8 +16,10 @@ to pages, merged, and counted per process: two streamers may share a page.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -262,7 +264,15 @@ def _is_held_elsewhere(bound: BoundTensor) -> bool:
         count = torch._C._storage_Use_Count(storage._cdata)
     except AttributeError:
         return True  # cannot tell: keep it, at the price of the copy
-    return bool(count > 3)  # the parameter, `home` and `storage` itself
+    # In C++: the parameter, `home` and `storage` itself. In Python, where a storage is one object however often it is
+    # asked for: as many as of a storage that nobody holds, which depends on the version of torch.
+    return bool(count > 3) or sys.getrefcount(storage) > _python_references()
+
+
+@functools.cache
+def _python_references() -> int:
+    storage = torch.empty(1, device="cpu").untyped_storage()
+    return sys.getrefcount(storage)
 
 
 def _touch(sources: Sequence[torch.Tensor]) -> None:

@@ -433,6 +433,19 @@ def test_a_bypass_meets_nan(loader: ToyLoader, dtype: torch.dtype) -> None:
     assert loader.loads == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+        + ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+        if hasattr(torch, n)
+    ],
+)
+def test_what_absent_tensors_lie_over_is_nan_in_every_dtype_that_has_one(name: str) -> None:
+    assert nan_scalar(getattr(torch, name), CPU).to(torch.complex128).isnan()
+
+
 BYPASSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "torch.tensor": lambda t: torch.tensor(t),
     "torch.as_tensor": lambda t: torch.as_tensor(t),

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from layerstream import offload
 from layerstream.calls import RunningCalls
 from layerstream.errors import ConcurrentUseError
+from tests.fakes import adversary, toy, toy_input
 
 TIMEOUT_S = 30
 
@@ -321,3 +323,20 @@ def test_an_interrupt_caught_inside_a_call_leaves_the_outer_call_running(watched
     watched()
     assert seen[0] == [watched.root, second], "the interrupted block is forgotten, the root is not"
     assert watched.calls.is_idle
+
+
+def test_weights_read_after_an_interrupt_are_read_as_outside_a_call() -> None:
+    """Outside a call, weights have storages of their own (a state dict is kept, or saved); inside, they lie in slots."""
+    model = toy()
+
+    def sizes() -> list[int]:
+        return [v.untyped_storage().nbytes() for name, v in model.state_dict().items() if name.endswith("up.weight")]
+
+    with offload(model, vram_budget="min", device=adversary()), torch.no_grad():
+        model(toy_input())
+        before = sizes()
+        handle = model.embed.register_forward_hook(lambda *args: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            model(toy_input())
+        handle.remove()
+        assert sizes() == before

@@ -121,7 +121,13 @@ def test_the_least_that_stays(num_bytes: int, stays: bool) -> None:
 
 
 def test_small_tensors_travel_together() -> None:
-    tensors = [torch.randn(5), torch.arange(7), torch.tensor(1.5), torch.randn(2, 3).to(torch.bfloat16), torch.tensor([True])]
+    tensors = [
+        torch.randn(5),
+        torch.arange(7),
+        torch.tensor(1.5),
+        torch.randn(2, 3).to(torch.bfloat16),
+        torch.tensor([True]),
+    ]
     stored = Stored(*tensors)
     assert len(stored.unit.segments) == 1
     (segment,) = stored.unit.segments
@@ -208,7 +214,9 @@ def anonymous_bytes(start: int, end: int) -> int:
 
 
 @pytest.mark.parametrize("load", [load_all, open_each])
-def test_safetensors_stay_where_they_are_mapped(tmp_path: Path, load: Callable[[Path], dict[str, torch.Tensor]]) -> None:
+def test_safetensors_stay_where_they_are_mapped(
+    tmp_path: Path, load: Callable[[Path], dict[str, torch.Tensor]]
+) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "model.safetensors"
@@ -284,7 +292,9 @@ def test_small_tensors_of_every_layout() -> None:
         assert torch.equal(tensor, value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
 def test_dtypes(dtype: torch.dtype) -> None:
     small = (torch.arange(40, dtype=torch.uint8) % 2).view(dtype)
     large = (torch.arange(2 * MIB, dtype=torch.int64) % 2).to(torch.uint8).view(dtype)
@@ -382,7 +392,9 @@ def test_the_storage_of_a_tensor_in_place_is_held_while_it_is_registered() -> No
 def test_registrations_are_whole_pages_around_what_they_cover() -> None:
     flat = torch.randn(2 * LARGE)
     stored = Stored(flat[1 : 1 + LARGE])
-    assert all(start % PAGE_BYTES == num_bytes % PAGE_BYTES == 0 for start, num_bytes in stored.device.registered.items())
+    assert all(
+        start % PAGE_BYTES == num_bytes % PAGE_BYTES == 0 for start, num_bytes in stored.device.registered.items()
+    )
     assert sum(stored.device.registered.values()) <= LARGE * 4 + 2 * PAGE_BYTES
     stored.close()
 
@@ -535,7 +547,9 @@ def test_pinning_refused_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stored.device.registered == {}
 
 
-def test_no_room_in_the_control_group_leaves_file_pages_alone(floats_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_in_the_control_group_leaves_file_pages_alone(
+    floats_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(host_store, "_has_room_for", lambda num_bytes: False)
     tensor, own = mapped(floats_file, "c"), torch.randn(LARGE)
     before = anonymous_bytes(*span_of(tensor))
@@ -624,7 +638,12 @@ def test_maps_know_gaps_and_what_is_private(floats_file: Path) -> None:
     private, shared, read_only = (mapped(floats_file, mode) for mode in ("c", "r+", "r"))
     own = torch.randn(LARGE)
     maps = host_store._MemoryMaps.read()
-    assert [maps.is_private_writable(span_of(t)) for t in (private, shared, read_only, own)] == [True, False, False, True]
+    assert [maps.is_private_writable(span_of(t)) for t in (private, shared, read_only, own)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
     assert [maps.is_file(span_of(t)) for t in (private, shared, read_only, own)] == [True, True, True, False]
     assert not maps.is_private_writable((0, 100))
     assert not maps.is_private_writable((span_of(private)[0], 2**63)), "runs into a gap"

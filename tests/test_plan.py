@@ -33,7 +33,7 @@ def resident_pattern(specs: Sequence[UnitSpec], plan: Plan) -> str:
     return "".join("R" if plan.is_resident(u.index) else "." for u in specs if u.is_block)
 
 
-SIZES = st.lists(st.integers(1, 30), max_size=10)
+SIZES = st.lists(st.integers(0, 30), max_size=10)
 ANY_UNITS = st.builds(
     lambda bases, once, often: units(bases, (once, False), (often, True)),
     st.lists(st.integers(0, 30), max_size=3),

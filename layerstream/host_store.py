@@ -271,7 +271,8 @@ def _is_held_elsewhere(bound: BoundTensor) -> bool:
 
 @functools.cache
 def _python_references() -> int:
-    storage = torch.empty(1, device="cpu").untyped_storage()
+    tensor = torch.empty(1, device="cpu")  # alive, or its storage would be held by one less
+    storage = tensor.untyped_storage()
     return sys.getrefcount(storage)
 
 

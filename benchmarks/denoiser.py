@@ -15,6 +15,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import resource
 import statistics
@@ -240,6 +241,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
+    """The commit measured; from the environment where the tree was copied without its history."""
+    if os.environ.get("LAYERSTREAM_COMMIT"):
+        return os.environ["LAYERSTREAM_COMMIT"]
     try:
         return subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True

@@ -136,7 +136,7 @@ def test_walks_over_a_module_load_nothing(loader: ToyLoader) -> None:
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert {b.device for b in module.buffers()} == {CPU}
     module.requires_grad_(False).eval()
-    assert list(module.state_dict(keep_vars=True).values())[0] is module[0].weight
+    assert module.state_dict(keep_vars=True)["0.weight"] is module[0].weight
     assert loader.loads == []
 
 
@@ -433,15 +433,11 @@ def test_a_bypass_meets_nan(loader: ToyLoader, dtype: torch.dtype) -> None:
     assert loader.loads == []
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n
-        for n in ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
-        + ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-        if hasattr(torch, n)
-    ],
-)
+FLOATS = ["float64", "float32", "float16", "bfloat16", "complex64", "complex128"]
+FLOATS += ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
+
+
+@pytest.mark.parametrize("name", [n for n in FLOATS if hasattr(torch, n)])
 def test_what_absent_tensors_lie_over_is_nan_in_every_dtype_that_has_one(name: str) -> None:
     assert nan_scalar(getattr(torch, name), CPU).to(torch.complex128).isnan()
 

@@ -326,7 +326,7 @@ def test_an_interrupt_caught_inside_a_call_leaves_the_outer_call_running(watched
 
 
 def test_weights_read_after_an_interrupt_are_read_as_outside_a_call() -> None:
-    """Outside a call, weights have storages of their own (a state dict is kept, or saved); inside, they lie in slots."""
+    """Outside a call weights have storages of their own, as a state dict is kept or saved; inside they lie in slots."""
     model = toy()
 
     def sizes() -> list[int]:

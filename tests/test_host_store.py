@@ -6,6 +6,7 @@ import gc
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -606,7 +607,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda s:
 @given(SPANS)
 def test_merged_spans_are_sorted_apart_and_cover_the_same(spans: list[tuple[int, int]]) -> None:
     merged = host_store._merged(spans)
-    assert all(a[1] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in pairwise(merged))
     assert {x for s, e in merged for x in range(s, e)} == {x for s, e in spans for x in range(s, e)}
 
 

@@ -63,8 +63,9 @@ def nan_scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What absent tensors of a dtype lie over: one NaN; for integers the lowest value, which is no valid index."""
     if not dtype.is_floating_point and not dtype.is_complex:
         return torch.full((), 1 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
-    # All bits set is NaN in every floating dtype, also in those that torch cannot fill or cast to.
-    return torch.full((dtype.itemsize,), 0xFF, dtype=torch.uint8, device=device).view(dtype)[0]
+    # As bytes, since torch cannot fill or cast to every dtype. All bits set is NaN, but where there is no negative zero.
+    byte = 0x80 if "fnuz" in str(dtype) else 0xFF
+    return torch.full((dtype.itemsize,), byte, dtype=torch.uint8, device=device).view(dtype)[0]
 
 
 class _Absent:

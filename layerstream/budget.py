@@ -79,6 +79,5 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
             f"vram_budget {format_bytes(budget_bytes)} is more than the device has ({format_bytes(total_bytes)}). "
             'Give at most that, or "auto" for what is free.',
             budget_bytes=budget_bytes,
-            needed_bytes=total_bytes,
         )
     return budget_bytes

@@ -64,6 +64,9 @@ class RunningCalls:
 
     @property
     def is_idle(self) -> bool:
+        """Whether nothing runs, as far as this thread can tell; what an interrupt left behind does not count."""
+        if self._running and self._thread == threading.get_ident():
+            self._forget_interrupted(entering=None)
         return not self._running
 
     def _forget_interrupted(self, entering: nn.Module | None) -> None:

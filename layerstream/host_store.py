@@ -154,8 +154,9 @@ class HostStore:
             )
 
     def close(self) -> None:
-        """Release the page locks; idempotent. No copy may be in flight."""
-        self._release()
+        """Release the page locks; idempotent, and goes on where it was interrupted. No copy may be in flight."""
+        _release_locks(self._device, _ranges_of(self._device), self._locks, self._units)
+        self._release.detach()
 
     def _can_stay(self, bound: BoundTensor) -> bool:
         """The safe rule; see the module's text."""
@@ -195,8 +196,9 @@ class HostStore:
 def _release_locks(device: Device, ranges: _PageLocks, locks: list[Range], units: list[StoredUnit]) -> None:
     if locks:
         device.synchronize()
-        ranges.release(locks)
-    locks.clear()
+    while locks:
+        ranges.release(locks[-1])
+        locks.pop()
     units.clear()
 
 
@@ -395,13 +397,14 @@ class _PageLocks:
                 self._locks[lock] = self._locks.get(lock, 0) + 1
             return sorted([*mine, *made])
 
-    def release(self, locks: Sequence[Range]) -> None:
+    def release(self, lock: Range) -> None:
+        """Give up one lock that `acquire` returned; the pages are unlocked with the last."""
         with self._mutex:
-            for lock in locks:
+            if self._locks[lock] == 1:
+                self._unregister(lock[0])
+                del self._locks[lock]
+            else:
                 self._locks[lock] -= 1
-                if not self._locks[lock]:
-                    del self._locks[lock]
-                    self._unregister(lock[0])
 
     def _register(self, spans: Sequence[Range], made: list[Range]) -> None:
         device = self._device()

@@ -98,12 +98,14 @@ class OrderLearner:
             length = self._common_past(position)
             if length > best_length:
                 best, best_length = position, length
+            if length >= _MAX_COMMON_PAST:
+                break
         return best
 
     def _common_past(self, position: int) -> int:
         """How many uses before `position` equal the most recent ones: doubling, then bisection, over slices."""
         history, end = self._history, len(self._history)
-        most = min(position, _MAX_COMMON_PAST)
+        most = min(position, _MAX_COMMON_PAST)  # longer pasts count as equal
 
         def is_common(length: int) -> bool:
             return history[position - length : position] == history[end - length : end]

@@ -203,6 +203,7 @@ class SimulatedDevice:
         return buffer
 
     def free(self, buffer: torch.Tensor) -> None:
+        self._step("free")
         with self._lock:
             known = self._buffers.pop(buffer.data_ptr(), None)
             if known is not None:
@@ -282,6 +283,7 @@ class SimulatedDevice:
         return True
 
     def unregister(self, address: int) -> None:
+        self._step("unregister")
         if self._queue:
             raise TransferError("host memory unregistered while a copy is in flight")
         with self._lock:
@@ -291,6 +293,7 @@ class SimulatedDevice:
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def synchronize(self) -> None:
+        self._step("synchronize")
         self._run_copies(until=None)
         # Everything so far happens before whatever the host issues next, on any stream.
         with self._lock:

@@ -118,27 +118,30 @@ class Streamer:
         self.stats.enter_s = time.perf_counter() - started
 
     def close(self) -> None:
-        """Give everything back, from any state; what the device can no longer do is said, not raised."""
+        """Give everything back, from any state; what the device can no longer do is said, not raised.
+
+        An interrupt while it waits for the device is raised once all is given back.
+        """
         started = time.perf_counter()
         self._calls.check_thread()
-        with self._mutex:
+        with self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
+            attempt = functools.partial(self._attempt, afterwards)
             self._interception.remove()
-            with engine_tensors():
-                self._attempt(self._write_back_everything, "copy back weights that were written while streaming")
-                self._attempt(self._device.synchronize, "wait for the device")
-                for place, original in self._moved_others:
-                    getattr(place.module, place.kind)[place.name] = original
-                self._moved_others = []
-                for unit in self._units:
-                    unit.binding.restore()
-                for place, stand_in in self._stand_ins:
-                    if getattr(place.module, place.kind).get(place.name) is stand_in:
-                        getattr(place.module, place.kind)[place.name] = place.tensor
-                self._bring_home_replaced()
-                self._attempt(self._transfer.close, "free device memory")
-                self._attempt(self._store.close, "release page locks")
-                self._attempt(self._device.empty_cache, "free cached device memory")
-        self.stats.exit_s = time.perf_counter() - started
+            attempt(self._write_back_everything, "copy back weights that were written while streaming")
+            attempt(self._device.synchronize, "wait for the device")
+            for place, original in self._moved_others:
+                getattr(place.module, place.kind)[place.name] = original
+            self._moved_others = []
+            for unit in self._units:
+                unit.binding.restore()
+            for place, stand_in in self._stand_ins:
+                if getattr(place.module, place.kind).get(place.name) is stand_in:
+                    getattr(place.module, place.kind)[place.name] = place.tensor
+            self._bring_home_replaced()
+            attempt(self._transfer.close, "free device memory")
+            attempt(self._store.close, "release page locks")
+            attempt(self._device.empty_cache, "free cached device memory")
+            self.stats.exit_s = time.perf_counter() - started
 
     def _refuse_compiled_wholes(self) -> None:
         for layout in self._streamed_layouts():
@@ -218,12 +221,14 @@ class Streamer:
                     )
 
     @staticmethod
-    def _attempt(step: Callable[[], object], what: str) -> None:
+    def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what: str) -> None:
         """Leaving must go on when the device has failed: the weights are on the host, and come back without it."""
         try:
             step()
         except Exception as exc:
             warnings.warn(f"leaving the offload context could not {what}: {exc!r}", LayerstreamWarning, stacklevel=4)
+        except BaseException as exc:
+            afterwards.callback(_raise, exc)
 
     # ---- what the hooks say
 
@@ -390,6 +395,10 @@ class Streamer:
                 bound.home, bound.is_exact = now.to(bound.home_device), True
             else:
                 raise StreamerStateError(_changed(bound, now))
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _changed(bound: BoundTensor, now: torch.Tensor) -> str:

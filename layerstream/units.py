@@ -1,7 +1,8 @@
 """Divides components into units: every parameter and buffer gets one owner.
 
-A tensor of a block belongs to that block. What lies outside the stacks, and what more than one unit uses (tied
-weights), belongs to the component's base, which stays on the device: stored once, and still tied.
+A tensor of a block belongs to that block. What lies outside the stacks, and what more than one unit uses, belongs to the
+component's base, which stays on the device. Tied weights (one object, or the same bytes) are stored once and stay tied;
+views that only overlap each get bytes of their own on the device, as `.to(device)` gives them.
 """
 
 from __future__ import annotations

@@ -125,3 +125,21 @@ def test_a_device_too_small_for_the_plan() -> None:
         layerstream.offload(model, vram_budget="min", device=device).start()
     assert_restored(model, before)
     assert device.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("operation", range(6))
+def test_an_interrupt_while_leaving_is_raised_after_all_is_given_back(operation: int) -> None:
+    model = toy(num_blocks=4)
+    before, expected = describe(model), run(twin(model))
+    device = adversary()
+    streamer = layerstream.offload(model, vram_budget="min", device=device).start()
+    run(model)
+    device.fail_at(operation, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        streamer.close()
+    assert_restored(model, before)
+    assert_equal(run(model), expected)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    streamer.close()  # what the interrupt kept from being freed
+    assert device.allocated_bytes == 0
+    assert not device.registered

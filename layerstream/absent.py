@@ -63,7 +63,7 @@ def nan_scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What absent tensors of a dtype lie over: one NaN; for integers the lowest value, which is no valid index."""
     if not dtype.is_floating_point and not dtype.is_complex:
         return torch.full((), 1 if dtype is torch.bool else torch.iinfo(dtype).min, dtype=dtype, device=device)
-    # As bytes, since torch cannot fill or cast to every dtype. All bits set is NaN, but where there is no negative zero.
+    # As bytes: torch cannot fill or cast to every dtype. All bits set is NaN, but where there is no negative zero.
     byte = 0x80 if "fnuz" in str(dtype) else 0xFF
     return torch.full((dtype.itemsize,), byte, dtype=torch.uint8, device=device).view(dtype)[0]
 

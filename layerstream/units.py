@@ -1,8 +1,8 @@
 """Divides components into units: every parameter and buffer gets one owner.
 
-A tensor of a block belongs to that block. What lies outside the stacks, and what more than one unit uses, belongs to the
-component's base, which stays on the device. Tied weights (one object, or the same bytes) are stored once and stay tied;
-views that only overlap each get bytes of their own on the device, as `.to(device)` gives them.
+A tensor of a block belongs to that block. What lies outside the stacks, and what more than one unit uses, belongs to
+the component's base, which stays on the device. Tied weights (one object, or the same bytes) are stored once and
+stay tied; views that only overlap each get bytes of their own on the device, as `.to(device)` gives them.
 """
 
 from __future__ import annotations
@@ -199,8 +199,9 @@ def _refuse_overlaps(blocks: Sequence[_Draft]) -> None:
         twin = next((b.name for b in blocks[:position] if b.module is block.module), None)
         if inner or twin:
             raise AdapterError(
-                f"`{inner or block.name}` and `{block.name if inner else twin}` overlap: one block is inside, or the "
-                f"same as, another. Each block of `{block.layout.name}` must be listed once, and no stack inside another."
+                f"`{inner or block.name}` and `{block.name if inner else twin}` overlap: one block is inside, or "
+                f"the same as, another. Each block of `{block.layout.name}` must be listed once, and no stack inside "
+                "another."
             )
 
 

@@ -155,7 +155,11 @@ class HostStore:
 
     def close(self) -> None:
         """Release the page locks; idempotent, and goes on where it was interrupted. No copy may be in flight."""
-        _release_locks(self._device, _ranges_of(self._device), self._locks, self._units)
+        try:
+            _release_locks(self._device, _ranges_of(self._device), self._locks, self._units)
+        except Exception:
+            self._release.detach()  # the device has failed; failing again when we are collected helps nobody
+            raise
         self._release.detach()
 
     def _can_stay(self, bound: BoundTensor) -> bool:

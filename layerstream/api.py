@@ -84,16 +84,21 @@ class LayerStreamer:
         division = divide(layouts)
         device = self._make_device()
         specs = [unit.spec for unit in division.units]
-        budget = resolve_budget(self._vram_budget, free_bytes=device.free_bytes(), total_bytes=device.total_bytes())
+        # What the pipeline itself has on the device is given up on entering.
+        bound = [b for unit in division.units for b in unit.binding.tensors]
+        own = 0 if device.is_simulated else sum(b.num_bytes for b in bound if b.home_device == device.torch_device)
+        budget = resolve_budget(
+            self._vram_budget, free_bytes=device.free_bytes() + own, total_bytes=device.total_bytes()
+        )
         plan = make_plan(specs, budget, num_slots=self._num_slots)
+        if not any(spec.is_block for spec in specs):
+            _warn_nothing_streams(components)
         streamer = Streamer(layouts, division, plan, device)
         streamer.owner = self  # hooks keep the engine alive, the engine keeps us: dropped by its user, it can be closed
         streamer.open()
         self._streamer, self._stats, self._plan = streamer, streamer.stats, plan
         for module in components.values():
             _ACTIVE[module] = weakref.ref(self)
-        if not any(spec.is_block for spec in specs):
-            _warn_nothing_streams(components)
         return self
 
     def close(self) -> None:
@@ -105,10 +110,14 @@ class LayerStreamer:
         streamer = self._streamer
         if streamer is None:
             return
-        streamer.close()
-        self._streamer = None
-        for module in [m for m, owner in _ACTIVE.items() if owner() is self]:
-            del _ACTIVE[module]
+        try:
+            streamer.close()
+        finally:
+            # An interrupt, or a warning that is an error, leaves `close` after all is given back.
+            if streamer.is_closed:
+                self._streamer = None
+                for module in [m for m, owner in _ACTIVE.items() if owner() is self]:
+                    del _ACTIVE[module]
 
     def __enter__(self) -> LayerStreamer:
         return self.start()

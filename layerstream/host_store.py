@@ -16,6 +16,7 @@ to pages, merged, and counted per process: two streamers may share a page.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
@@ -154,13 +155,9 @@ class HostStore:
             )
 
     def close(self) -> None:
-        """Release the page locks; idempotent, and goes on where it was interrupted. No copy may be in flight."""
-        try:
-            _release_locks(self._device, _ranges_of(self._device), self._locks, self._units)
-        except Exception:
-            self._release.detach()  # the device has failed; failing again when we are collected helps nobody
-            raise
-        self._release.detach()
+        """Release the page locks; idempotent. No copy may be in flight."""
+        self._release.detach()  # whatever happens now, happens once
+        _release_locks(self._device, _ranges_of(self._device), self._locks, self._units)
 
     def _can_stay(self, bound: BoundTensor) -> bool:
         """The safe rule; see the module's text."""
@@ -198,11 +195,12 @@ class HostStore:
 
 
 def _release_locks(device: Device, ranges: _PageLocks, locks: list[Range], units: list[StoredUnit]) -> None:
-    if locks:
-        device.synchronize()
-    while locks:
-        ranges.release(locks[-1])
-        locks.pop()
+    with contextlib.ExitStack() as each:  # all of them, also when one fails
+        for lock in locks:
+            each.callback(ranges.release, lock)
+        if locks:
+            device.synchronize()
+    locks.clear()
     units.clear()
 
 

@@ -203,12 +203,12 @@ class SimulatedDevice:
         return buffer
 
     def free(self, buffer: torch.Tensor) -> None:
-        self._step("free")
         with self._lock:
             known = self._buffers.pop(buffer.data_ptr(), None)
             if known is not None:
                 self.allocated_bytes -= known.num_bytes
                 self._starts = sorted(self._buffers)
+        self._step("free")
 
     def compute_stream(self) -> SimulatedStream:
         thread = threading.get_ident()
@@ -283,11 +283,11 @@ class SimulatedDevice:
         return True
 
     def unregister(self, address: int) -> None:
-        self._step("unregister")
         if self._queue:
             raise TransferError("host memory unregistered while a copy is in flight")
         with self._lock:
             del self.registered[address]
+        self._step("unregister")
 
     def pinned_staging(self, num_bytes: int) -> torch.Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")

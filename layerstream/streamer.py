@@ -52,6 +52,7 @@ class Streamer:
         self.plan = plan
         self.stats = Stats()
         self.owner: object = None
+        self.is_closed = False
         self._layouts = layouts
         self._units = division.units
         self._places = division.places
@@ -142,6 +143,7 @@ class Streamer:
             attempt(self._store.close, "release page locks")
             attempt(self._device.empty_cache, "free cached device memory")
             self.stats.exit_s = time.perf_counter() - started
+            self.is_closed = True
 
     def _refuse_compiled_wholes(self) -> None:
         for layout in self._streamed_layouts():
@@ -226,7 +228,9 @@ class Streamer:
         try:
             step()
         except Exception as exc:
-            warnings.warn(f"leaving the offload context could not {what}: {exc!r}", LayerstreamWarning, stacklevel=4)
+            # Said at the end too: where warnings are errors, saying it raises.
+            message = f"leaving the offload context could not {what}: {exc!r}"
+            afterwards.callback(warnings.warn, message, LayerstreamWarning, stacklevel=6)
         except BaseException as exc:
             afterwards.callback(_raise, exc)
 

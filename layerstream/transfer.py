@@ -11,6 +11,7 @@ not be page-locked, which go through a small staging ring.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -123,9 +124,11 @@ class TransferEngine:
 
     def close(self) -> None:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
-        for buffer in [*self._residents, *(slot.buffer for slot in self.slots)]:
-            self._device.free(buffer)
+        buffers = [*self._residents, *(slot.buffer for slot in self.slots)]
         self._residents, self.slots, self._staging = [], [], None
+        with contextlib.ExitStack() as each:  # all of them, also when one fails
+            for buffer in buffers:
+                each.callback(self._device.free, buffer)
 
     # ---- one unit's way into a slot and out of it
 

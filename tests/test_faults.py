@@ -141,6 +141,23 @@ def test_an_interrupt_while_leaving_is_raised_after_all_is_given_back(operation:
     assert_restored(model, before)
     assert_equal(run(model), expected)
     assert not any(m._forward_pre_hooks for m in model.modules())
-    streamer.close()  # what the interrupt kept from being freed
+    assert not streamer.is_active
     assert device.allocated_bytes == 0
     assert not device.registered
+
+
+def test_warnings_as_errors_do_not_stop_the_leaving() -> None:
+    model = toy(num_blocks=4)
+    before, expected = describe(model), run(twin(model))
+    device = adversary()
+    streamer = layerstream.offload(model, vram_budget="min", device=device).start()
+    run(model)
+    device.fail_at(0, DeviceLostError("lost"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(layerstream.LayerstreamWarning, match="could not wait for the device"):
+            streamer.close()
+    assert_restored(model, before)
+    assert_equal(run(model), expected)
+    assert device.allocated_bytes == 0
+    assert not streamer.is_active

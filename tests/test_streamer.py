@@ -351,16 +351,20 @@ def test_grad_mode_does_not_keep_every_slot_alive() -> None:
     assert outputs[0].requires_grad
 
 
-def test_autocast_does_not_keep_cast_weights() -> None:
+def test_autocast_does_not_keep_cast_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ModuleList([nn.Linear(16, 16) for _ in range(6)]))
     model.forward = lambda x: [x := layer(x) for layer in model[1]][-1]
     x = torch.randn(2, 16)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(x).clone()
+        cleared: list[int] = []
+        clear = torch.clear_autocast_cache
+        monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (cleared.append(1), clear()))
         with offloaded(model, adversary()):
             assert torch.equal(model(x), expected)
             assert torch.equal(model(x), expected)
+        assert len(cleared) >= 2 * 6 - 2  # once for each block whose slot another takes
     assert not torch.is_autocast_enabled("cpu")
 
 

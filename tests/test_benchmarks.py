@@ -24,6 +24,7 @@ def test_a_tiny_run_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert records[1]["loaded_bytes_per_pass"] > 0
     for name in ("gpu", "versions", "command", "commit", "date", "link_gb_per_s", "weights_bytes", "enter_s", "exit_s"):
         assert records[1][name] is not None
+    assert "--output" not in records[1]["command"]
     table = path.with_suffix(".md").read_text()
     assert table.count("\n| sd35m (tiny) |") == len(records)
     assert "sd35m (tiny) layerstream slots=2" in capsys.readouterr().out

@@ -162,3 +162,30 @@ def test_generate_token_by_token() -> None:
         first = streamer.stats().num_demand_loads
         assert torch.equal(model.generate(tokens, **options), expected)
         assert streamer.stats().num_demand_loads == first
+
+
+def test_lora_loaded_before_entering_and_rescaled_while_streaming() -> None:
+    peft = pytest.importorskip("peft")
+    pipe = build_tiny("sd3")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, adapter_name="style")
+
+    def images() -> list[torch.Tensor]:
+        found = []
+        for weight in (1.0, 0.3):
+            pipe.transformer.set_adapters("style", weight)
+            found.append(run_tiny(pipe, "sd3"))
+        pipe.transformer.disable_adapters()
+        found.append(run_tiny(pipe, "sd3"))
+        pipe.transformer.enable_adapters()
+        return found
+
+    expected = images()
+    assert not torch.equal(expected[0], expected[1])
+    before = describe(pipe.transformer)
+    device = adversary()
+    with layerstream.offload(pipe, vram_budget="min", device=device), device.checking():
+        for streamed, resident in zip(images(), expected, strict=True):
+            assert torch.equal(streamed, resident)
+    assert_restored(pipe.transformer, before)

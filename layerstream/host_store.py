@@ -79,9 +79,18 @@ class StoredUnit:
     ranges: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # (host bytes, offset in the slot)
     segments: list[Segment] = field(default_factory=list)
 
-    @property
+    # Both are asked for at every load, and settled once `pin` has cut the segments.
+    @functools.cached_property
     def copied_bytes(self) -> int:
         return sum(s.source.numel() for s in self.segments)
+
+    @functools.cached_property
+    def is_pinned(self) -> bool:
+        return all(s.is_pinned for s in self.segments)
+
+    def pieces(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What to copy into a device buffer: (its range, the host bytes) for each segment."""
+        return [(buffer[s.offset : s.offset + s.source.numel()], s.source) for s in self.segments]
 
     def views(self, binding: UnitBinding, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The unit's tensors inside a device buffer (uint8 [>= num_bytes]), with the strides they keep."""

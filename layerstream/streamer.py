@@ -310,10 +310,8 @@ class Streamer:
 
     def _held(self) -> list[int]:
         """Units that compute is reading, or may read without asking again."""
-        return [u for u in self._loaded() if (m := self._units[u].module) is not None and self._calls.is_running(m)]
-
-    def _loaded(self) -> list[int]:
-        return [s.unit for s in self._transfer.slots if s.unit is not None]
+        loaded = [s.unit for s in self._transfer.slots if s.unit is not None]
+        return [u for u in loaded if (m := self._units[u].module) is not None and self._calls.is_running(m)]
 
     def _prefetch(self, held: Sequence[int]) -> None:
         """Start loading the units expected next, as many as there are slots that nobody holds."""

@@ -32,8 +32,7 @@ class Slot:
     """One device buffer.
 
     Attributes:
-        generation: how often it was loaded; an event of an older generation says nothing about this one.
-        ready: the event after the copy that filled it.
+        ready: the event after the copy that filled it; a new one for each load.
         after: events the next copy into it must wait for.
         readers: compute streams that wait, or waited, for `ready`.
         is_extra: made beyond the plan; freed when it is vacated.
@@ -43,7 +42,6 @@ class Slot:
         self.buffer = buffer
         self.is_extra = is_extra
         self.unit: int | None = None
-        self.generation = 0
         self.ready: Event = None
         self.after: list[Event] = [after]
         self.readers: list[Stream] = []
@@ -58,7 +56,7 @@ class Slot:
             return
         before = self._count_references()
         self.views[unit] = stored.views(binding, self.buffer)
-        self.pieces[unit] = [(self.buffer[s.offset : s.offset + s.source.numel()], s.source) for s in stored.segments]
+        self.pieces[unit] = stored.pieces(self.buffer)
         self._references += self._count_references() - before
 
     def is_aliased(self) -> bool:
@@ -112,9 +110,8 @@ class TransferEngine:
         with engine_tensors():
             buffer = self._allocate(stored.num_bytes)
             self._residents.append(buffer)
-            pieces = [(buffer[s.offset : s.offset + s.source.numel()], s.source) for s in stored.segments]
             # The allocator may hand out memory that queued compute still reads: the copy waits for all of it.
-            self._copy(unit, pieces, [self._device.record(self._device.compute_stream())])
+            self._copy(unit, stored.pieces(buffer), [self._device.record(self._device.compute_stream())])
             self._stats.placed_bytes += stored.copied_bytes
             return stored.views(self._bindings[unit], buffer)
 
@@ -146,21 +143,19 @@ class TransferEngine:
         return self._add_slot(is_extra=True)
 
     def load(self, unit: int, slot: Slot) -> None:
-        """Start copying `unit` into `slot` on the copy stream; does not block the host.
+        """Start copying `unit` into `slot` on the copy stream; does not block the host. Call under `engine_tensors`.
 
         Raises:
             TransferError: the slot holds another unit, or the unit is in another slot.
         """
         if slot.unit is not None or self.slot_of(unit) is not None:
             raise TransferError(f"unit {unit} loaded into a slot that holds unit {slot.unit}, or loaded twice")
-        with engine_tensors():
-            slot.prepare(unit, self._stored[unit], self._bindings[unit])
-            # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
-            # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
-            slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
-            slot.generation += 1
-            slot.after, slot.readers = [], []
-            slot.unit = unit
+        slot.prepare(unit, self._stored[unit], self._bindings[unit])
+        # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
+        # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
+        slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
+        slot.after, slot.readers = [], []
+        slot.unit = unit
         self._stats.num_loads += 1
         self._stats.loaded_bytes += self._stored[unit].copied_bytes
 
@@ -193,8 +188,7 @@ class TransferEngine:
     def abandon(self, unit: int) -> None:
         """Leave the slot's memory to whoever still looks at it, and give the slot new memory."""
         slot = self._holding(unit)
-        with engine_tensors():
-            fresh = self._add_slot(is_extra=slot.is_extra)
+        fresh = self._add_slot(is_extra=slot.is_extra)
         self.slots.remove(slot)
         fresh.unit = unit
         self._free(slot.buffer)
@@ -208,11 +202,12 @@ class TransferEngine:
         return slot
 
     def _copy(self, unit: int, pieces: list[tuple[torch.Tensor, torch.Tensor]], after: list[Event]) -> Event:
-        if all(s.is_pinned for s in self._stored[unit].segments):
+        stored = self._stored[unit]
+        if stored.is_pinned:
             return self._device.copy(pieces, after)
         if self._staging is None:
             self._staging = _StagingRing(self._device)
-        pinned = [s.is_pinned for s in self._stored[unit].segments]
+        pinned = [s.is_pinned for s in stored.segments]
         return self._staging.copy(list(zip(pieces, pinned, strict=True)), after)
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:

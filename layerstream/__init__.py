@@ -3,7 +3,7 @@
 from layerstream._version import __version__
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.registry import register_adapter
-from layerstream.api import LayerStreamer, offload
+from layerstream.api import LayerStreamer, offload, plan
 from layerstream.errors import (
     AdapterError,
     AlreadyOffloadedError,
@@ -19,6 +19,7 @@ from layerstream.errors import (
     StreamerStateError,
     TransferError,
 )
+from layerstream.plan import Plan
 from layerstream.stats import Stats
 
 __all__ = [
@@ -35,10 +36,12 @@ __all__ = [
     "LayerstreamWarning",
     "MovedWhileStreamingError",
     "PipelineError",
+    "Plan",
     "Stats",
     "StreamerStateError",
     "TransferError",
     "__version__",
     "offload",
+    "plan",
     "register_adapter",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -15,16 +16,18 @@ import torch
 from torch import nn
 
 from layerstream.adapters.registry import adapter_for
-from layerstream.budget import format_bytes, resolve_budget
+from layerstream.budget import format_bytes, parse_bytes, resolve_budget
+from layerstream.changes import changing_methods, merging_on
 from layerstream.compiled import uncompiled
 from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import AlreadyOffloadedError, LayerstreamWarning, PipelineError, StreamerStateError
-from layerstream.intercept import refuse_rivals
-from layerstream.plan import Plan, make_plan
+from layerstream.intercept import Interception, refuse_rivals
+from layerstream.plan import Phase, Plan, make_plan
+from layerstream.report import report
 from layerstream.simulated import SimulatedDevice
 from layerstream.stats import Stats
 from layerstream.streamer import Streamer
-from layerstream.units import divide
+from layerstream.units import ComponentLayout, divide
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -51,8 +54,8 @@ class LayerStreamer:
         self._vram_budget = vram_budget
         self._device = device
         self._streamer: Streamer | None = None
-        self._stats: Stats | None = None
-        self._plan: Plan | None = None
+        self._last: Streamer | None = None  # what it did can be asked after it is closed
+        self._changes = Interception()
         self._num_slots: int | None = None  # set by benchmarks and tests; the plan chooses otherwise
 
     # ---- entering and leaving
@@ -77,29 +80,42 @@ class LayerStreamer:
         components = {name: uncompiled(module) for name, module in called.items()}
         _refuse_active(components)
         refuse_rivals(self._pipe, components)
-        layouts = [
-            replace(adapter_for(module).layout(name, module), called=called[name])
-            for name, module in components.items()
-        ]
-        division = divide(layouts)
         device = self._make_device()
-        specs = [unit.spec for unit in division.units]
-        # What the pipeline itself has on the device is given up on entering.
-        bound = [b for unit in division.units for b in unit.binding.tensors]
-        own = 0 if device.is_simulated else sum(b.num_bytes for b in bound if b.home_device == device.torch_device)
-        budget = resolve_budget(
-            self._vram_budget, free_bytes=device.free_bytes() + own, total_bytes=device.total_bytes()
+        budget = _resolve(self._vram_budget, device)
+        streamer = Streamer(
+            functools.partial(_layouts, self._pipe),
+            device,
+            budget,
+            num_slots=self._num_slots,
+            find_replaced=functools.partial(_find_replaced, self._pipe, called),
         )
-        plan = make_plan(specs, budget, num_slots=self._num_slots)
-        if not any(spec.is_block for spec in specs):
+        if not any(stack.blocks for layout in _layouts(self._pipe) for stack in layout.stacks):
             _warn_nothing_streams(components)
-        streamer = Streamer(layouts, division, plan, device)
         streamer.owner = self  # hooks keep the engine alive, the engine keeps us: dropped by its user, it can be closed
         streamer.open()
-        self._streamer, self._stats, self._plan = streamer, streamer.stats, plan
-        for module in components.values():
-            _ACTIVE[module] = weakref.ref(self)
+        self._streamer = self._last = streamer
+        try:
+            self._watch()
+        except BaseException:
+            self.close()
+            raise
         return self
+
+    def _watch(self) -> None:
+        """Mark the components as ours, and pause around the calls that change them."""
+        streamer = self._streamer
+        assert streamer is not None
+        for owner in [self._pipe, *(uncompiled(m) for m in _components(self._pipe).values())]:
+            if isinstance(owner, nn.Module):
+                _ACTIVE[owner] = weakref.ref(self)
+            if not isinstance(owner, Mapping):
+                for name in changing_methods(owner):
+                    self._changes.watch_change(owner, name, self.paused)
+
+    def _unwatch(self) -> None:
+        self._changes.remove()
+        for module in [m for m, owner in _ACTIVE.items() if owner() is self]:
+            del _ACTIVE[module]
 
     def close(self) -> None:
         """Stop streaming and restore the pipeline. Closing twice, or before starting, does nothing.
@@ -116,8 +132,38 @@ class LayerStreamer:
             # An interrupt, or a warning that is an error, leaves `close` after all is given back.
             if streamer.is_closed:
                 self._streamer = None
-                for module in [m for m, owner in _ACTIVE.items() if owner() is self]:
-                    del _ACTIVE[module]
+                self._unwatch()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Change the pipeline while it streams: inside, the weights are at home and nothing is hooked.
+
+            with streamer.paused():
+                pipe.transformer.proj_out = MyHead()
+
+        Afterwards streaming resumes with whatever is there then, under the same budget. What a component takes beside
+        its weights is measured anew. The usual calls of diffusers, transformers and peft (loading, fusing, unfusing and
+        unloading LoRA weights, `fuse_qkv_projections`, `load_state_dict`, `save_pretrained`, casts by `.to(dtype)`) do
+        this by themselves. Pausing inside a pause does nothing; pausing what is not active does nothing either.
+
+        Raises:
+            StreamerStateError: a component is in the middle of its forward.
+            BudgetError: what was made of the pipeline does not fit the budget; streaming has ended then.
+        """
+        streamer = self._streamer
+        if streamer is None or streamer.is_paused:
+            yield
+            return
+        components = [uncompiled(m) for m in _components(self._pipe).values()]
+        try:
+            with streamer.paused(), merging_on(streamer.device.torch_device, components):
+                yield
+        finally:
+            self._unwatch()
+            if streamer.is_closed:
+                self._streamer = None
+            else:
+                self._watch()
 
     def __enter__(self) -> LayerStreamer:
         return self.start()
@@ -125,7 +171,12 @@ class LayerStreamer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        refused = None
+        if isinstance(exc, torch.OutOfMemoryError) and self._streamer is not None:
+            refused = self._streamer.explain(exc)
         self.close()
+        if refused is not None:
+            raise refused from exc
 
     # ---- as a decorator
 
@@ -189,26 +240,48 @@ class LayerStreamer:
         Raises:
             StreamerStateError: it was never started.
         """
-        if self._stats is None:
-            raise StreamerStateError("no stats yet: the streamer was never started.")
-        return replace(self._stats)
+        return replace(self._started("stats").look())
+
+    @property
+    def plan(self) -> Plan:
+        """The present plan: what was measured so far is in it.
+
+        Raises:
+            StreamerStateError: it was never started.
+        """
+        return self._started("plan").plan
+
+    def report(self) -> str:
+        """What happened since the last start, as text: bytes, stalls and peak of each phase, and what bounds it.
+
+        Raises:
+            StreamerStateError: it was never started.
+        """
+        streamer = self._started("report")
+        return report(streamer.plan, streamer.look(), streamer.phase_stats)
+
+    def _started(self, what: str) -> Streamer:
+        if self._last is None:
+            raise StreamerStateError(f"no {what} yet: the streamer was never started.")
+        return self._last
+
+    def __str__(self) -> str:
+        return repr(self) if self._last is None else f"{self!r}\n{self._last.plan}"
 
     def __repr__(self) -> str:
-        if self._stats is None or self._plan is None:
+        if self._last is None:
             return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
-        stats = self._stats
+        stats = self._last.stats
         state = "active" if self.is_active else "closed"
+        budget = format_bytes(stats.budget_bytes) if stats.budget_bytes else "the least"
         return (
-            f"LayerStreamer({state}, {stats.num_resident_blocks} blocks resident, {stats.num_streamed_blocks} streamed "
-            f"through {stats.num_slots} slots of {format_bytes(stats.slot_bytes)}, "
-            f"{format_bytes(self._plan.device_bytes)} of weights on the device)"
+            f"LayerStreamer({state}, budget {budget}: {stats.num_resident_blocks} blocks resident, "
+            f"{stats.num_streamed_blocks} streamed, at most {format_bytes(stats.peak_device_bytes)} of weights on the "
+            "device)"
         )
 
     def _make_device(self) -> Device:
-        if self._device is not None and not isinstance(self._device, torch.device | str | int):
-            return self._device
-        torch_device = find_device(self._device)
-        return SimulatedDevice() if torch_device.type == "cpu" else CudaDevice(torch_device)
+        return _device_of(self._device)
 
 
 class _Already:
@@ -238,8 +311,9 @@ def offload(
     Args:
         pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, or a dict of modules. A class or
             function is decorated; without it, the result is a decorator.
-        vram_budget: device memory for weights: int bytes, "8GiB", "8GB", "auto" (what is free, less a reserve for
-            activations) or "min" (the least that works: everything streamed).
+        vram_budget: what the process may reserve on the device, activations and all other tensors included: int bytes,
+            "8GiB", "8GB", "auto" (what is free, less a small reserve) or "min" (the least of weights: everything
+            streamed, and no limit for the rest).
         device: where to run: a CUDA device, or "cpu" for the simulated one. Default: the current GPU, else "cpu".
 
     Returns: a `LayerStreamer` (or, for a class or function, that, decorated).
@@ -254,6 +328,77 @@ def offload(
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
     streamer = LayerStreamer(None if is_target else pipe, vram_budget=vram_budget, device=device)
     return streamer(pipe) if is_target else streamer
+
+
+def plan(
+    pipe: Any,
+    *,
+    vram_budget: int | str = "auto",
+    device: torch.device | str | int | Device | None = None,
+    reserve: int | str = 0,
+) -> Plan:
+    """What `offload` would do with this pipeline; moves nothing. `print(plan)` shows a table.
+
+        print(layerstream.plan(pipe, vram_budget="8GiB", reserve="1GiB"))
+
+    Weights on the meta device are planned as well, so a model too large for this machine can be looked at.
+
+    Args:
+        pipe, vram_budget, device: as for `offload`.
+        reserve: device memory that every phase of the call takes for activations: int bytes or "1GiB". `offload`
+            measures it; here it is an assumption.
+
+    Returns: a `Plan`; its `phases` say which units are resident, `least_bytes` what works, `peak_bytes` what is used.
+    A pipeline that streams now gives its present plan, with what was measured.
+
+    Raises:
+        PipelineError, AdapterError, DeviceError: see `offload`.
+        BudgetError: unparsable, larger than the device, or too small.
+    """
+    components = {name: uncompiled(module) for name, module in _components(pipe).items()}
+    for component in components.values():
+        owner = _ACTIVE.get(component)
+        streamer = owner() if owner is not None else None
+        if streamer is not None:
+            return streamer.plan
+    found = _device_of(device)
+    layouts = _layouts(pipe)
+    units = [unit.spec for unit in divide(layouts, is_preview=True).units]
+    reserve_bytes = parse_bytes(reserve) if isinstance(reserve, str) else reserve
+    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes) for layout in layouts]
+    return make_plan(units, phases, _resolve(vram_budget, found), granularity=found.rounded_bytes(1))
+
+
+def _device_of(device: torch.device | str | int | Device | None) -> Device:
+    if device is not None and not isinstance(device, torch.device | str | int):
+        return device
+    torch_device = find_device(device)
+    return SimulatedDevice() if torch_device.type == "cpu" else CudaDevice(torch_device)
+
+
+def _resolve(vram_budget: int | str, device: Device) -> int | None:
+    return resolve_budget(
+        vram_budget, free_bytes=device.allocated_bytes() + device.free_bytes(), total_bytes=device.total_bytes()
+    )
+
+
+def _layouts(pipe: Any) -> list[ComponentLayout]:
+    """The pipeline's components as their adapters describe them, as they are now."""
+    return [
+        replace(adapter_for(uncompiled(module)).layout(name, uncompiled(module)), called=module)
+        for name, module in _components(pipe).items()
+    ]
+
+
+def _find_replaced(pipe: Any, called: Mapping[str, nn.Module]) -> str | None:
+    """The name of a component that is another module now than when streaming began."""
+    if isinstance(pipe, nn.Module):
+        return None
+    for name, module in called.items():
+        now = pipe.get(name, module) if isinstance(pipe, Mapping) else getattr(pipe, name, module)
+        if now is not module and isinstance(now, nn.Module) and uncompiled(now) is not uncompiled(module):
+            return name
+    return None
 
 
 def _components(pipe: Any) -> dict[str, nn.Module]:

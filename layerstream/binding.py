@@ -6,7 +6,8 @@ at changes: its *home* (host memory, where it was found), a view of a slot, or a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -118,3 +119,20 @@ class UnitBinding:
             make_present(bound.tensor, home)
         self.is_present = True
         self._placeholders, self._records = [], []
+
+
+@contextlib.contextmanager
+def lent_to(device: torch.device, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, the bytes of these tensors are on `device`; afterwards they are back, changed or not, where they were."""
+    homes = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, home in homes:
+            tensor.data = home.to(device)
+        yield
+    finally:
+        for tensor, home in homes:
+            now = tensor.data
+            if now.device == device and now.shape == home.shape and now.dtype == home.dtype:
+                home.copy_(now)
+                now = home
+            tensor.data = now.to(home.device)

@@ -24,7 +24,8 @@ def align(num_bytes: int) -> int:
 class Placement(Enum):
     """Where a unit lives while streaming is on."""
 
-    RESIDENT = "resident"  # on the device from start to close
+    RESIDENT = "resident"  # in a buffer of its own, and kept in every other phase
+    BY_PHASE = "by phase"  # in a buffer of its own while its phase runs; given up where another phase needs the room
     STREAMED = "streamed"  # in host memory; in a slot while it is used
 
 
@@ -39,6 +40,7 @@ class UnitSpec:
         stack: dotted name of its stack inside the component; None for a base.
         num_bytes: bytes it takes on the device, every tensor aligned.
         is_repeated: the component runs many times a call (a denoiser), so its bytes matter most.
+        also: other components that use tensors of this unit; only bases have any.
     """
 
     index: int
@@ -47,6 +49,7 @@ class UnitSpec:
     stack: str | None
     num_bytes: int
     is_repeated: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def is_block(self) -> bool:

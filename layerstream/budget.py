@@ -11,9 +11,10 @@ _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]+)\s*")
 
-# Kept free under "auto" for activations, which are not measured yet, and for the CUDA libraries' workspaces.
-_AUTO_RESERVE_FRACTION = 0.2
-_AUTO_RESERVE_LEAST_BYTES = 2**30
+# Kept free under "auto" for what lies outside the allocator and grows while a pipeline runs: kernels that are loaded,
+# the libraries' own memory.
+_AUTO_RESERVE_FRACTION = 0.03
+_AUTO_RESERVE_LEAST_BYTES = 2**28
 
 
 def format_bytes(num_bytes: int | float) -> str:
@@ -49,7 +50,7 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
 
     Args:
         vram_budget: int bytes, a size string, "auto" or "min".
-        free_bytes: device memory that may be taken now.
+        free_bytes: what the process holds on the device and what it may still take now, together.
         total_bytes: the device's whole memory.
     Raises:
         BudgetError: zero, negative, unparsable, not a size at all, or larger than the device.

@@ -10,7 +10,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from layerstream.errors import ConcurrentUseError
@@ -98,3 +101,18 @@ class RunningCalls:
             else:
                 kept.append((module, is_root))
         self._running = kept
+
+
+def shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Hashable, tuple[int, ...]], ...]:
+    """(dtype, shape) of every tensor passed, those in lists and dicts included: what a call's memory depends on."""
+    return tuple((t.dtype, t.shape) for t in _tensors((*args, *kwargs.values())))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value) in (tuple, list):
+            yield from _tensors(value)
+        elif type(value) is dict:
+            yield from _tensors(value.values())

@@ -14,6 +14,7 @@ The host waits for the device only in `synchronize`, at enter and exit, and when
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from layerstream.errors import DeviceError
 
 Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
+
+_SEGMENT_BYTES = 2**21  # CUDA's caching allocator takes memory for requests of 10 MiB and more in steps of this
 
 
 class Device(Protocol):
@@ -36,13 +39,60 @@ class Device(Protocol):
         """The device's whole memory."""
 
     def free_bytes(self) -> int:
-        """Memory that this process may still take: free on the device, or cached by the allocator."""
+        """Memory that this process may still take, a cap aside: free on the device, or cached by the allocator."""
+
+    def reserved_bytes(self) -> int:
+        """What this process' allocator holds on the device now, cached blocks included; does not block the host."""
+
+    def allocated_bytes(self) -> int:
+        """What live tensors take now, the engine's and all others; does not block the host."""
+
+    def peak_reserved_bytes(self) -> int:
+        """The most `reserved_bytes` there were since the last `reset_peaks`."""
+
+    def peak_allocated_bytes(self) -> int:
+        """The most `allocated_bytes` there were since the last `reset_peaks`."""
+
+    def reset_peaks(self) -> None:
+        """Let both peaks start again from what is held now. The counters are the process', not the engine's own."""
+
+    def num_ooms(self) -> int:
+        """Out-of-memory errors the allocator has raised so far, those that an operator swallowed included.
+
+        An operator that cannot have its workspace may fall back to another algorithm without a word, and the bits
+        of its result with it.
+        """
+
+    def context_bytes(self) -> int:
+        """Device memory in use outside torch's allocator in this process, and by all others."""
+
+    def set_cap(self, num_bytes: int | None) -> None:
+        """From now on the allocator refuses to reserve beyond `num_bytes`; does not block the host.
+
+        What is reserved already stays. Cached blocks are given back before a request is refused.
+
+        Args:
+            num_bytes: bytes of reserved memory, all tensors of the process included; more than there is means all
+                there is. None: back to what was before the first `set_cap`.
+        """
+
+    def rounded_bytes(self, num_bytes: int) -> int:
+        """What an engine buffer of `num_bytes` adds to `reserved_bytes` when no cached block serves it."""
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """A uint8 buffer of `num_bytes` on the device, contents undefined, 256-byte aligned."""
+        """A uint8 buffer of `num_bytes` on the device, contents undefined, 256-byte aligned.
+
+        Its storage has `rounded_bytes(num_bytes)`, so that nothing else comes to lie in the rest.
+
+        Raises:
+            torch.OutOfMemoryError: the device is full, or the cap is reached.
+        """
 
     def free(self, buffer: torch.Tensor) -> None:
-        """The engine is done with a buffer; copies into it have been waited for."""
+        """The engine is done with a buffer; copies into it have been waited for.
+
+        Its memory comes back with the last reference to it, those of the caller included.
+        """
 
     def compute_stream(self) -> Stream:
         """The current stream of the calling thread."""
@@ -64,6 +114,20 @@ class Device(Protocol):
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy a device tensor to a host one after all issued compute, and wait for it."""
+
+    def mark(self, stream: Stream) -> Any:
+        """A point in time on a compute stream, after everything issued on it so far; does not block the host."""
+
+    def elapsed_ms(self, start: Any, end: Any) -> float | None:
+        """Device time from one mark to a later one, or None while the device has not passed `end`; never blocks."""
+
+    def measure_link(self, target: torch.Tensor, source: torch.Tensor) -> float:
+        """How fast the copy stream is, in GB/s (10^9 bytes), by one copy; blocks the host until it is over.
+
+        Args:
+            target: device view, overwritten; this thread's compute that was issued before may still read it.
+            source: page-locked host view of the same size; a few tens of MiB are enough for full speed.
+        """
 
     def start_stall(self, stream: Stream, event: Event) -> Any:
         """A marker before `wait`, to time what the wait costs; None where nothing will be measured."""
@@ -118,6 +182,7 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(torch_device)
         self._copy_stream = torch.cuda.Stream(torch_device)
         self._cudart: Any = torch.cuda.cudart()
+        self._fraction_before: float | None = None  # the process' own cap, while `set_cap` holds another
 
     def total_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.torch_device)[1])
@@ -126,8 +191,50 @@ class CudaDevice:
         cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
         return int(torch.cuda.mem_get_info(self.torch_device)[0]) + cached
 
+    def reserved_bytes(self) -> int:
+        return int(torch.cuda.memory_reserved(self.torch_device))
+
+    def allocated_bytes(self) -> int:
+        return int(torch.cuda.memory_allocated(self.torch_device))
+
+    def peak_reserved_bytes(self) -> int:
+        return int(torch.cuda.max_memory_reserved(self.torch_device))
+
+    def peak_allocated_bytes(self) -> int:
+        return int(torch.cuda.max_memory_allocated(self.torch_device))
+
+    def reset_peaks(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def num_ooms(self) -> int:
+        return int(torch.cuda.memory_stats(self.torch_device).get("num_ooms", 0))
+
+    def context_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return max(int(total) - int(free) - self.reserved_bytes(), 0)
+
+    def set_cap(self, num_bytes: int | None) -> None:
+        total = int(torch.cuda.get_device_properties(self.torch_device).total_memory)
+        if num_bytes is None:
+            if self._fraction_before is not None:
+                # It was read as bytes / total; set as it is, rounding could lose a byte each time.
+                fraction = _fraction(round(self._fraction_before * total), total)
+                torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
+                self._fraction_before = None
+            return
+        if self._fraction_before is None:
+            # Older torch cannot say what was set; 1.0 is what it is unless somebody set it.
+            read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+            self._fraction_before = 1.0 if read is None else float(read(self.torch_device))
+        torch.cuda.set_per_process_memory_fraction(_fraction(num_bytes, total), self.torch_device)
+
+    def rounded_bytes(self, num_bytes: int) -> int:
+        # Requests under 10 MiB share segments of 20 MiB, those under 1 MiB of 2 MiB: they may add more, or nothing.
+        return -(-num_bytes // _SEGMENT_BYTES) * _SEGMENT_BYTES
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        rounded = torch.empty(self.rounded_bytes(num_bytes), dtype=torch.uint8, device=self.torch_device)
+        return rounded[:num_bytes]
 
     def free(self, buffer: torch.Tensor) -> None:
         # Only references keep it: a buffer that user code still looks at lives until that reference goes.
@@ -163,21 +270,36 @@ class CudaDevice:
             torch.cuda.current_stream().synchronize()
             target.copy_(source)
 
+    def mark(self, stream: Any) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def elapsed_ms(self, start: Any, end: Any) -> float | None:
+        return float(start.elapsed_time(end)) if start.query() and end.query() else None
+
+    def measure_link(self, target: torch.Tensor, source: torch.Tensor) -> float:
+        stream = self._copy_stream
+        # The allocator may have handed out memory that queued compute still reads.
+        stream.wait_event(self.record(self.compute_stream()))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)  # to warm up: it also waits for the compute above
+            start = self.mark(stream)
+            target.copy_(source, non_blocking=True)
+            end = self.mark(stream)
+        end.synchronize()
+        return target.numel() * target.element_size() / float(start.elapsed_time(end)) / 1e6
+
     def start_stall(self, stream: Any, event: Any) -> Any:
         if event.query():
             return None  # the load is there already: nothing to wait for, nothing to time
-        before = torch.cuda.Event(enable_timing=True)
-        before.record(stream)
-        return before
+        return self.mark(stream)
 
     def end_stall(self, stream: Any, marker: Any) -> Any:
-        after = torch.cuda.Event(enable_timing=True)
-        after.record(stream)
-        return marker, after
+        return marker, self.mark(stream)
 
     def stall_ms(self, marker: Any) -> float | None:
-        before, after = marker
-        return float(before.elapsed_time(after)) if after.query() else None
+        return self.elapsed_ms(*marker)
 
     def register(self, address: int, num_bytes: int) -> bool:
         # The runtime sets the device per thread, and registering may run in a pool of threads.
@@ -206,6 +328,15 @@ class CudaDevice:
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
+
+
+def _fraction(num_bytes: int, total_bytes: int) -> float:
+    """The largest fraction that allows no more than `num_bytes`, where the allocator takes int(fraction * total)."""
+    if num_bytes >= total_bytes:
+        return 1.0
+    nearest = num_bytes / total_bytes
+    candidates = (math.nextafter(nearest, 1.0), nearest, math.nextafter(nearest, 0.0))
+    return next(f for f in candidates if int(f * total_bytes) <= num_bytes)
 
 
 def _clear_sticky_error() -> None:

@@ -1,11 +1,14 @@
-"""Forward hooks on roots and blocks, put on and taken off; knows nothing of slots or copies.
+"""Forward hooks on roots and blocks, and wrappers of the methods that enter or change a component: put on and taken
+off. Knows nothing of slots or copies.
 
 One hook function serves all blocks and finds the block by the module it is given. So a deep copy of a block,
-which copies the hook with it, finds nothing and does nothing.
+which copies the hook with it, finds nothing and does nothing. A wrapper is an entry in the instance's `__dict__`; in a
+deep copy of the instance it calls the class's own method.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -23,14 +26,20 @@ _DIFFUSERS_OFFLOADERS = {"group_offloading", "layer_execution_tracker", "lazy_pr
 class Listener(Protocol):
     """What the hooks call, in the thread and stream of the forward."""
 
-    def enter_root(self, root: nn.Module) -> None: ...
+    def enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
     def leave_root(self, root: nn.Module) -> None: ...
-    def enter_block(self, block: nn.Module) -> None: ...
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
     def leave_block(self, block: nn.Module, output: Any) -> Any: ...
+    def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A method is called by which pipelines enter the component; returns whether `leave_method` is to follow."""
+
+    def leave_method(self, root: nn.Module) -> None: ...
+    def changing(self, module: nn.Module) -> contextlib.AbstractContextManager[object]:
+        """The module is about to be cast or changed; inside, its weights are at home."""
 
 
 class Interception:
-    """The hooks of one streamer; `remove` takes them off again, in any state."""
+    """The hooks of some components; `remove` takes them off again, in any state."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -38,16 +47,17 @@ class Interception:
         self._hooked: list[nn.Module] = []
 
     def install(self, listener: Listener, roots: Iterable[nn.Module], blocks: Mapping[nn.Module, nn.Module]) -> None:
-        """Hook the streamed blocks and the roots of their components.
+        """Hook the blocks and the roots of their components.
 
         Args:
-            blocks: each streamed block and what the pipeline calls to run it: its root, or that root compiled.
+            roots: what to hook as a root: the component, or its compiled form.
+            blocks: each block and what the pipeline calls to run it: its root, or that root compiled.
         """
         roots = list(roots)
         # Weights must be there before anybody's pre-hook looks, and an exception must not leave a block running.
-        enter_root = compiled.compile_safe(lambda module, args: listener.enter_root(module))
+        enter_root = compiled.compile_safe(listener.enter_root)
         leave_root = compiled.compile_safe(lambda module, args, output: listener.leave_root(module))
-        enter_block = compiled.compile_safe(lambda module, args: listener.enter_block(module))
+        enter_block = compiled.compile_safe(listener.enter_block)
         leave_block = compiled.compile_safe(lambda module, args, output: listener.leave_block(module, output))
         self._hooked = [*roots, *blocks]
         for called in dict.fromkeys(blocks.values()):
@@ -56,19 +66,61 @@ class Interception:
             self._compile_undo.append(compiled.keep_eager_around(called, own))
         for modules, enter, leave in ((roots, enter_root, leave_root), (list(blocks), enter_block, leave_block)):
             for module in modules:
-                self._undo.append(module.register_forward_pre_hook(enter, prepend=True).remove)
+                self._undo.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
                 self._undo.append(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
         compiled.drop_dynamo_caches(self._hooked)
 
-    def guard_moves(self, component: nn.Module, name: str, device: torch.device, *, is_streamed: bool) -> None:
-        """Refuse what would move the component off `device`, or cast it while its blocks stream.
+    def watch_method(self, listener: Listener, root: nn.Module, name: str) -> None:
+        """Tell the listener when `root.name(...)` is called, which enters the component without its forward."""
+        original = getattr(root, name)
+        enter, leave = compiled.compile_safe(listener.enter_method), compiled.compile_safe(listener.leave_method)
 
-        Everything that moves or casts a module goes through `_apply`; on the root it is stopped before the first
-        weight is touched. A partial, so that a deep copy of the component guards the copy, which is free to move.
+        def around(*args: Any, **kwargs: Any) -> Any:
+            if not enter(root, name, args, kwargs):
+                return original(*args, **kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                leave(root)
+
+        self._replace(root, name, around)
+
+    def watch_change(self, owner: object, name: str, changing: Callable[[], Any]) -> None:
+        """Run `owner.name(...)`, which changes modules, inside `changing()`."""
+        original = getattr(owner, name)
+
+        def around(*args: Any, **kwargs: Any) -> Any:
+            with changing():
+                return original(*args, **kwargs)
+
+        self._replace(owner, name, around)
+
+    def _replace(self, owner: object, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        names = vars(owner)
+        was = names.get(name, _NOT_THERE)
+        replacement = functools.partial(_replaced, owner, name, _Around(around))
+        functools.update_wrapper(replacement, original)  # signature and documentation stay visible
+        names[name] = replacement
+
+        def undo() -> None:
+            if names.get(name) is replacement:  # else somebody put another in its place, which stays
+                if was is _NOT_THERE:
+                    del names[name]
+                else:
+                    names[name] = was
+
+        self._undo.append(undo)
+
+    def guard_moves(self, listener: Listener, module: nn.Module, name: str, device: torch.device) -> None:
+        """Refuse what would move `module` off `device`, and let the listener lay it out anew when it is cast.
+
+        Everything that moves or casts a module goes through `_apply`; here it is met before the first weight is
+        touched. A partial, so that a deep copy of the component guards the copy, which is free to move.
         """
-        guard = functools.partial(_guarded_apply, component, _Guarded(component, name, device, is_streamed))
-        component.__dict__["_apply"] = guard
-        self._undo.append(lambda: component.__dict__.pop("_apply", None))
+        guard = functools.partial(_guarded_apply, module, _Guarded(listener, module, name, device))
+        module.__dict__["_apply"] = guard
+        self._undo.append(lambda: module.__dict__.pop("_apply", None))
 
     def remove(self) -> None:
         """Take everything off; idempotent."""
@@ -81,37 +133,58 @@ class Interception:
             self._compile_undo.pop()()
 
 
-class _Guarded:
-    """What a guard refuses. Not copied along with its component: see `__deepcopy__`."""
+_NOT_THERE = object()
 
-    def __init__(self, component: nn.Module, name: str, device: torch.device, is_streamed: bool) -> None:
-        self.component, self.name, self.device, self.is_streamed = component, name, device, is_streamed
+
+class _Around:
+    """A wrapper's function. Not copied along with the instance it wraps a method of: see `__deepcopy__`."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
 
 
-def _guarded_apply(component: nn.Module, guarded: _Guarded | None, fn: Any, recurse: bool = True) -> nn.Module:
-    if guarded is not None:
-        dtypes = {t.dtype for t in [*component.parameters(), *component.buffers()]}
-        probes = [torch.empty(0, dtype=dtype, device=guarded.device) for dtype in dtypes or {torch.float32}]
-        try:
-            results = [fn(probe) for probe in probes]
-        except Exception as exc:
-            raise MovedWhileStreamingError(_refusal(guarded, "moved")) from exc
-        if any(r.device != p.device for r, p in zip(results, probes, strict=True)):
-            raise MovedWhileStreamingError(_refusal(guarded, "moved"))
-        if all(r.dtype == p.dtype for r, p in zip(results, probes, strict=True)) and guarded.is_streamed:
-            return component  # already there, as it is; applying it would load every block
-        if guarded.is_streamed:
-            raise MovedWhileStreamingError(_refusal(guarded, "cast"))
-    applied: nn.Module = type(component)._apply(component, fn, recurse)
-    return applied
+def _replaced(owner: Any, name: str, around: _Around | None, /, *args: Any, **kwargs: Any) -> Any:
+    if around is None:  # a copy of the owner
+        return getattr(type(owner), name)(owner, *args, **kwargs)
+    return around.function(*args, **kwargs)
 
 
-def _refusal(guarded: _Guarded, what: str) -> str:
+class _Guarded:
+    """What a guard refuses. Not copied along with its component: see `__deepcopy__`."""
+
+    def __init__(self, listener: Listener, module: nn.Module, name: str, device: torch.device) -> None:
+        self.listener, self.module, self.name, self.device = listener, module, name, device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+
+def _guarded_apply(module: nn.Module, guarded: _Guarded | None, fn: Any, recurse: bool = True) -> nn.Module:
+    if guarded is None:
+        applied: nn.Module = type(module)._apply(module, fn, recurse)
+        return applied
+    dtypes = {t.dtype for t in [*module.parameters(), *module.buffers()]}
+    probes = [torch.empty(0, dtype=dtype, device=guarded.device) for dtype in dtypes or {torch.float32}]
+    try:
+        results = [fn(probe) for probe in probes]
+    except Exception as exc:
+        raise MovedWhileStreamingError(_refusal(guarded)) from exc
+    if any(r.device != p.device for r, p in zip(results, probes, strict=True)):
+        raise MovedWhileStreamingError(_refusal(guarded))
+    if all(r.dtype == p.dtype for r, p in zip(results, probes, strict=True)):
+        return module  # already there, as it is; applying it would load every block
+    with guarded.listener.changing(module):
+        # At home the weights are on another device than the one they seem to be on: only the cast is done.
+        cast: nn.Module = type(module)._apply(module, lambda t: fn(t).to(t.device), recurse)
+        return cast
+
+
+def _refusal(guarded: _Guarded) -> str:
     return (
-        f"`{guarded.name}` ({type(guarded.component).__name__}) cannot be {what} while its weights are streamed to "
+        f"`{guarded.name}` ({type(guarded.module).__name__}) cannot be moved while its weights are streamed to "
         f"{guarded.device}. Leave the offload context (or call close()), do it, and enter again."
     )
 

@@ -1,79 +1,239 @@
-"""Decides what is resident, what streams, and through how many slots. Pure.
+"""Decides what is on the device while each phase runs: residents, slots, and what is kept for other phases. Pure.
 
-The budget here is of weights on the device: bases, resident blocks and slots. Residents are spread evenly
-among the streamed blocks, so that the compute of each hides the load of a neighbour; components that run many
-times a call come first, since each of their bytes saves the bus once per pass.
+The budget is of everything on the device: our weights, and beside them what a phase was measured to take (its reserve).
+A phase whose reserve is not known takes the least and keeps nothing of others. The phases that run many times a call
+choose first: which blocks stay, and how many slots the others pass through, so that a pass takes the least predicted
+time. What is then left in all phases goes to what they would load again once a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerstream.blocks import Placement, UnitSpec
 from layerstream.budget import format_bytes
 from layerstream.errors import BudgetError
+from layerstream.pace import Pace, Prediction, Search, predict_pass
+
+__all__ = [
+    "LEAST_SLOTS",
+    "Costs",
+    "Phase",
+    "PhasePlan",
+    "Plan",
+    "Prediction",
+    "make_plan",
+    "next_gib",
+    "predict_pass",
+]
 
 LEAST_SLOTS = 2  # one that compute reads, one that is loaded meanwhile
-_MOST_SLOTS = 4  # what is left when no further block fits may buy more slots, which even out blocks of unlike compute
+_MOST_SLOTS = 4  # more slots even out blocks of unlike compute; beyond that residents do more
+# Assumed until measured: a link of PCIe 5 at 16 lanes, and a denoiser that computes 2.5 times faster than it loads.
+_LINK_GB_PER_S = 50.0
+_COMPUTE_MS_PER_GB = 8.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the pipeline's call that uses the same components.
+
+    Attributes:
+        is_repeated: its components run many times a call.
+        reserve_bytes: what is on the device beside our weights while it runs, measured; None: not measured yet.
+    """
+
+    components: tuple[str, ...]
+    is_repeated: bool
+    reserve_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.components)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured speeds.
+
+    Attributes:
+        compute_ms: of one use, by unit index; may lack some units.
+    """
+
+    link_gb_per_s: float
+    compute_ms: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What is on the device while a phase runs.
+
+    Attributes:
+        resident: units of the phase in buffers of their own: its bases, and the blocks that do not stream.
+        kept: units of other phases that may stay meanwhile.
+        slot_bytes: the largest streamed block.
+        weights_bytes: the most that our weights take: residents, kept units and slots.
+        least_bytes: the least weights under which the phase runs.
+        prediction: of one pass, once every block was measured.
+    """
+
+    phase: Phase
+    resident: frozenset[int]
+    kept: frozenset[int]
+    num_slots: int
+    slot_bytes: int
+    weights_bytes: int
+    least_bytes: int
+    prediction: Prediction | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        reserve = self.phase.reserve_bytes
+        return None if reserve is None else self.weights_bytes + reserve
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Placements by unit index, and the slots.
+    """What is on the device in every phase of the call.
 
     Attributes:
-        slot_bytes: size of each slot: the largest streamed block.
-        device_bytes: weights on the device at any time: residents and slots.
-        least_bytes: the smallest budget under which these units stream.
-        budget_bytes: what was allowed; None for "the least".
+        budget_bytes: what is allowed; None for "the least".
+        least_bytes: the least weights under which every phase runs.
+        needed_bytes: the smallest budget that would do, as far as reserves are known.
+        granularity: every buffer takes a multiple of it.
     """
 
-    placements: tuple[Placement, ...]
-    num_slots: int
-    slot_bytes: int
-    device_bytes: int
-    least_bytes: int
+    units: tuple[UnitSpec, ...]
+    phases: tuple[PhasePlan, ...]
     budget_bytes: int | None
+    least_bytes: int
+    needed_bytes: int
+    costs: Costs | None = None
+    granularity: int = 1
+    num_slots: int | None = None
 
-    def is_resident(self, unit: int) -> bool:
-        return self.placements[unit] is Placement.RESIDENT
+    @property
+    def peak_bytes(self) -> int:
+        return max((p.weights_bytes + (p.phase.reserve_bytes or 0) for p in self.phases), default=0)
+
+    def phase_of(self, component: str) -> PhasePlan:
+        return next(p for p in self.phases if component in p.phase.components)
+
+    def placement(self, unit_index: int) -> Placement:
+        own = self.phase_of(self.units[unit_index].component)
+        if unit_index not in own.resident:
+            return Placement.STREAMED
+        everywhere = all(unit_index in p.resident or unit_index in p.kept for p in self.phases)
+        return Placement.RESIDENT if everywhere else Placement.BY_PHASE
 
 
-def make_plan(units: Sequence[UnitSpec], budget_bytes: int | None, *, num_slots: int | None = None) -> Plan:
-    """Place every unit within `budget_bytes` of device memory for weights; None places the least.
+def make_plan(
+    units: Sequence[UnitSpec],
+    phases: Sequence[Phase],
+    budget_bytes: int | None,
+    *,
+    costs: Costs | None = None,
+    num_slots: int | None = None,
+    granularity: int = 1,
+) -> Plan:
+    """Decide for every phase what is on the device while it runs.
 
     Args:
-        num_slots: fix the number of slots (at least 2) instead of choosing it.
+        phases: every component is in exactly one.
+        budget_bytes: device memory for weights and reserves; None: the least weights.
+        costs: assumed where not measured.
+        num_slots: fix the number of slots (at least 2), where so many fit.
+        granularity: every buffer is rounded up to a multiple of it.
     Raises:
-        BudgetError: the bases and two slots do not fit; with the arithmetic and the least that does.
+        BudgetError: a phase does not fit even with all that can stream streaming.
     """
-    base_bytes = sum(u.num_bytes for u in units if not u.is_block)
-    blocks = [u for u in units if u.is_block]
-    shapes = [_shape(blocks, slot_bytes) for slot_bytes in sorted({b.num_bytes for b in blocks}, reverse=True)]
-    total = base_bytes + sum(b.num_bytes for b in blocks)
-    least = base_bytes + min((s.bytes_with(LEAST_SLOTS) for s in shapes), default=0)
-    if budget_bytes is not None and budget_bytes < least:
-        raise BudgetError(
-            _too_small(shapes, budget_bytes, base_bytes, least), budget_bytes=budget_bytes, needed_bytes=least
-        )
-    if budget_bytes is None:
-        room = min((s.bytes_with(num_slots or LEAST_SLOTS) for s in shapes), default=0)
-    else:
-        room = budget_bytes - base_bytes
-    resident, slots = _place(blocks, shapes, room, num_slots)
-    streamed = [b for b in blocks if b.index not in resident]
-    slot_bytes = max((b.num_bytes for b in streamed), default=0)
+    for unit in units:
+        assert sum(unit.component in p.components for p in phases) == 1, unit.name
+    drafts = [_Draft(units, phase, costs, granularity) for phase in phases]
+    needed = max((d.needed_bytes for d in drafts), default=0)
+    if budget_bytes is not None and budget_bytes < needed:
+        worst = max(drafts, key=lambda d: d.needed_bytes)
+        raise BudgetError(worst.too_small(budget_bytes), budget_bytes=budget_bytes, needed_bytes=needed)
+    for draft in drafts:
+        draft.take_least(num_slots if budget_bytes is None else None)
+        if budget_bytes is not None and draft.phase.reserve_bytes is not None:
+            draft.capacity_bytes = budget_bytes - draft.phase.reserve_bytes
+    known = [d for d in drafts if d.capacity_bytes is not None]
+    if known:
+        _fill(drafts, known, num_slots)
     return Plan(
-        placements=tuple(
-            Placement.STREAMED if u.is_block and u.index not in resident else Placement.RESIDENT for u in units
-        ),
-        num_slots=slots,
-        slot_bytes=slot_bytes,
-        device_bytes=total - sum(b.num_bytes for b in streamed) + slots * slot_bytes,
-        least_bytes=least,
+        units=tuple(units),
+        phases=tuple(d.plan() for d in drafts),
         budget_bytes=budget_bytes,
+        least_bytes=max((d.least_bytes for d in drafts), default=0),
+        needed_bytes=needed,
+        costs=costs,
+        granularity=granularity,
+        num_slots=num_slots,
     )
+
+
+def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | None) -> None:
+    """Give out what the reserves leave: phases that are repeated choose first, the rest goes by one order of priority.
+
+    In that order nobody is served before all that come earlier are, in every phase: a unit that must go once a call is
+    loaded once a call, wherever it had to go. So more budget never takes from one to give to another.
+    """
+    sizes = {u.index: d.size(u) for d in drafts for u in d.units}
+    whole = {u.index for d in known for u in d.units}.union(*(d.resident for d in drafts))
+    if all(sum(sizes[i] for i in whole) <= d.capacity_bytes for d in known):
+        for draft in known:
+            draft.resident = {u.index for u in draft.units}
+            draft.kept = {i: sizes[i] for i in sorted(whole - draft.resident)}
+            draft.num_slots = 0
+        return
+    for draft in known:
+        if draft.phase.is_repeated:
+            draft.choose(num_slots)
+        else:
+            draft.take_least(num_slots)
+    order = [
+        u
+        for is_repeated in (True, False)
+        for is_block in ((False, True) if is_repeated else (None,))
+        for d in drafts
+        if d.phase.is_repeated is is_repeated
+        for u in d.units
+        if u.index in d.resident and is_block in (None, u.is_block)
+    ]
+    if all([draft.keep(order) for draft in known]):
+        _fill_with_blocks_used_once(known)
+
+
+def _fill_with_blocks_used_once(known: Sequence[_Draft]) -> None:
+    """Blocks of phases that are not repeated stay for the next call where every phase has room: smallest stacks first."""
+    stacks = [(d, c) for d in known if not d.phase.is_repeated for c in d.phase.components]
+    groups = [(d, [b for b in d.blocks if b.component == c and b.index not in d.resident]) for d, c in stacks]
+    for owner, blocks in sorted(groups, key=lambda g: sum(b.num_bytes for b in g[1])):
+        room = min((d.room_bytes for d in known if d is not owner), default=None)
+        taken: list[UnitSpec] = []
+        if _has_room(owner, blocks, room):
+            taken = blocks
+        else:
+            for i in sorted(range(len(blocks)), key=_reversed_bits):  # spread: halves, quarters, eighths
+                if not _has_room(owner, [*taken, blocks[i]], room):
+                    break
+                taken.append(blocks[i])
+        owner.add(taken)
+        for draft in known:
+            if draft is not owner:
+                draft.kept.update((b.index, owner.size(b)) for b in taken)
+        if len(taken) < len(blocks):
+            break
+
+
+def _has_room(owner: _Draft, blocks: Sequence[UnitSpec], room: int | None) -> bool:
+    return owner.has_room_for(blocks) and (room is None or sum(owner.size(b) for b in blocks) <= room)
+
+
+def _reversed_bits(number: int) -> str:
+    return f"{number:032b}"[::-1]
 
 
 @dataclass(frozen=True)
@@ -86,10 +246,7 @@ class _Shape:
     slot_bytes: int
     forced: tuple[UnitSpec, ...]
     others: tuple[UnitSpec, ...]
-
-    @property
-    def forced_bytes(self) -> int:
-        return sum(b.num_bytes for b in self.forced)
+    forced_bytes: int
 
     def bytes_with(self, wanted: int) -> int:
         """Device memory of the larger blocks and so many slots."""
@@ -100,79 +257,166 @@ class _Shape:
         return min(len(self.others), wanted)
 
 
-def _shape(blocks: Sequence[UnitSpec], slot_bytes: int) -> _Shape:
-    return _Shape(
-        slot_bytes,
-        tuple(b for b in blocks if b.num_bytes > slot_bytes),
-        tuple(b for b in blocks if b.num_bytes <= slot_bytes),
-    )
+class _Draft:
+    """The plan of one phase while it is made."""
 
+    def __init__(self, units: Sequence[UnitSpec], phase: Phase, costs: Costs | None, granularity: int) -> None:
+        self.phase = phase
+        self.granularity = granularity
+        self.units = [u for u in units if any(c in phase.components for c in (u.component, *u.also))]
+        self.bases = [u for u in self.units if not u.is_block]
+        self.blocks = [u for u in self.units if u.is_block]
+        self.base_bytes = sum(self.size(u) for u in self.bases)
+        self.shapes = [self._shape(size) for size in sorted({self.size(b) for b in self.blocks} | {0})]
+        self.least_shape = min(self.shapes, key=lambda s: s.bytes_with(LEAST_SLOTS))
+        self.least_bytes = self.base_bytes + self.least_shape.bytes_with(LEAST_SLOTS)
+        self.needed_bytes = self.least_bytes + (phase.reserve_bytes or 0)
+        self.is_measured = bool(self.blocks) and costs is not None and all(b.index in costs.compute_ms for b in self.blocks)
+        times = zip(self.units, self._compute_ms(costs), strict=True)
+        self.pace = Pace([(u.num_bytes, ms) for u, ms in times], costs.link_gb_per_s if costs else _LINK_GB_PER_S)
+        self.capacity_bytes: int | None = None  # for weights; None: not known
+        self.resident: set[int] = set()
+        self.kept: dict[int, int] = {}  # bytes by unit
+        self.num_slots = 0
 
-def _place(
-    blocks: Sequence[UnitSpec], shapes: Sequence[_Shape], room: int, num_slots: int | None
-) -> tuple[set[int], int]:
-    """The resident blocks and the number of slots that leave the fewest bytes to the bus, per call.
+    def size(self, unit: UnitSpec) -> int:
+        return -(-unit.num_bytes // self.granularity) * self.granularity
 
-    Residents come before slots beyond two: prefetching further does not help where the bus is the limit (Ovis-Image on
-    an H100: 269.0 ms a pass with two slots, 271.9 with three, 270.0 with four), residents do.
-    """
-    if sum(b.num_bytes for b in blocks) <= room:
-        return {b.index for b in blocks}, 0
-    best: tuple[tuple[int, int, int], set[int], int] | None = None
-    for wanted in (num_slots or LEAST_SLOTS, LEAST_SLOTS):  # as many as asked for, if they fit
-        for shape in shapes:
-            slots = shape.num_slots(wanted)
-            left = room - shape.forced_bytes - slots * shape.slot_bytes
-            if left < 0:
-                continue
-            chosen = _spread(shape.others, left)
-            left -= sum(b.num_bytes for b in chosen)
-            resident = {b.index for b in (*shape.forced, *chosen)}
-            if num_slots is None:
-                slots = shape.num_slots(min(_MOST_SLOTS, slots + left // shape.slot_bytes))
-            streamed = [b for b in blocks if b.index not in resident]
-            # What repeats comes first, whole: each of its bytes saves the bus dozens of times a call.
-            cost = (
-                sum(b.num_bytes for b in streamed if b.is_repeated),
-                sum(b.num_bytes for b in streamed if not b.is_repeated),
-                shape.slot_bytes,
-            )
-            if best is None or cost < best[0]:
-                best = cost, resident, min(slots, len(streamed))
-        if best is not None:
-            break
-    assert best is not None  # the least of the shapes fits, or the budget would have been refused
-    return best[1], best[2]
+    @property
+    def slot_bytes(self) -> int:
+        return max((u.num_bytes for u in self.blocks if u.index not in self.resident), default=0)
 
+    @property
+    def weights_bytes(self) -> int:
+        slots = self.num_slots * max((self.size(u) for u in self.blocks if u.index not in self.resident), default=0)
+        return sum(self.size(u) for u in self.units if u.index in self.resident) + sum(self.kept.values()) + slots
 
-def _spread(blocks: Sequence[UnitSpec], room: int) -> list[UnitSpec]:
-    """Evenly spaced blocks with the most bytes that fit; components that repeat first."""
-    resident: list[UnitSpec] = []
-    for is_repeated in (True, False):
-        group = [b for b in blocks if b.is_repeated is is_repeated]
-        best: list[UnitSpec] = []
-        for count in range(1, len(group) + 1):
-            # The middle of each of `count` equal stretches.
-            chosen = [group[(2 * i + 1) * len(group) // (2 * count)] for i in range(count)]
-            if sum(b.num_bytes for b in best) < sum(b.num_bytes for b in chosen) <= room:
-                best = chosen
-        resident += best
-        room -= sum(b.num_bytes for b in best)
-    return resident
+    @property
+    def room_bytes(self) -> int:
+        assert self.capacity_bytes is not None
+        return self.capacity_bytes - self.weights_bytes
 
+    # ---- the phase by itself
 
-def _too_small(shapes: Sequence[_Shape], budget_bytes: int, base_bytes: int, least: int) -> str:
-    raise_to = f"Raise vram_budget to at least {least} bytes ({format_bytes(least)})."
-    if not shapes:
-        return (
-            f"vram_budget {format_bytes(budget_bytes)} is too small: nothing here streams block by block, and the "
-            f"components need {format_bytes(base_bytes)} whole. {raise_to}"
+    def take_least(self, num_slots: int | None) -> None:
+        """What can stream streams; with as many slots as asked for, where they fit."""
+        shape = self.least_shape
+        if num_slots is not None:
+            asked = min(self.shapes, key=lambda s: s.bytes_with(num_slots))
+            if self.capacity_bytes is None or self.base_bytes + asked.bytes_with(num_slots) <= self.capacity_bytes:
+                shape = asked
+            else:
+                num_slots = None
+        self.resident = {u.index for u in (*self.bases, *shape.forced)}
+        self.num_slots = shape.num_slots(num_slots or LEAST_SLOTS)
+
+    def choose(self, num_slots: int | None) -> None:
+        """Spend all the room on the fastest pass."""
+        assert self.capacity_bytes is not None
+        room = self.capacity_bytes - self.base_bytes
+        sizes = [self.size(u) if u.is_block else 0 for u in self.units]
+        asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
+        for counts in (*asked, range(LEAST_SLOTS, (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + 1)):
+            choice = Search(self.pace, sizes, counts).fastest(room)
+            if choice is not None:
+                break
+        assert choice is not None  # the least fits, or the budget would have been refused
+        self.num_slots = choice.num_slots
+        self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)}
+
+    def plan(self) -> PhasePlan:
+        streamed = [i for i, u in enumerate(self.units) if u.index not in self.resident]
+        return PhasePlan(
+            phase=self.phase,
+            resident=frozenset(self.resident),
+            kept=frozenset(self.kept),
+            num_slots=self.num_slots,
+            slot_bytes=self.slot_bytes,
+            weights_bytes=self.weights_bytes,
+            least_bytes=self.least_bytes,
+            prediction=self.pace.prediction(streamed, self.num_slots, self.phase.is_repeated) if self.is_measured else None,
         )
-    shape = min(shapes, key=lambda s: s.bytes_with(LEAST_SLOTS))
-    largest = max(shape.others, key=lambda b: b.num_bytes)
-    larger = f", {len(shape.forced)} larger block(s) ({format_bytes(shape.forced_bytes)})" if shape.forced else ""
-    return (
-        f"vram_budget {format_bytes(budget_bytes)} is too small: {shape.num_slots(LEAST_SLOTS)} slot(s) for "
-        f"`{largest.name}` ({format_bytes(largest.num_bytes)} each){larger} and the components' weights outside their "
-        f"stacks ({format_bytes(base_bytes)}) need {format_bytes(least)} before activations. {raise_to}"
+
+    # ---- beside the others
+
+    def keep(self, order: Sequence[UnitSpec]) -> bool:
+        """Keep the units of other phases from the first on, as long as they fit; True if all do."""
+        room = self.room_bytes
+        for unit in order:
+            if unit not in self.units:
+                room -= self.size(unit)
+                if room < 0:
+                    return False
+                self.kept[unit.index] = self.size(unit)
+        return True
+
+    def has_room_for(self, blocks: Sequence[UnitSpec]) -> bool:
+        """Whether these blocks of its own may be resident, with the smaller or fewer slots that this allows."""
+        resident, num_slots = set(self.resident), self.num_slots
+        self.add(blocks)
+        fits = self.room_bytes >= 0
+        self.resident, self.num_slots = resident, num_slots
+        return fits
+
+    def add(self, blocks: Sequence[UnitSpec]) -> None:
+        self.resident.update(b.index for b in blocks)
+        self.num_slots = min(self.num_slots, sum(u.index not in self.resident for u in self.blocks))
+
+    # ---- inside
+
+    def _shape(self, slot_bytes: int) -> _Shape:
+        # What has no bytes needs no slot.
+        others = tuple(b for b in self.blocks if 0 < self.size(b) <= slot_bytes)
+        forced = tuple(b for b in self.blocks if not 0 < self.size(b) <= slot_bytes)
+        return _Shape(slot_bytes, forced, others, sum(self.size(b) for b in forced))
+
+    def _compute_ms(self, costs: Costs | None) -> list[float]:
+        """Of each unit; what was not measured is assumed to be like what was."""
+        measured = costs.compute_ms if costs is not None else {}
+        known = [b for b in self.blocks if b.index in measured]
+        num_bytes = sum(b.num_bytes for b in known)
+        ms_per_byte = sum(measured[b.index] for b in known) / num_bytes if num_bytes else _COMPUTE_MS_PER_GB / 1e9
+        return [measured.get(u.index, u.num_bytes * ms_per_byte if u.is_block else 0.0) for u in self.units]
+
+    def too_small(self, budget_bytes: int) -> str:
+        needed, reserve = self.needed_bytes, self.phase.reserve_bytes
+        shape, name = self.least_shape, " and ".join(f"`{c}`" for c in self.phase.components)
+        parts = []
+        if shape.others:
+            largest = max(shape.others, key=lambda b: b.num_bytes)
+            each = format_bytes(self.size(largest))
+            parts.append(f"{shape.num_slots(LEAST_SLOTS)} slot(s) for `{largest.name}` ({each} each)")
+        if shape.forced:
+            larger = "larger " if shape.others else ""
+            parts.append(f"{len(shape.forced)} {larger}block(s) ({format_bytes(shape.forced_bytes)})")
+        if self.bases:
+            largest = max(self.bases, key=lambda b: b.num_bytes)
+            named = f", `{largest.name}` alone {format_bytes(self.size(largest))}" if self.size(largest) > budget_bytes else ""
+            parts.append(f"the weights outside stacks ({format_bytes(self.base_bytes)}{named})")
+        if reserve is not None:
+            parts.append(f"activations and other tensors ({format_bytes(reserve)}, measured)")
+        before = " before activations" if reserve is None else ""
+        listed = ", ".join(parts[:-1]) + (" and " if parts[:-1] else "") + parts[-1] if parts else "it"
+        return (
+            f"vram_budget {format_bytes(budget_bytes)} is too small: while {name} runs, {listed} need "
+            f"{format_bytes(needed)}{before}. Raise vram_budget to at least {needed} bytes ({format_bytes(needed)})."
+        )
+
+
+def next_gib(plan: Plan) -> dict[str, float] | None:
+    """Milliseconds that one GiB more would take off a pass, by phase; None if not known."""
+    if plan.costs is None or plan.budget_bytes is None:
+        return None
+    more = make_plan(
+        plan.units,
+        [p.phase for p in plan.phases],
+        plan.budget_bytes + 2**30,
+        costs=plan.costs,
+        num_slots=plan.num_slots,
+        granularity=plan.granularity,
     )
+    return {
+        mine.phase.name: mine.prediction.ms_per_pass - its.prediction.ms_per_pass
+        for mine, its in zip(plan.phases, more.phases, strict=True)
+        if mine.prediction is not None and its.prediction is not None and mine.phase.is_repeated
+    }

@@ -10,6 +10,9 @@ with NaN. Optional checks:
 - *happens-before* (`checking()`): every operator that touches a slot is compared with the copies into it by
   vector clocks, as a race detector does. It catches the missing wait that happens to give the right values.
 - *faults*: `fail_at(n, exc)` raises at the n-th device operation from now.
+- *memory*: buffers, and within `checking()` or `accounting()` every storage that an operator makes, take device
+  memory while they live; beyond `memory_bytes` or the cap, `SimulatedOutOfMemoryError`. Nothing is cached, so that
+  reserved and allocated are the same. What an operator needs while it runs is not seen.
 - *clock*: copies take `bytes / link`, `compute(ms)` takes what a test says; stalls follow.
 
 Source: vector clocks for race detection: Flanagan and Freund, "FastTrack", PLDI 2009.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,9 +31,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from layerstream.blocks import ALIGNMENT_BYTES, align
 from layerstream.device import engine_tensors
 from layerstream.errors import TransferError
 
@@ -38,7 +43,7 @@ PAGE_BYTES = 4096
 
 
 class SimulatedOutOfMemoryError(torch.OutOfMemoryError):
-    """The simulated device's memory is full."""
+    """The simulated device's memory is full, or its cap is reached."""
 
 
 class RaceError(TransferError):
@@ -86,6 +91,47 @@ def _merge(clock: dict[int, int], other: dict[int, int]) -> None:
         clock[stream] = max(clock.get(stream, 0), tick)
 
 
+class _Activations:
+    """Storages that take device memory while they live: what operators made, and freed buffers still looked at.
+
+    A storage is known by its object, never by its address, which torch uses again. The object lives as long as the
+    storage it stands for, views and autograd graphs included; its weak reference says when it is gone. Polling
+    `StorageWeakRef.expired` would tell the same, but an exact peak would ask every storage at every new peak.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[weakref.ref[torch.UntypedStorage], tuple[int, int]] = {}  # counted, size of the storage
+        # Storages die in the middle of anything, the lines below included: they only leave a note here.
+        self._dead: deque[weakref.ref[torch.UntypedStorage]] = deque()
+        self._num_bytes = 0
+        self.num_forgotten = 0
+
+    def num_bytes(self) -> int:
+        """Bytes of those that live now."""
+        while self._dead:
+            self._num_bytes -= self._counted.pop(self._dead.popleft())[0]
+            self.num_forgotten += 1
+        return self._num_bytes
+
+    def knows(self, storage: torch.UntypedStorage) -> bool:
+        return weakref.ref(storage) in self._counted
+
+    def growth(self, storage: torch.UntypedStorage) -> int:
+        """Bytes by which a known storage was resized since it was counted, as `out=` does."""
+        return storage.nbytes() - self._counted[weakref.ref(storage)][1]
+
+    def count(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        """Count `num_bytes` for the storage, on top of what is counted for it already."""
+        reference = weakref.ref(storage, self._dead.append)
+        counted, _ = self._counted.pop(reference, (0, 0))
+        self._counted[reference] = counted + num_bytes, storage.nbytes()
+        self._num_bytes += num_bytes
+
+
+class _ThreadState(threading.local):
+    is_engine = False  # whether this thread runs the engine's own operations
+
+
 class SimulatedDevice:
     """See the module's text. Implements `device.Device`.
 
@@ -117,8 +163,8 @@ class SimulatedDevice:
         self.is_poisoned = is_poisoned
         self.link_gb_per_s = link_gb_per_s
         self.refuses_pinning = refuses_pinning
-        self.allocated_bytes = 0
-        self.peak_allocated_bytes = 0
+        self.buffer_bytes = 0  # of the engine's buffers
+        self.peak_buffer_bytes = 0
         self.registered: dict[int, int] = {}
         self.num_copied_pieces = 0
         self.num_pageable_pieces = 0
@@ -133,8 +179,13 @@ class SimulatedDevice:
         self._host_clock: dict[int, int] = {}  # what the host has waited for
         self._streams: dict[int, SimulatedStream] = {}
         self._used_stream: dict[int, SimulatedStream] = {}
+        self._activations = _Activations()
+        self._foreign_bytes = 0
+        self._cap_bytes: int | None = None
+        self._peak_bytes = 0
+        self._num_ooms = 0
         self._lock = threading.RLock()
-        self._is_engine = False
+        self._thread = _ThreadState()
 
     # ---- what tests steer
 
@@ -171,8 +222,32 @@ class SimulatedDevice:
         return self.compute_stream().time_ms
 
     def checking(self) -> contextlib.AbstractContextManager[Any]:
-        """While entered, every operator of this thread that touches a slot is checked for races."""
+        """`accounting`, and every operator of this thread that touches a slot is checked for races."""
         return _HappensBefore(self)
+
+    def accounting(self) -> contextlib.AbstractContextManager[Any]:
+        """While entered, every storage that an operator of this thread makes takes device memory until it is freed.
+
+        Storages from before are host memory, and so are what the engine makes for itself and what is made by no
+        operator (`torch.tensor`, `from_numpy`). May be entered more than once; each storage counts once.
+        """
+        return _Accounting(self)
+
+    @contextlib.contextmanager
+    def foreign(self, num_bytes: int) -> Iterator[None]:
+        """While entered, another library's tensors take `num_bytes` of device memory.
+
+        Raises:
+            SimulatedOutOfMemoryError: they do not fit, as in `allocate`.
+        """
+        with self._lock:
+            self._check_room(num_bytes)
+            self._foreign_bytes += num_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._foreign_bytes -= num_bytes
 
     # ---- the device
 
@@ -180,33 +255,61 @@ class SimulatedDevice:
         return self.memory_bytes
 
     def free_bytes(self) -> int:
-        return self.memory_bytes - self.allocated_bytes
+        return self.memory_bytes - self.reserved_bytes()
+
+    def reserved_bytes(self) -> int:
+        with self._lock:
+            return self.buffer_bytes + self._foreign_bytes + self._activations.num_bytes()
+
+    def allocated_bytes(self) -> int:
+        return self.reserved_bytes()
+
+    def peak_reserved_bytes(self) -> int:
+        return self._peak_bytes
+
+    def peak_allocated_bytes(self) -> int:
+        return self._peak_bytes
+
+    def reset_peaks(self) -> None:
+        self._peak_bytes = self.reserved_bytes()
+
+    def num_ooms(self) -> int:
+        return self._num_ooms
+
+    def context_bytes(self) -> int:
+        return 0
+
+    def set_cap(self, num_bytes: int | None) -> None:
+        self._cap_bytes = num_bytes
+
+    def rounded_bytes(self, num_bytes: int) -> int:
+        return align(num_bytes)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         self._step("allocate")
-        if self.allocated_bytes + num_bytes > self.memory_bytes:
-            raise SimulatedOutOfMemoryError(
-                f"simulated device: {num_bytes} bytes asked for, {self.free_bytes()} of {self.memory_bytes} free"
-            )
-        # Over-allocated by one alignment so that the slot can start on a boundary, as a GPU allocation does.
-        raw = torch.empty(num_bytes + 256, dtype=torch.uint8, device="cpu")
-        shift = -raw.data_ptr() % 256
-        buffer = raw[shift : shift + num_bytes]
-        if self.is_poisoned:
-            buffer.fill_(0xFF)
-        start = buffer.data_ptr()
-        with self._lock:
+        rounded = self.rounded_bytes(num_bytes)
+        with self._lock, self._own_operations():
+            self._check_room(rounded)
+            # Over-allocated by one alignment so that the slot can start on a boundary, as a GPU allocation does.
+            raw = torch.empty(rounded + ALIGNMENT_BYTES, dtype=torch.uint8, device="cpu")
+            shift = -raw.data_ptr() % ALIGNMENT_BYTES
+            buffer = raw[shift : shift + num_bytes]
+            if self.is_poisoned:
+                buffer.fill_(0xFF)
+            start = buffer.data_ptr()
             self._buffers[start] = _Buffer(start, num_bytes)
             self._starts = sorted(self._buffers)
-            self.allocated_bytes += num_bytes
-            self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+            self.buffer_bytes += rounded
+            self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes)
         return buffer
 
     def free(self, buffer: torch.Tensor) -> None:
         with self._lock:
             known = self._buffers.pop(buffer.data_ptr(), None)
             if known is not None:
-                self.allocated_bytes -= known.num_bytes
+                rounded = self.rounded_bytes(known.num_bytes)
+                self.buffer_bytes -= rounded
+                self._activations.count(buffer.untyped_storage(), rounded)
                 self._starts = sorted(self._buffers)
         self._step("free")
 
@@ -260,6 +363,17 @@ class SimulatedDevice:
         with engine_tensors():
             target.copy_(source)
 
+    def mark(self, stream: Any) -> float:
+        return float(stream.time_ms)
+
+    def elapsed_ms(self, start: Any, end: Any) -> float | None:
+        return float(end - start)
+
+    def measure_link(self, target: torch.Tensor, source: torch.Tensor) -> float:
+        event = self.copy([(target, source)], [self.record(self.compute_stream())])
+        self.synchronize_event(event)
+        return self.link_gb_per_s
+
     def start_stall(self, stream: Any, event: Any) -> Any:
         return float(event.time_ms - stream.time_ms) if event.time_ms > stream.time_ms else None
 
@@ -290,7 +404,8 @@ class SimulatedDevice:
         self._step("unregister")
 
     def pinned_staging(self, num_bytes: int) -> torch.Tensor | None:
-        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        with self._own_operations():  # host memory
+            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def synchronize(self) -> None:
         self._step("synchronize")
@@ -326,6 +441,7 @@ class SimulatedDevice:
         self.operations.append(name)
         if self._fault is not None and number >= self._fault[0]:
             error, self._fault = self._fault[1], None
+            self._num_ooms += isinstance(error, torch.OutOfMemoryError)
             raise error
         if self._queue:
             self._progress()
@@ -352,11 +468,42 @@ class SimulatedDevice:
 
     @contextlib.contextmanager
     def _own_operations(self) -> Iterator[None]:
-        outer, self._is_engine = self._is_engine, True
+        outer, self._thread.is_engine = self._thread.is_engine, True
         try:
             yield
         finally:
-            self._is_engine = outer
+            self._thread.is_engine = outer
+
+    def _check_room(self, num_bytes: int) -> None:
+        """Whether so much more fits, and the peak with it; call under the lock, and take it under the same."""
+        taken = self.reserved_bytes()
+        limit = self.memory_bytes if self._cap_bytes is None else min(self.memory_bytes, self._cap_bytes)
+        if num_bytes and taken + num_bytes > limit:
+            self._num_ooms += 1
+            kind = "" if limit == self.memory_bytes else f" that the cap allows of {self.memory_bytes}"
+            raise SimulatedOutOfMemoryError(
+                f"simulated device: {num_bytes} bytes asked for, {max(limit - taken, 0)} of {limit}{kind} free "
+                f"(buffers {self.buffer_bytes}, activations {taken - self.buffer_bytes - self._foreign_bytes}, "
+                f"foreign {self._foreign_bytes})"
+            )
+        self._peak_bytes = max(self._peak_bytes, taken + num_bytes)
+
+    def _account(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        """An operator made `outputs` of `inputs`: what is new of them takes memory, all of it or nothing."""
+        with self._lock:
+            given = {t.untyped_storage() for t in inputs}
+            new: dict[torch.UntypedStorage, int] = {}
+            for tensor in outputs:
+                storage = tensor.untyped_storage()
+                if self._activations.knows(storage):
+                    if growth := self._activations.growth(storage):
+                        new[storage] = growth
+                elif storage not in given and self._buffer_of(tensor.data_ptr()) is None:
+                    new[storage] = storage.nbytes()
+            if new:
+                self._check_room(sum(new.values()))
+                for storage, num_bytes in new.items():
+                    self._activations.count(storage, num_bytes)
 
     def _buffer_of(self, address: int) -> _Buffer | None:
         position = bisect_right(self._starts, address) - 1
@@ -390,7 +537,7 @@ class SimulatedDevice:
             raise TransferError(f"one copy of {source.numel()} bytes straddles {len(touching)} registrations")
 
     def _access(self, tensor: torch.Tensor) -> None:
-        if self._is_engine or not tensor.numel():
+        if not tensor.numel():
             return
         buffer = self._buffer_of(tensor.data_ptr())
         if buffer is None:
@@ -404,8 +551,8 @@ class SimulatedDevice:
         buffer.accesses[stream.number] = stream.tick()
 
 
-class _HappensBefore(TorchDispatchMode):
-    """Sees every operator below autograd and reports those that touch device memory."""
+class _Accounting(TorchDispatchMode):
+    """Sees every operator below autograd and counts the memory of what it makes."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -413,15 +560,36 @@ class _HappensBefore(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self._device._is_engine:
-            return out
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if not self._device._thread.is_engine:
+            self._see(func, _plain_tensors((args, kwargs)), _plain_tensors(out))
+        return out
+
+    def _see(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        self._device._account(inputs, outputs)
+
+
+class _HappensBefore(_Accounting):
+    """Reports the operators that touch device memory, too."""
+
+    def _see(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        super()._see(func, inputs, outputs)
         if not func._schema.is_mutable:
             # A view reads nothing; only what reads through it does.
-            outputs = {t.untyped_storage().data_ptr() for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
-            if any(t.untyped_storage().data_ptr() in outputs for t in inputs):
-                return out
+            made = {t.untyped_storage() for t in outputs}
+            if any(t.untyped_storage() in made for t in inputs):
+                return
         for tensor in inputs:
-            if tensor.layout is torch.strided and tensor.device.type == "cpu":
-                self._device._access(tensor)
-        return out
+            self._device._access(tensor)
+
+
+def _plain_tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors of a tree whose bytes lie in the simulated device's or host memory."""
+    found: list[torch.Tensor] = []
+    pending = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    while pending:
+        tensor = pending.pop()
+        if is_traceable_wrapper_subclass(tensor):
+            pending.extend(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        elif tensor.layout is torch.strided and tensor.device.type == "cpu":
+            found.append(tensor)
+    return found

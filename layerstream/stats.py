@@ -6,27 +6,51 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(slots=True)
+class PhaseStats:
+    """What happened in one phase of the calls: counters since the streamer started.
+
+    `reserve_bytes` is what the phase takes on the device beside the weights, as last measured; None: not yet.
+    """
+
+    num_passes: int = 0
+    num_loads: int = 0
+    loaded_bytes: int = 0
+    num_stalls: int = 0
+    stall_ms: float = 0.0
+    peak_reserved_bytes: int = 0
+    peak_weights_bytes: int = 0
+    reserve_bytes: int | None = None
+
+
+@dataclass(slots=True)
 class Stats:
     """Counters of one streamer since it started. Bytes are ints, times are floats with the unit in the name.
 
-    `loaded_bytes` counts what crossed the bus for block loads; `placed_bytes` what was copied once at the
-    start (bases and resident blocks). `stall_ms` is device time that compute spent waiting for a load.
+    `loaded_bytes` counts what crossed the bus for weights. `stall_ms` is device time that compute spent waiting for a
+    load. `peak_reserved_bytes` is the most that the process held on the device, activations and other tensors included;
+    to measure it per phase the device's own peak counters are reset while streaming.
     """
 
     num_loads: int = 0
     loaded_bytes: int = 0
-    placed_bytes: int = 0
     num_demand_loads: int = 0  # loads that nothing had predicted
     num_touch_loads: int = 0  # of those, loads because code read a weight outside its block's forward
     num_written_back: int = 0  # tensors that a forward wrote and that were copied back to the host
     num_stalls: int = 0
     stall_ms: float = 0.0
+    budget_bytes: int = 0  # 0: no limit ("min")
+    peak_reserved_bytes: int = 0
     peak_device_bytes: int = 0  # weights on the device: bases, residents, slots
+    context_bytes: int = 0  # outside torch's allocator, when streaming began
+    foreign_bytes: int = 0  # held by others through torch's allocator, when streaming began
     pinned_bytes: int = 0
-    num_slots: int = 0
+    num_slots: int = 0  # of the phase that ran last
     slot_bytes: int = 0
     num_extra_slots: int = 0  # slots made beyond the plan because more blocks were in use at once
-    num_resident_blocks: int = 0
+    num_plans: int = 0  # times the plan changed: something was measured, or shapes grew
+    num_evicted: int = 0  # resident units that gave their room to another phase
+    num_relaid: int = 0  # times a component was laid out anew: cast, or changed while paused
+    num_resident_blocks: int = 0  # by the present plan, those that stay only while their phase runs included
     num_streamed_blocks: int = 0
     num_packed_blocks: int = 0
     num_paired_passes: int = 0

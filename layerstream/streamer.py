@@ -2,24 +2,29 @@
 
     unit                   bytes on the host       bytes on the device         its parameters are
     ---------------------  ----------------------  --------------------------  ---------------------------
-    resident               home (not read)         a buffer of its own         bound to that buffer
-    streamed, absent       home                    none                        absent: one NaN, loads if touched
-    streamed, loading      home                    a copy into a slot queued   absent
-    streamed, present      home                    a slot                      bound to the slot
+    absent                 home                    none                        absent: one NaN, loads if touched
+    loading                home                    a copy into a slot queued   absent
+    present                home                    a slot                      bound to the slot
 
-`_use` is the way up (load, wait, bind), `_evict` the way down (write back, absent, vacate). A unit that is
-present stays so until its slot is needed, so that hooks that users put on a block still see its weights after
-ours have run; it is *held*, and never evicted, while its block runs.
+`_use` is the way up (load, wait, bind), `_evict` the way down (write back, absent, vacate). The slot is the unit's own
+where the plan makes it resident, and one of the ring's where it streams. A unit that is present stays so until its slot
+is needed, so that hooks that users put on a block still see its weights after ours have run; it is *held*, and never
+evicted, while its block runs.
+
+`_begin` is where phases change: a component is entered, what it takes beside the weights is looked up or measured, and
+the plan for that is applied: units that give up their room are evicted, slots are laid out, its base is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,95 +32,129 @@ from torch import nn
 
 from layerstream import compiled
 from layerstream.absent import keep_out_of_graphs, nan_scalar
-from layerstream.binding import BoundTensor
-from layerstream.calls import RunningCalls
+from layerstream.binding import BoundTensor, UnitBinding
+from layerstream.blocks import Placement, UnitSpec
+from layerstream.calls import RunningCalls, shapes_of
 from layerstream.device import Device, engine_tensors
-from layerstream.errors import BackwardError, LayerstreamWarning, StreamerStateError
+from layerstream.errors import BackwardError, BudgetError, LayerstreamWarning, StreamerStateError
 from layerstream.host_store import HostStore, StoredUnit
 from layerstream.intercept import Interception
+from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
-from layerstream.plan import Plan
-from layerstream.stats import Stats
+from layerstream.plan import PhasePlan, Plan
+from layerstream.stats import PhaseStats, Stats
 from layerstream.transfer import Slot, TransferEngine
-from layerstream.units import ComponentLayout, Division, TensorPlace
+from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, divide
+
+# Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
+_OWN_AHEAD = 8
+
+Describe = Callable[[], Sequence[ComponentLayout]]
+
+
+@dataclass(eq=False)
+class _Attachment:
+    """Components that were attached together, because they share weights or stand alone, and what holds them.
+
+    Attributes:
+        units: indices of their units.
+        is_whole: all of them are on the device and planned to stay there: the blocks' hooks have nothing to do.
+    """
+
+    layouts: tuple[ComponentLayout, ...]
+    division: Division
+    store: HostStore
+    interception: Interception = field(default_factory=Interception)
+    units: list[int] = field(default_factory=list)
+    moved_others: list[tuple[TensorPlace, torch.Tensor]] = field(default_factory=list)
+    is_whole: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        return {layout.name for layout in self.layouts}
 
 
 class Streamer:
-    """Streams the units of one pipeline as its plan says, from `open` to `close`.
+    """Streams the units of one pipeline within a budget, from `open` to `close`.
 
     Args:
-        layouts: the components, as adapters describe them.
-        division: their units; the plan's placements are by its order.
+        describe: gives the components as adapters describe them; asked again when streaming resumes after a pause.
+        budget_bytes: of reserved device memory; None: as little as works, and no limit for the rest.
+        num_slots: fixes the number of slots of every phase; the plan chooses otherwise.
+        find_replaced: names a component that is another module than it was.
     """
 
-    def __init__(self, layouts: Sequence[ComponentLayout], division: Division, plan: Plan, device: Device) -> None:
-        self.plan = plan
-        self.stats = Stats()
+    def __init__(
+        self,
+        describe: Describe,
+        device: Device,
+        budget_bytes: int | None,
+        *,
+        num_slots: int | None = None,
+        find_replaced: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.owner: object = None
         self.is_closed = False
-        self._layouts = layouts
-        self._units = division.units
-        self._places = division.places
-        self._stand_ins = division.stand_ins
-        self._others = division.others
+        self.device = device
+        self.is_paused = False
+        self._describe = describe
+        self._find_replaced = find_replaced
         self._device = device
-        self._store = HostStore(device)
-        self._stored: list[StoredUnit] = []
-        self._transfer = TransferEngine(device, self._stored, [u.binding for u in self._units], self.stats)
-        self._interception = Interception()
+        self._attachments: list[_Attachment] = []
+        self._units: dict[int, Unit] = {}
+        self._stored: dict[int, StoredUnit] = {}
+        self._bindings: dict[int, UnitBinding] = {}
+        self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
+        self._unit_of: dict[int, int] = {}  # by the id of its block
+        self._root_of: dict[int, str] = {}  # component by the id of its root, and of its compiled form
+        self._attachment_of: dict[str, _Attachment] = {}  # by component
+        self._transfer = TransferEngine(device, self._stored, self._bindings, self.stats)
+        self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._calls = RunningCalls()
-        self._moved_others: list[tuple[TensorPlace, torch.Tensor]] = []
-        self._placed: list[int] = []
+        self._order = OrderLearner([])
+        self._applied: PhasePlan | None = None
+        self._begun: tuple[object, ...] | None = None  # how the last outermost call entered
+        self._in_method: int | None = None  # the id of a component whose method runs
+        self._timing: dict[int, Any] | None = None  # unit -> mark, while a pass is timed
+        self._timed: list[tuple[int, Any, Any]] = []
         # Units whose weights autograd may have saved; it must find out that they are gone.
         self._seen_grad: set[int] = set()
         # Touches may come from any thread, hooks from one; both end here.
         self._mutex = threading.RLock()
-        streamed = [u.spec for u in self._units if not plan.is_resident(u.spec.index)]
-        self._unit_of = {id(self._units[s.index].module): s.index for s in streamed}
-        self._names = {id(layout.root): layout.name for layout in layouts}
-        self._order = OrderLearner(
-            [
-                ([s.index for s in streamed if s.component == layout.name], layout.is_repeated)
-                for layout in layouts
-                if any(s.component == layout.name for s in streamed)
-            ]
-        )
-        blocks = [u for u in self._units if u.spec.is_block]
-        self.stats.num_streamed_blocks = sum(not plan.is_resident(u.spec.index) for u in blocks)
-        self.stats.num_resident_blocks = len(blocks) - self.stats.num_streamed_blocks
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the phase that runs, or ran last."""
+        return self._ledger.plan
+
+    @property
+    def phase_stats(self) -> dict[str, PhaseStats]:
+        """Counters by the name of the phase."""
+        return self._ledger.stats_of
+
+    def look(self) -> Stats:
+        """The counters, with the device's memory as it is now."""
+        self._ledger.look()
+        return self.stats
 
     # ---- entering and leaving
 
     def open(self) -> None:
         """Start streaming. Whatever fails, the pipeline is as it was before the error leaves."""
         started = time.perf_counter()
-        self._refuse_compiled_wholes()
+        layouts = self._describe()
+        division = divide(layouts)
+        _refuse_compiled_wholes(layouts)
+        self._check_budget(layouts, division)
         keep_out_of_graphs(compiled.compile_safe)
         try:
-            with engine_tensors():
-                for place, stand_in in self._stand_ins:
-                    getattr(place.module, place.kind)[place.name] = stand_in
-                nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
-                for unit in self._units:
-                    self._stored.append(self._store.add(unit.binding))
-                    unit.binding.prepare(unit.spec.index, nans, self.load_absent)
-                self._store.pin()
-                self._transfer.make_slots(self.plan.num_slots, self.plan.slot_bytes)
-                for unit in self._units:
-                    if self.plan.is_resident(unit.spec.index):
-                        views = self._transfer.place(unit.spec.index)
-                        self._placed.append(unit.spec.index)
-                        unit.binding.present(views)
-                    else:
-                        unit.binding.absent()
-                self._move_others()
-                self._transfer.finish_placing()
-            self._install_hooks()
-            self._prefetch(held=[])
+            self._attach(layouts, division, changed=())
+            self._ledger.open(self._transfer.weights_bytes)
+            self._load_fixed()
         except BaseException:
             self.close()
             raise
-        self.stats.pinned_bytes = self._store.pinned_bytes
         self.stats.enter_s = time.perf_counter() - started
 
     def close(self) -> None:
@@ -126,92 +165,226 @@ class Streamer:
         started = time.perf_counter()
         self._calls.check_thread()
         with self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
-            attempt = functools.partial(self._attempt, afterwards)
-            self._interception.remove()
-            attempt(self._write_back_everything, "copy back weights that were written while streaming")
-            attempt(self._device.synchronize, "wait for the device")
-            for place, original in self._moved_others:
-                getattr(place.module, place.kind)[place.name] = original
-            self._moved_others = []
-            for unit in self._units:
-                unit.binding.restore()
-            for place, stand_in in self._stand_ins:
-                if getattr(place.module, place.kind).get(place.name) is stand_in:
-                    getattr(place.module, place.kind)[place.name] = place.tensor
-            self._bring_home_replaced()
+            attempt = functools.partial(_attempt, afterwards)
+            attempt(self._ledger.end_interval, "read the device's memory counters")
+            self._detach(self._attachments, attempt)
             attempt(self._transfer.close, "free device memory")
-            attempt(self._store.close, "release page locks")
+            attempt(self._ledger.close, "give back the limit on device memory")
             attempt(self._device.empty_cache, "free cached device memory")
             self.stats.exit_s = time.perf_counter() - started
             self.is_closed = True
 
-    def _refuse_compiled_wholes(self) -> None:
-        for layout in self._streamed_layouts():
-            compiled.refuse_fullgraph(layout.outermost, layout.name)
+    @contextlib.contextmanager
+    def paused(self, component: str | None = None) -> Iterator[None]:
+        """Inside, the weights are at home and the hooks are off; afterwards streaming resumes with what is there then.
 
-    def _streamed_layouts(self) -> list[ComponentLayout]:
-        streamed = {u.spec.component for u in self._units if not self.plan.is_resident(u.spec.index)}
-        return [layout for layout in self._layouts if layout.name in streamed]
+        Args:
+            component: only this one, and those that share weights with it; None: all.
+        Raises:
+            StreamerStateError: a call is running.
+        """
+        with self._mutex:
+            if self.is_paused:  # the outer one resumes
+                yield
+                return
+            self._calls.check_thread()
+            if not self._calls.is_idle:
+                raise StreamerStateError(
+                    "a component is in the middle of its forward: weights cannot be changed or handed back now. Do it "
+                    "between two calls."
+                )
+            taken = [a for a in self._attachments if component is None or component in a.names]
+            names = {name for a in taken for name in a.names}
+            with engine_tensors(), contextlib.ExitStack() as afterwards:
+                self._ledger.end_interval()
+                self._detach(taken, functools.partial(_attempt, afterwards))
+            self._begun = self._applied = None
+            self.is_paused = True
+            try:
+                yield
+            finally:
+                self.is_paused = False
+                self._resume(names, component is None)
 
-    def _install_hooks(self) -> None:
-        streamed = self._streamed_layouts()
-        roots = {layout.name: layout.root for layout in streamed}
-        for layout in streamed:
-            if compiled.describe_compiled(layout.outermost) is not None:
+    def _resume(self, names: set[str], is_all: bool) -> None:
+        """Attach what was detached for a pause, as it is now; where that fails, nothing stays streamed."""
+        try:
+            layouts = [layout for layout in self._describe() if is_all or layout.name in names]
+            division = divide(layouts)
+            _refuse_compiled_wholes(layouts)
+            self._attach(layouts, division, changed=names)
+            self._load_fixed()
+            self.stats.num_relaid += len(layouts)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, layouts: Sequence[ComponentLayout], division: Division, *, changed: Collection[str]) -> None:
+        """Take hold of components: host memory, absent tensors, hooks. Failing half-way leaves it to `close`."""
+        nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
+        with engine_tensors():
+            for group in _connected(layouts, division):
+                part = division if len(group) == len(layouts) else divide(group)
+                attachment = _Attachment(tuple(group), part, HostStore(self._device))
+                self._attachments.append(attachment)
+                for place, stand_in in part.stand_ins:
+                    getattr(place.module, place.kind)[place.name] = stand_in
+                for unit in part.units:
+                    unit.spec = replace(unit.spec, index=self._index_of(unit.spec.name))
+                    index = unit.spec.index
+                    attachment.units.append(index)
+                    self._units[index], self._bindings[index] = unit, unit.binding
+                    self._stored[index] = attachment.store.add(unit.binding)
+                    unit.binding.prepare(index, nans, self.load_absent)
+                    if unit.module is not None:
+                        self._unit_of[id(unit.module)] = index
+                attachment.store.pin()
+                for unit in part.units:
+                    unit.binding.absent()
+                self._move_others(attachment)
+                self._install_hooks(attachment)
+                for layout in attachment.layouts:
+                    self._attachment_of[layout.name] = attachment
+        self._device.empty_cache()  # what the components had on the device is given up
+        self._note_components(changed)
+
+    def _note_components(self, changed: Collection[str]) -> None:
+        """Units came or went: order, ledger and stats go by what there is now."""
+        by_name = {layout.name: layout for a in self._attachments for layout in a.layouts}
+        # In the order of the pipeline, in which its components usually run.
+        layouts = [by_name[layout.name] for layout in self._describe() if layout.name in by_name]
+        names = tuple(by_name)
+        specs = [
+            # What no hook can bring to the device when it is needed is there always.
+            replace(spec, also=names) if not _is_hookable(by_name[spec.component]) else spec
+            for spec in self._specs()
+        ]
+        blocks = {
+            layout.name: [s.index for s in specs if s.component == layout.name and s.is_block] for layout in layouts
+        }
+        self._order = OrderLearner([(blocks[c.name], c.is_repeated) for c in layouts if blocks[c.name]])
+        self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, changed)
+        self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attachments)
+        self._count_placements()
+
+    def _load_fixed(self) -> None:
+        """Bring to the device what no hook can bring there when it is needed."""
+        with engine_tensors():
+            for attachment in self._attachments:
+                for layout in attachment.layouts:
+                    if not _is_hookable(layout):
+                        for unit in attachment.units:
+                            self._allocating(functools.partial(self._transfer.give_own, unit))
+                        self._use(attachment.units, is_touch=False, is_grad=False)
+
+    def _detach(self, attachments: Sequence[_Attachment], attempt: Callable[..., None]) -> None:
+        """Let go of components: hooks off, written tensors home, everything as it was found."""
+        taken = list(attachments)
+        for attachment in taken:
+            attachment.interception.remove()
+        attempt(functools.partial(self._write_back_everything, taken), "copy back weights that were written")
+        attempt(self._device.synchronize, "wait for the device")
+        for attachment in taken:
+            for place, original in attachment.moved_others:
+                getattr(place.module, place.kind)[place.name] = original
+            attachment.moved_others = []
+            for index in attachment.units:
+                unit = self._units.pop(index)
+                unit.binding.restore()
+                attempt(functools.partial(self._forget_slots, index), "free device memory")
+            for place, stand_in in attachment.division.stand_ins:
+                if getattr(place.module, place.kind).get(place.name) is stand_in:
+                    getattr(place.module, place.kind)[place.name] = place.tensor
+            self._bring_home_replaced(attachment)
+            self._attachments.remove(attachment)
+            for layout in attachment.layouts:
+                self._attachment_of.pop(layout.name, None)
+                self._root_of.pop(id(layout.root), None)
+                self._root_of.pop(id(layout.outermost), None)
+            attempt(attachment.store.close, "release page locks")
+        gone = {index for attachment in taken for index in attachment.units}
+        self._unit_of = {block: unit for block, unit in self._unit_of.items() if unit not in gone}
+        for index in gone:
+            self._stored.pop(index, None)
+            self._bindings.pop(index, None)
+
+    def _forget_slots(self, unit: int) -> None:
+        """A unit that is let go of leaves its slot; its tensors are at home already."""
+        if self._transfer.slot_of(unit) is not None:
+            self._transfer.vacate(unit)
+        if unit in self._transfer.own:
+            self._transfer.drop_own(unit)
+        self._transfer.forget([unit])
+        self._seen_grad.discard(unit)
+
+    def _index_of(self, name: str) -> int:
+        return self._indices.setdefault(name, len(self._indices))
+
+    def _specs(self) -> list[UnitSpec]:
+        return [self._units[index].spec for a in self._attachments for index in a.units]
+
+    def _install_hooks(self, attachment: _Attachment) -> None:
+        blocks: dict[nn.Module, nn.Module] = {}
+        roots = []
+        for layout in attachment.layouts:
+            own = [self._units[i] for i in attachment.units if self._units[i].spec.component == layout.name]
+            streamed = [unit.module for unit in own if unit.module is not None]
+            if compiled.describe_compiled(layout.outermost) is not None and streamed:
                 warnings.warn(
                     f"`{layout.name}` is compiled as a whole; while it streams, its blocks are compiled one by one "
                     "instead (the same code for all that are alike).",
                     LayerstreamWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
-        outermost = {layout.name: layout.outermost for layout in streamed}
-        blocks = {
-            unit.module: outermost[unit.spec.component]
-            for unit in self._units
-            if unit.module is not None and not self.plan.is_resident(unit.spec.index)
-        }
-        self._interception.install(self, roots.values(), blocks)
+            if streamed:
+                roots.append(layout.root)
+                blocks |= dict.fromkeys(streamed, layout.outermost)
+                self._root_of[id(layout.root)] = layout.name
+            elif _is_hookable(layout):
+                roots.append(layout.outermost)
+                self._root_of[id(layout.outermost)] = layout.name
+            self._root_of.setdefault(id(layout.root), layout.name)
+        attachment.interception.install(self, roots, blocks)
         target = self._device.torch_device
-        for layout in self._layouts:
-            self._interception.guard_moves(layout.root, layout.name, target, is_streamed=layout.name in roots)
+        for layout in attachment.layouts:
+            for method in layout.entry_points:
+                attachment.interception.watch_method(self, layout.root, method)
+            attachment.interception.guard_moves(self, layout.root, layout.name, target)
         for block in blocks:
-            self._interception.guard_moves(
-                block, self._units[self._unit_of[id(block)]].spec.name, target, is_streamed=True
-            )
+            name = self._units[self._unit_of[id(block)]].spec.name
+            attachment.interception.guard_moves(self, block, name, target)
 
-    def _move_others(self) -> None:
+    def _move_others(self, attachment: _Attachment) -> None:
         """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects."""
         target = self._device.torch_device
-        for place in self._others:
+        for place in attachment.division.others:
             if place.tensor.device != target:
                 moved = place.tensor.to(target)
                 if isinstance(place.tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):
                     moved = nn.Parameter(moved, requires_grad=place.tensor.requires_grad)
-                self._moved_others.append((place, place.tensor))
+                attachment.moved_others.append((place, place.tensor))
                 getattr(place.module, place.kind)[place.name] = moved
-        if self._others:
-            names = sorted({type(place.tensor).__name__ for place in self._others})
+        if attachment.division.others:
+            names = sorted({type(place.tensor).__name__ for place in attachment.division.others})
             warnings.warn(
-                f"{len(self._others)} weights of type {', '.join(names)} are no plain tensors; they stay on the device "
-                "whole and outside the budget.",
+                f"{len(attachment.division.others)} weights of type {', '.join(names)} are no plain tensors; they stay "
+                "on the device whole.",
                 LayerstreamWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _write_back_everything(self) -> None:
-        for unit in self._units:
-            index = unit.spec.index
-            slot = self._transfer.slot_of(index)
-            if unit.binding.is_present and (index in self._placed or slot is not None):
+    def _write_back_everything(self, attachments: Sequence[_Attachment]) -> None:
+        for index in [i for a in attachments for i in a.units]:
+            binding = self._units[index].binding
+            if binding.is_present and self._transfer.slot_of(index) is not None:
                 self._write_back(index, may_replace=True)
-            if index in self._seen_grad:
-                unit.binding.forbid_backward()
-        self._seen_grad.clear()
+                # Graphs may hold what they saved of weights that stayed resident, too.
+                binding.forbid_backward()
 
-    def _bring_home_replaced(self) -> None:
+    def _bring_home_replaced(self, attachment: _Attachment) -> None:
         """A tensor that code put in place of one of ours was made on the device; it belongs where that one was."""
-        homes = {id(b.tensor): b.home_device for unit in self._units for b in unit.binding.tensors}
-        for place in self._places:
+        homes = {id(b.tensor): b.home_device for unit in attachment.division.units for b in unit.binding.tensors}
+        for place in attachment.division.places:
             now = getattr(place.module, place.kind).get(place.name)
             if now is not None and now is not place.tensor and now.device == self._device.torch_device:
                 home = homes.get(id(place.tensor), place.tensor.device)
@@ -222,54 +395,228 @@ class Streamer:
                         nn.Parameter(brought, requires_grad=now.requires_grad) if is_parameter else brought
                     )
 
-    @staticmethod
-    def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what: str) -> None:
-        """Leaving must go on when the device has failed: the weights are on the host, and come back without it."""
+    # ---- phases
+
+    def _check_budget(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
+        """Refuse a budget that cannot do before anything has moved."""
+        target = self._device.torch_device
+        tensors = [b for unit in division.units for b in unit.binding.tensors]
+        own = 0 if self._device.is_simulated else sum(b.num_bytes for b in tensors if b.home_device == target)
+        outside = max(0, self._device.allocated_bytes() - own)
+        components = [(layout.name, layout.is_repeated) for layout in layouts]
+        self._ledger.check(components, [unit.spec for unit in division.units], outside)
+
+    def _count_placements(self) -> None:
+        blocks = [s.index for s in self._specs() if s.is_block]
+        streamed = sum(self.plan.placement(i) is Placement.STREAMED for i in blocks)
+        self.stats.num_streamed_blocks, self.stats.num_resident_blocks = streamed, len(blocks) - streamed
+
+    def _begin(self, component: str, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_grad: bool) -> None:
+        """A component is entered from outside: make its phase the current one, and its base present."""
+        begun = (component, entry, shapes_of(args, kwargs), is_grad)
+        if begun == self._begun and self._ledger.is_settled and not self._timed:
+            self._ledger.again(component)
+            return
+        replaced = self._find_replaced()
+        if replaced is not None:
+            raise StreamerStateError(
+                f"`{replaced}` was replaced by another module while it is streamed; the new one would not be. Put the "
+                "old one back, or replace it inside `with streamer.paused():` (or before entering)."
+            )
+        with engine_tensors():
+            self._harvest_times()
+            self._begun = None  # until it has worked
+            phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
+            self._transfer.phase = self._ledger.phase_stats
+            self._apply(phase_plan)
+            bases = [u for u in sorted(phase_plan.resident) if not self._units[u].spec.is_block]
+            self._use(bases, is_touch=False, is_grad=is_grad)
+            self._ledger.start_interval(self._transfer.weights_bytes)
+        self._begun = begun
+        self._mark_whole(phase_plan)
+        if self._ledger.wants_times:
+            self._ledger.starts_timing()
+            self._timing = {}
+
+    def _apply(self, phase_plan: PhasePlan) -> None:
+        """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
+        if phase_plan is self._applied:
+            return
+        self._applied = None
+        transfer = self._transfer
+        wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
+        is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
+        has_freed = self._make_way(phase_plan.resident | phase_plan.kept, is_new_ring)
+        missing = [unit for unit in sorted(phase_plan.resident) if unit not in transfer.own]
+        if has_freed or is_new_ring or missing:
+            # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
+            self._device.empty_cache()
+        if is_new_ring:
+            self._allocating(functools.partial(transfer.lay_ring, *wanted))
+        for unit in missing:
+            self._allocating(functools.partial(transfer.give_own, unit))
+        if self._ledger.link_gb_per_s is None:
+            self._ledger.link_gb_per_s = transfer.measure_link()
+        self._applied = phase_plan
+        self._count_placements()
+
+    def _make_way(self, allowed: Collection[int], is_new_ring: bool) -> bool:
+        """Free what the plan has no room for; returns whether there was any. No slot is held here afterwards: memory
+        goes back with the last reference to it."""
+        transfer = self._transfer
+        for extra in list(transfer.extra):
+            self._evict(extra)
+        given_up = [unit for unit in transfer.own if unit not in allowed]
+        for unit in given_up:
+            self._give_up(unit)
+        if is_new_ring:
+            for slot in transfer.ring:
+                if slot.unit is not None:
+                    self._evict(slot)
+            transfer.drop_ring()
+        return bool(given_up)
+
+    def _allocating(self, allocate: Callable[[], Any]) -> Any:
+        """Run `allocate`; where the budget has no room, say so with numbers."""
         try:
-            step()
-        except Exception as exc:
-            # Said at the end too: where warnings are errors, saying it raises.
-            message = f"leaving the offload context could not {what}: {exc!r}"
-            afterwards.callback(warnings.warn, message, LayerstreamWarning, stacklevel=6)
-        except BaseException as exc:
-            afterwards.callback(_raise, exc)
+            return allocate()
+        except torch.OutOfMemoryError as exc:
+            raise self.explain(exc) from exc
+
+    def _give_up(self, unit: int) -> None:
+        """Take a resident unit's room from it."""
+        slot = self._transfer.slot_of(unit)
+        if slot is not None:
+            self._evict(slot)
+            self.stats.num_evicted += 1
+        if unit in self._transfer.own:
+            self._transfer.drop_own(unit)
+        attachment = self._attachment_of.get(self._units[unit].spec.component)
+        if attachment is not None:
+            attachment.is_whole = False
+
+    def _mark_whole(self, phase_plan: PhasePlan) -> None:
+        for component in phase_plan.phase.components:
+            attachment = self._attachment_of[component]
+            if not attachment.is_whole:
+                attachment.is_whole = phase_plan.num_slots == 0 and all(
+                    unit in self._transfer.own
+                    and self._bindings[unit].is_present
+                    and self._transfer.own[unit].unit == unit
+                    for unit in attachment.units
+                )
+
+    def _harvest_times(self) -> None:
+        """What a timed pass took, block by block, once the device has passed it."""
+        self._timing = None
+        if not self._timed:
+            return
+        times: dict[int, float] = {}
+        for unit, start, end in self._timed:
+            elapsed = self._device.elapsed_ms(start, end)
+            if elapsed is None:
+                return
+            times[unit] = max(elapsed, times.get(unit, 0.0))
+        self._timed = []
+        self._ledger.timed(times)
+
+    def explain(self, error: BaseException) -> BudgetError:
+        """What an out-of-memory error under the budget means, with numbers and what to do."""
+        return self._ledger.explain(error, self._transfer.weights_bytes)
 
     # ---- what the hooks say
 
-    def enter_root(self, root: nn.Module) -> None:
+    def enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A component's forward begins."""
-        name = self._names.get(id(root))
+        name = self._root_of.get(id(root))
         if name is None:
             return  # a copy of a component, which carries the hook along
         compiled.refuse_fullgraph(root, name)
+        is_grad = _is_grad_enabled()
         with self._mutex:
+            is_outermost = self._is_outermost()
             self._calls.enter(root, is_root=True)
+            if is_outermost:
+                try:
+                    self._begin(name, "", args, kwargs, is_grad)
+                except BaseException:
+                    self._calls.leave(root)
+                    raise
             self._order.begin_pass()
 
     def leave_root(self, root: nn.Module) -> None:
         """A component's forward ended; the slots of its last blocks are free for what comes next."""
         with self._mutex:
-            if self._calls.leave(root) and self._calls.is_idle:
-                self._prefetch(held=[])
+            if self._calls.leave(root) and self._is_outermost():
+                self._ended()
 
-    def enter_block(self, block: nn.Module) -> None:
-        """A streamed block is about to run: make its weights present, and start loading what follows."""
+    def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A component is entered by a method; inside a running call that says nothing new."""
+        component = self._root_of.get(id(root))
+        if component is None:
+            return False
+        is_grad = _is_grad_enabled()
+        with self._mutex:
+            self._calls.check_thread()
+            if not self._is_outermost():
+                return False
+            self._begin(component, name, args, kwargs, is_grad)
+            self._in_method = id(root)
+        return True
+
+    def leave_method(self, root: nn.Module) -> None:
+        with self._mutex:
+            self._in_method = None
+            self._ended()
+
+    def _is_outermost(self) -> bool:
+        return self._in_method is None and self._calls.is_idle
+
+    def _ended(self) -> None:
+        """An outermost call ended, perhaps by an exception."""
+        error = sys.exc_info()[1]
+        if isinstance(error, torch.OutOfMemoryError):
+            self._ledger.did_not_fit()
+            self._begun = self._applied = None
+        elif error is None:
+            self._ledger.check_operators()
+        self._prefetch(held=[])
+
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A block is about to run: make its weights present, and start loading what follows."""
         unit = self._unit_of.get(id(block))
         if unit is None:
             return  # a copy of a block, which carries the hook along
+        component = self._units[unit].spec.component
+        attachment = self._attachment_of[component]
+        if attachment.is_whole:
+            return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
-        with self._mutex, engine_tensors():
+        with self._mutex:
+            is_outermost = self._is_outermost()
             self._calls.enter(block, is_root=False)
-            self._use([unit], is_touch=False, is_grad=is_grad)
+            if is_outermost:  # by a method that nobody watches
+                try:
+                    self._begin(component, self._units[unit].spec.stack or "", args, kwargs, is_grad)
+                except BaseException:
+                    self._calls.leave(block)
+                    raise
+            with engine_tensors():
+                self._use([unit], is_touch=False, is_grad=is_grad)
+            if self._timing is not None:
+                self._timing[unit] = self._device.mark(self._device.compute_stream())
 
     def leave_block(self, block: nn.Module, output: Any) -> Any:
-        """A streamed block ended. Returns an output to use instead, or None to keep it."""
+        """A block ended. Returns an output to use instead, or None to keep it."""
         unit = self._unit_of.get(id(block))
         if unit is None:
             return None
         with self._mutex:
             if not self._calls.leave(block):
                 return None
+            if self._timing is not None and unit in self._timing:
+                end = self._device.mark(self._device.compute_stream())
+                self._timed.append((unit, self._timing.pop(unit), end))
             slot = self._transfer.slot_of(unit)
             replaced = output if slot is None else _without_aliases(output, slot.buffer)
             if unit in self._seen_grad:
@@ -283,6 +630,14 @@ class Streamer:
             self._calls.check_thread()
             self._use(units, is_touch=True, is_grad=is_grad)
 
+    def changing(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A component or block is about to be cast: at home, and laid out anew afterwards."""
+        name = self._root_of.get(id(module))
+        if name is None:
+            unit = self._unit_of[id(module)]
+            name = self._units[unit].spec.component
+        return self.paused(name)
+
     # ---- up and down
 
     def _use(self, units: Sequence[int], *, is_touch: bool, is_grad: bool) -> None:
@@ -290,11 +645,12 @@ class Streamer:
         held = [*units, *self._held()]
         self._drop_extra_slots(held)
         for unit in units:
-            self._order.observe(unit)
+            if self._units[unit].spec.is_block:
+                self._order.observe(unit)
             if self._transfer.slot_of(unit) is None:
-                self.stats.num_demand_loads += 1
+                self.stats.num_demand_loads += self._units[unit].spec.is_block
                 self.stats.num_touch_loads += is_touch
-                self._transfer.load(unit, self._make_room(held))
+                self._transfer.load(unit, self._make_room(unit, held))
         # Before compute is told to wait: what is recorded on its stream after the wait, such as the last block's
         # release, happens after the wait, and the next load would start a round trip after this one ends.
         self._prefetch(held)
@@ -303,48 +659,66 @@ class Streamer:
             if not self._units[unit].binding.is_present:
                 # Code outside a call may keep, save or pickle what it sees (`state_dict`), which wants weights in
                 # storages of their own, as a resident model has them. Inside a call the slot is what is there for it.
-                is_outside = is_touch and self._calls.is_idle
+                is_outside = is_touch and self._is_outermost()
                 self._units[unit].binding.present([v.clone() for v in views] if is_outside else views)
             if is_grad and not is_touch:
                 self._seen_grad.add(unit)
 
     def _held(self) -> list[int]:
         """Units that compute is reading, or may read without asking again."""
-        loaded = [s.unit for s in self._transfer.slots if s.unit is not None]
+        loaded = [s.unit for s in [*self._transfer.ring, *self._transfer.extra] if s.unit is not None]
         return [u for u in loaded if (m := self._units[u].module) is not None and self._calls.is_running(m)]
 
     def _prefetch(self, held: Sequence[int]) -> None:
-        """Start loading the units expected next, as many as there are slots that nobody holds."""
-        wanted = list(dict.fromkeys(held))
-        num_slots = self.plan.num_slots
-        for unit in self._order.predict(2 * num_slots):
-            if len(wanted) >= num_slots:  # extra slots are not filled ahead
-                break
-            if unit not in wanted:
-                wanted.append(unit)
+        """Start loading the units expected next, in their order, as far as there are slots that nobody holds."""
+        transfer = self._transfer
+        wanted = [u for u in dict.fromkeys(held) if u not in transfer.own]
+        num_slots = len(transfer.ring)
         with engine_tensors():
-            for unit in wanted:
-                if self._transfer.slot_of(unit) is None:
-                    slot = self._transfer.free_slot() or self._evict_one(keep=wanted)
-                    if slot is None:
-                        return
-                    self._transfer.load(unit, slot)
+            for unit in self._order.predict(2 * num_slots + _OWN_AHEAD):
+                if transfer.slot_of(unit) is not None:
+                    if unit not in transfer.own and unit not in wanted:
+                        wanted.append(unit)
+                    continue
+                if unit not in transfer.own:
+                    if unit not in wanted:
+                        wanted.append(unit)
+                    if len(wanted) > num_slots or self._stored[unit].num_bytes > transfer.slot_bytes:
+                        return  # no room; what comes after must not get ahead of it on the bus
+                slot = transfer.empty_slot(unit) or self._evict_one(keep=wanted)
+                if slot is None:
+                    return
+                transfer.load(unit, slot)
 
-    def _make_room(self, held: Sequence[int]) -> Slot:
+    def _make_room(self, unit: int, held: Sequence[int]) -> Slot:
         """A slot for a unit needed now. What is expected next is evicted only where nothing else can be, and what
         is held never: then there are more units in use at once than the plan has slots, and one is added."""
-        slot = self._transfer.free_slot()
-        if slot is None:
-            ahead = self._order.predict(self.plan.num_slots)
+        slot = self._transfer.empty_slot(unit)
+        if slot is None and self._stored[unit].num_bytes <= self._transfer.slot_bytes:
+            ahead = self._order.predict(len(self._transfer.ring))
             slot = self._evict_one(keep=[*held, *ahead[:1]]) or self._evict_one(keep=held)
-        return slot or self._transfer.add_extra_slot()
+        return slot or self._add_extra(unit, held)
+
+    def _add_extra(self, unit: int, held: Sequence[int]) -> Slot:
+        """A slot beyond the plan; where there is no memory for it, other phases' units give theirs."""
+        try:
+            return self._transfer.add_extra(unit)
+        except torch.OutOfMemoryError:
+            phase = self._applied
+            for other in list(self._transfer.own):
+                if other not in held and (phase is None or other not in phase.resident):
+                    self._give_up(other)
+            self._applied = None  # the next entry lays out anew
+            self._device.empty_cache()
+            slot: Slot = self._allocating(functools.partial(self._transfer.add_extra, unit))
+            return slot
 
     def _evict_one(self, keep: Sequence[int]) -> Slot | None:
-        """Free the slot whose unit is needed last; None if all are to be kept."""
-        candidates = [s for s in self._transfer.slots if s.unit is not None and s.unit not in keep and not s.is_extra]
+        """Free the slot of the ring whose unit is needed last; None if all are to be kept."""
+        candidates = [s for s in self._transfer.ring if s.unit is not None and s.unit not in keep]
         if not candidates:
             return None
-        ahead = self._order.predict(4 * self.plan.num_slots)
+        ahead = self._order.predict(4 * len(self._transfer.ring) + _OWN_AHEAD)
         soon = {unit: position for position, unit in reversed(list(enumerate(ahead)))}
         slot = max(candidates, key=lambda s: soon.get(s.unit if s.unit is not None else -1, len(ahead)))
         return self._evict(slot)
@@ -354,7 +728,9 @@ class Streamer:
         unit = slot.unit
         assert unit is not None
         binding = self._units[unit].binding
-        was_grad = unit in self._seen_grad
+        # A unit whose hooks had nothing to do was seen by nobody: its graphs are refused as well.
+        is_own = slot is self._transfer.own.get(unit)
+        was_grad = unit in self._seen_grad or is_own
         if binding.is_present:
             self._write_back(unit, may_replace=False)
             if was_grad:
@@ -375,8 +751,11 @@ class Streamer:
 
     def _drop_extra_slots(self, held: Sequence[int]) -> None:
         """Extra slots go as soon as nobody holds their unit; they are memory beyond the plan."""
-        for slot in [s for s in self._transfer.slots if s.is_extra and s.unit not in held]:
-            self._evict(slot)
+        for slot in [s for s in self._transfer.extra if s.unit not in held]:
+            if slot.unit is None:
+                self._transfer.drop_extra(slot)
+            else:
+                self._evict(slot)
 
     def _forget_autocast(self) -> None:
         """Autocast keeps a cast copy of every parameter until the region ends: the model would pile up."""
@@ -397,6 +776,43 @@ class Streamer:
                 bound.home, bound.is_exact = now.to(bound.home_device), True
             else:
                 raise StreamerStateError(_changed(bound, now))
+
+
+def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what: str) -> None:
+    """Leaving must go on when the device has failed: the weights are on the host, and come back without it."""
+    try:
+        step()
+    except Exception as exc:
+        # Said at the end too: where warnings are errors, saying it raises.
+        message = f"leaving the offload context could not {what}: {exc!r}"
+        afterwards.callback(warnings.warn, message, LayerstreamWarning, stacklevel=6)
+    except BaseException as exc:
+        afterwards.callback(_raise, exc)
+
+
+def _refuse_compiled_wholes(layouts: Sequence[ComponentLayout]) -> None:
+    for layout in layouts:
+        if any(stack.blocks for stack in layout.stacks):
+            compiled.refuse_fullgraph(layout.outermost, layout.name)
+
+
+def _is_hookable(layout: ComponentLayout) -> bool:
+    """Whether hooks around the component run. They do not inside code that was compiled for the whole of it; where
+    there are blocks, these are compiled instead, and a separate compiled module has hooks of its own."""
+    has_blocks = any(stack.blocks for stack in layout.stacks)
+    return has_blocks or layout.outermost is not layout.root or compiled.describe_compiled(layout.root) is None
+
+
+def _connected(layouts: Sequence[ComponentLayout], division: Division) -> list[list[ComponentLayout]]:
+    """The components in groups that share weights; most stand alone."""
+    groups = {layout.name: {layout.name} for layout in layouts}
+    for unit in division.units:
+        for other in unit.spec.also:
+            joined = groups[unit.spec.component] | groups[other]
+            for name in joined:
+                groups[name] = joined
+    found = [[layout for layout in layouts if layout.name in groups[first.name]] for first in layouts]
+    return [group for position, group in enumerate(found) if group[0] is layouts[position]]
 
 
 def _raise(error: BaseException) -> None:

@@ -1,9 +1,14 @@
-"""Slots, and the copies into them. Who moves bytes is this file; who waits for whom is the note in `device.py`.
+"""Device buffers for weights, and the copies into them. Who moves bytes is this file; who waits for whom is the note
+in `device.py`.
 
 A slot is a device buffer that holds one unit at a time. Its life, as seen from the host:
 
     free -> `load`: a copy is queued, behind the last readers -> `wait`: compute is queued behind the copy
          -> read by any number of operators -> `vacate`: readers' events are recorded -> free
+
+Some slots form the *ring*, through which streamed blocks take turns; others are a resident unit's *own*, made when a
+plan gives the unit room and dropped when it takes it back; a few are *extra*, for one use that nothing else has room
+for.
 
 `load` and `vacate` issue work and return; nothing here blocks the host, except copies from memory that could
 not be page-locked, which go through a small staging ring.
@@ -13,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,24 +27,27 @@ from layerstream.binding import UnitBinding
 from layerstream.device import Device, Event, Stream, engine_tensors
 from layerstream.errors import TransferError
 from layerstream.host_store import StoredUnit
-from layerstream.stats import Stats
+from layerstream.stats import PhaseStats, Stats
 
 _STAGING_BUFFERS = 3
 _STAGING_BYTES = 2**25  # copies of 32 MiB run at full speed
+_PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
 
 
 class Slot:
     """One device buffer.
 
     Attributes:
+        stream: the compute stream it was allocated on, to which its memory returns.
         ready: the event after the copy that filled it; a new one for each load.
         after: events the next copy into it must wait for.
         readers: compute streams that wait, or waited, for `ready`.
-        is_extra: made beyond the plan; freed when it is vacated.
+        is_extra: made for one use; freed when it is vacated.
     """
 
-    def __init__(self, buffer: torch.Tensor, after: Event, *, is_extra: bool) -> None:
+    def __init__(self, buffer: torch.Tensor, stream: Stream, after: Event, *, is_extra: bool = False) -> None:
         self.buffer = buffer
+        self.stream = stream
         self.is_extra = is_extra
         self.unit: int | None = None
         self.ready: Event = None
@@ -59,6 +67,13 @@ class Slot:
         self.pieces[unit] = stored.pieces(self.buffer)
         self._references += self._count_references() - before
 
+    def forget(self, unit: int) -> None:
+        """Drop the views of a unit that exists no more."""
+        before = self._count_references()
+        self.views.pop(unit, None)
+        self.pieces.pop(unit, None)
+        self._references += self._count_references() - before
+
     def is_aliased(self) -> bool:
         """Whether anything but this slot looks at its memory: `weight.detach()` kept by user code, say."""
         count = self._count_references()
@@ -75,72 +90,106 @@ class Slot:
 
 
 class TransferEngine:
-    """Owns the slots and the resident units' buffers; the only caller of `Device.copy`.
+    """Owns every slot; the only caller of `Device.copy`.
 
     Args:
-        stored, bindings: by unit index.
+        stored, bindings: by unit index; the streamer adds and removes units.
     """
 
     def __init__(
-        self, device: Device, stored: Sequence[StoredUnit], bindings: Sequence[UnitBinding], stats: Stats
+        self, device: Device, stored: Mapping[int, StoredUnit], bindings: Mapping[int, UnitBinding], stats: Stats
     ) -> None:
         self._device = device
         self._stored = stored
         self._bindings = bindings
         self._stats = stats
-        self._residents: list[torch.Tensor] = []
-        self._slot_bytes = 0
-        self._device_bytes = 0
-        self._stalls: deque[Any] = deque()
+        self._stalls: deque[tuple[Any, PhaseStats]] = deque()
         self._staging: _StagingRing | None = None
-        self.slots: list[Slot] = []
+        self._loaded: dict[int, Slot] = {}  # by the unit they hold
+        self.ring: list[Slot] = []
+        self.slot_bytes = 0  # of each slot of the ring
+        self.own: dict[int, Slot] = {}  # by the unit they are for, loaded or not
+        self.extra: list[Slot] = []
+        self.weights_bytes = 0  # what all slots take on the device
+        self.phase = PhaseStats()  # whose loads and stalls these are
 
     # ---- memory
 
-    def make_slots(self, count: int, num_bytes: int) -> None:
-        """Allocate the planned slots, each of `num_bytes`."""
-        self._slot_bytes = num_bytes
+    def lay_ring(self, count: int, num_bytes: int) -> None:
+        """Allocate the ring's slots anew, each of `num_bytes`; the old ones are empty."""
+        self.drop_ring()
+        self.slot_bytes = num_bytes
         for _ in range(count):
-            self._add_slot(is_extra=False)
+            self.ring.append(self._make_slot(num_bytes))
         self._stats.num_slots, self._stats.slot_bytes = count, num_bytes
 
-    def place(self, unit: int) -> list[torch.Tensor]:
-        """Copy a unit to device memory of its own, where it stays; returns its views. `finish_placing` waits."""
-        stored = self._stored[unit]
-        with engine_tensors():
-            buffer = self._allocate(stored.num_bytes)
-            self._residents.append(buffer)
-            # The allocator may hand out memory that queued compute still reads: the copy waits for all of it.
-            self._copy(unit, stored.pieces(buffer), [self._device.record(self._device.compute_stream())])
-            self._stats.placed_bytes += stored.copied_bytes
-            return stored.views(self._bindings[unit], buffer)
+    def drop_ring(self) -> None:
+        """Free the ring's slots, which are empty."""
+        while self.ring:
+            self._free(self.ring.pop())
+        self.slot_bytes = 0
 
-    def finish_placing(self) -> None:
-        """Block the host until every resident unit is on the device."""
-        self._device.synchronize()
+    def give_own(self, unit: int) -> None:
+        """Allocate a slot for `unit` alone, in which it stays."""
+        self.own[unit] = self._make_slot(self._stored[unit].num_bytes)
+
+    def drop_own(self, unit: int) -> None:
+        """Free the slot of `unit`, which is empty."""
+        self._free(self.own.pop(unit))
+
+    def add_extra(self, unit: int) -> Slot:
+        """A slot for one use of `unit`, when more units are in use at once than there is room for."""
+        slot = self._make_slot(self._stored[unit].num_bytes, is_extra=True)
+        self.extra.append(slot)
+        self._stats.num_extra_slots += 1
+        return slot
+
+    def drop_extra(self, slot: Slot) -> None:
+        """Free an extra slot, which is empty."""
+        self.extra.remove(slot)
+        self._free(slot)
+
+    def forget(self, units: Iterable[int]) -> None:
+        """These units, which are in no slot, exist no more."""
+        for unit in units:
+            for slot in self.ring:
+                slot.forget(unit)
 
     def close(self) -> None:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
-        buffers = [*self._residents, *(slot.buffer for slot in self.slots)]
-        self._residents, self.slots, self._staging = [], [], None
+        slots = [*self.ring, *self.own.values(), *self.extra]
+        self.ring, self.own, self.extra, self._loaded, self._staging = [], {}, [], {}, None
+        self.weights_bytes = self.slot_bytes = 0
         with contextlib.ExitStack() as each:  # all of them, also when one fails
-            for buffer in buffers:
-                each.callback(self._device.free, buffer)
+            for slot in slots:
+                each.callback(self._device.free, slot.buffer)
+
+    def measure_link(self) -> float | None:
+        """GB/s from host to device, by copying a part of some unit into an empty slot; blocks the host for 2 ms."""
+        for slot in [*self.ring, *self.own.values()]:
+            if slot.unit is not None:
+                continue
+            for stored in self._stored.values():
+                source = max((s.source for s in stored.segments if s.is_pinned), key=torch.Tensor.numel, default=None)
+                if source is not None:
+                    source = source[: min(_PROBE_BYTES, slot.buffer.numel())]
+                    return self._device.measure_link(slot.buffer[: source.numel()], source)
+        return None
 
     # ---- one unit's way into a slot and out of it
 
     def slot_of(self, unit: int) -> Slot | None:
         """The slot that holds `unit`, or into which it is being loaded."""
-        return next((s for s in self.slots if s.unit == unit), None)
+        return self._loaded.get(unit)
 
-    def free_slot(self) -> Slot | None:
-        """A planned slot without a unit. Extra slots are for the use that made them and no other."""
-        return next((s for s in self.slots if s.unit is None), None)
-
-    def add_extra_slot(self) -> Slot:
-        """A slot beyond the plan, for when more units are in use at once than there are slots."""
-        self._stats.num_extra_slots += 1
-        return self._add_slot(is_extra=True)
+    def empty_slot(self, unit: int) -> Slot | None:
+        """Where `unit` can go without making room: its own slot, or one of the ring that is empty and large enough."""
+        own = self.own.get(unit)
+        if own is not None:
+            return own
+        if self._stored[unit].num_bytes > self.slot_bytes:
+            return None
+        return next((s for s in self.ring if s.unit is None), None)
 
     def load(self, unit: int, slot: Slot) -> None:
         """Start copying `unit` into `slot` on the copy stream; does not block the host. Call under `engine_tensors`.
@@ -148,7 +197,7 @@ class TransferEngine:
         Raises:
             TransferError: the slot holds another unit, or the unit is in another slot.
         """
-        if slot.unit is not None or self.slot_of(unit) is not None:
+        if slot.unit is not None or unit in self._loaded:
             raise TransferError(f"unit {unit} loaded into a slot that holds unit {slot.unit}, or loaded twice")
         slot.prepare(unit, self._stored[unit], self._bindings[unit])
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
@@ -156,8 +205,11 @@ class TransferEngine:
         slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
         slot.after, slot.readers = [], []
         slot.unit = unit
+        self._loaded[unit] = slot
         self._stats.num_loads += 1
         self._stats.loaded_bytes += self._stored[unit].copied_bytes
+        self.phase.num_loads += 1
+        self.phase.loaded_bytes += self._stored[unit].copied_bytes
 
     def wait(self, unit: int) -> list[torch.Tensor]:
         """Queue this thread's compute behind the load of `unit`; returns the unit's views."""
@@ -169,7 +221,8 @@ class TransferEngine:
             slot.readers.append(stream)
             if marker is not None:
                 self._stats.num_stalls += 1
-                self._stalls.append(self._device.end_stall(stream, marker))
+                self.phase.num_stalls += 1
+                self._stalls.append((self._device.end_stall(stream, marker), self.phase))
             self._count_stalls()
         return slot.views[unit]
 
@@ -179,24 +232,29 @@ class TransferEngine:
         Records on each reading stream an event that covers whatever was issued up to now.
         """
         slot = self._holding(unit)
-        slot.after = [*slot.after, *(self._device.record(stream) for stream in slot.readers)]
+        records = [self._device.record(stream) for stream in slot.readers]
+        # What nobody waited for may still be on its way.
+        slot.after = [*slot.after, *(records or [slot.ready])]
         slot.unit = None
+        del self._loaded[unit]
         if slot.is_extra:
-            self.slots.remove(slot)
-            self._free(slot.buffer)
+            self.drop_extra(slot)
 
     def abandon(self, unit: int) -> None:
-        """Leave the slot's memory to whoever still looks at it, and give the slot new memory."""
+        """Leave a ring slot's memory to whoever still looks at it, and give the slot new memory."""
         slot = self._holding(unit)
-        fresh = self._add_slot(is_extra=slot.is_extra)
-        self.slots.remove(slot)
-        fresh.unit = unit
-        self._free(slot.buffer)
+        if slot not in self.ring:
+            return  # an own or extra slot goes when it is vacated, and whoever looks at its memory keeps that
+        fresh = self._make_slot(self.slot_bytes)
+        self.ring[self.ring.index(slot)] = fresh
+        fresh.unit, fresh.ready = unit, fresh.after[0]
+        self._loaded[unit] = fresh
+        self._free(slot)
 
     # ---- inside
 
     def _holding(self, unit: int) -> Slot:
-        slot = self.slot_of(unit)
+        slot = self._loaded.get(unit)
         if slot is None:
             raise TransferError(f"unit {unit} is in no slot")
         return slot
@@ -210,31 +268,34 @@ class TransferEngine:
         pinned = [s.is_pinned for s in stored.segments]
         return self._staging.copy(list(zip(pieces, pinned, strict=True)), after)
 
-    def _allocate(self, num_bytes: int) -> torch.Tensor:
-        buffer = self._device.allocate(num_bytes)
-        self._device_bytes += num_bytes
-        self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self._device_bytes)
-        return buffer
-
-    def _free(self, buffer: torch.Tensor) -> None:
-        self._device_bytes -= buffer.numel()
-        self._device.free(buffer)
-
-    def _add_slot(self, *, is_extra: bool) -> Slot:
+    def _make_slot(self, num_bytes: int, *, is_extra: bool = False) -> Slot:
         with engine_tensors():
-            # As in `place`: recycled memory may still be read by compute that was issued before.
-            issued = self._device.record(self._device.compute_stream())
-            slot = Slot(self._allocate(self._slot_bytes), issued, is_extra=is_extra)
-        self.slots.append(slot)
-        return slot
+            stream = self._device.compute_stream()
+            # The allocator may hand out memory that queued compute still reads: the first copy waits for all of it.
+            issued = self._device.record(stream)
+            buffer = self._device.allocate(num_bytes)
+        self.weights_bytes += self._device.rounded_bytes(num_bytes)
+        self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self.weights_bytes)
+        return Slot(buffer, stream, issued, is_extra=is_extra)
+
+    def _free(self, slot: Slot) -> None:
+        # The memory goes back to the stream it was allocated on: what follows there must not meet a copy or a reader.
+        try:
+            for event in slot.after:
+                self._device.wait(slot.stream, event)
+        finally:
+            self.weights_bytes -= self._device.rounded_bytes(slot.buffer.numel())
+            self._device.free(slot.buffer)
 
     def _count_stalls(self) -> None:
         """Add up the stalls the device has passed; the host never waits for the others."""
         while self._stalls:
-            stall_ms = self._device.stall_ms(self._stalls[0])
+            marker, phase = self._stalls[0]
+            stall_ms = self._device.stall_ms(marker)
             if stall_ms is None:
                 return
             self._stats.stall_ms += stall_ms
+            phase.stall_ms += stall_ms
             self._stalls.popleft()
 
 

@@ -34,6 +34,7 @@ class ComponentLayout:
     Attributes:
         is_repeated: it runs many times a call (a denoiser, not a text encoder).
         called: the module that the pipeline calls, where that is `torch.compile(root)`; `root` itself otherwise.
+        entry_points: names of methods by which the pipeline enters it beside its forward: `decode` of a VAE.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ComponentLayout:
     stacks: tuple[StackLayout, ...]
     is_repeated: bool = False
     called: nn.Module | None = None
+    entry_points: tuple[str, ...] = ()
 
     @property
     def outermost(self) -> nn.Module:
@@ -84,9 +86,11 @@ class Division:
     stand_ins: list[tuple[TensorPlace, torch.Tensor]]
 
 
-def divide(layouts: Sequence[ComponentLayout]) -> Division:
+def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> Division:
     """Assign every tensor of the components to a unit; changes nothing.
 
+    Args:
+        is_preview: weights on the meta device are described as well; nothing of it can be streamed.
     Raises:
         AdapterError: a block stands twice, or inside another.
         PipelineError: weights on the meta device, which have no bytes to stream.
@@ -114,7 +118,7 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
                 if not _moves(place.tensor):
                     division.others.append(place)
                     continue
-                if place.tensor.is_meta:
+                if place.tensor.is_meta and not is_preview:
                     raise PipelineError(
                         f"`{name}` is on the meta device: it has no bytes to stream. Load the weights first "
                         "(from_pretrained without device_map, or load_state_dict(..., assign=True))."
@@ -129,11 +133,13 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
                     division.stand_ins.append((place, use.tensor))
             seen.add(id(module))
     bases = {id(d.layout): d for d in drafts if d.module is None}
+    also: dict[int, set[str]] = {}  # by base: other components that use what it holds
     for group in _sharing_bytes(uses.values()):
         users = [user for use in group for user in use.users]
         is_shared = any(user is not users[0] for user in users)
         for use in group:
-            use.owner = bases[id(users[0].layout)] if is_shared else users[0]
+            use.owner = owner = bases[id(users[0].layout)] if is_shared else users[0]
+            also.setdefault(id(owner), set()).update(u.layout.name for u in users if u.layout is not owner.layout)
     for use in uses.values():  # in the order of the modules
         assert use.owner is not None
         use.owner.tensors.append(BoundTensor.of(use.name, use.tensor))
@@ -146,6 +152,7 @@ def divide(layouts: Sequence[ComponentLayout]) -> Division:
                 stack=draft.stack,
                 num_bytes=unit_bytes(b.num_bytes for b in draft.tensors),
                 is_repeated=draft.layout.is_repeated,
+                also=tuple(sorted(also[id(draft)])),
             )
             division.units.append(Unit(spec, UnitBinding(draft.tensors), draft.module))
     return division
@@ -214,7 +221,7 @@ def _sharing_bytes(uses: Iterable[_Use]) -> Iterator[list[_Use]]:
     group: list[_Use] = []
     end = ("", 0)
     for use in sorted(uses, key=start):
-        if not use.found.numel():
+        if not use.found.numel() or use.found.is_meta:
             yield [use]
             continue
         if group and not (start(use)[0] == end[0] and start(use)[1] < end[1]):

@@ -19,7 +19,7 @@ def refused(pipe: Any, error: type[Exception], match: str, **options: Any) -> Ex
     with pytest.raises(error, match=match) as caught:
         layerstream.offload(pipe, device=device, **options).start()
     if hasattr(device, "operations"):
-        assert not device.allocated_bytes
+        assert not device.buffer_bytes
         assert not device.registered
     return caught.value
 
@@ -48,7 +48,7 @@ def test_nothing_streamable_is_whole_and_said_once() -> None:
     assert len(said) == 1
     with device.checking():
         assert torch.equal(model(x), expected)
-    assert device.allocated_bytes > 0
+    assert device.buffer_bytes > 0
     streamer.close()
     assert_restored(model, before)
 
@@ -91,7 +91,7 @@ def test_the_least_budget_that_is_named_works_and_a_byte_less_does_not() -> None
     device = adversary()
     with layerstream.offload(model, vram_budget=needed, device=device):
         assert_equal(run(model), expected)
-    assert device.peak_allocated_bytes <= needed
+    assert device.peak_buffer_bytes <= needed
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_a_failing_enter_restores_everything(error: BaseException) -> None:
             break
         assert not streamer.is_active
         assert_restored(model, before)
-        assert device.allocated_bytes == 0, operation
+        assert device.buffer_bytes == 0, operation
         assert not device.registered, operation
     streamer.close()
     assert operation >= 8
@@ -54,7 +54,7 @@ def test_a_failure_in_a_call_restores_everything(error: BaseException) -> None:
             for _ in range(8):
                 assert_equal(run(model, 1), expected)
         assert_restored(model, before)
-        assert device.allocated_bytes == 0, operation
+        assert device.buffer_bytes == 0, operation
         assert not device.registered, operation
         assert_equal(run(model, 1), expected)
 
@@ -115,7 +115,7 @@ def test_a_full_device(operation: int) -> None:
     with pytest.raises(torch.OutOfMemoryError), layerstream.offload(model, vram_budget="min", device=device):
         run(model, 20)
     assert_restored(model, before)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
 
 
 def test_a_device_too_small_for_the_plan() -> None:
@@ -125,7 +125,7 @@ def test_a_device_too_small_for_the_plan() -> None:
     with pytest.raises((torch.OutOfMemoryError, layerstream.BudgetError)):
         layerstream.offload(model, vram_budget="min", device=device).start()
     assert_restored(model, before)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
 
 
 @pytest.mark.parametrize("operation", range(6))
@@ -142,7 +142,7 @@ def test_an_interrupt_while_leaving_is_raised_after_all_is_given_back(operation:
     assert_equal(run(model), expected)
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert not streamer.is_active
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
     assert not device.registered
 
 
@@ -159,5 +159,5 @@ def test_warnings_as_errors_do_not_stop_the_leaving() -> None:
             streamer.close()
     assert_restored(model, before)
     assert_equal(run(model), expected)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
     assert not streamer.is_active

@@ -19,6 +19,7 @@ RANKS = {
     "blocks": 1,
     "budget": 1,
     "stats": 1,
+    "tables": 1,
     "device": 1,
     "standins": 1,
     "absent": 2,
@@ -29,8 +30,12 @@ RANKS = {
     "simulated": 2,
     "binding": 3,
     "intercept": 3,
+    "phases": 3,
+    "report": 3,
     "units": 4,
     "host_store": 4,
+    "changes": 4,
+    "ledger": 4,
     "adapters": 5,
     "transfer": 5,
     "streamer": 6,
@@ -42,7 +47,7 @@ RANKS = {
 }
 # Not only lower ranks: nothing of the package at all but themselves.
 ALONE = {"errors", "_version", "blocks", "stats", "order", "absent", "standins"}
-PURE = {"errors", "_version", "blocks", "budget", "stats", "order", "plan"}
+PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "order", "plan", "phases", "report"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}
 WRITES_DATA = {"binding", "absent", "standins"}  # stand-ins are built, not streamed, there

@@ -43,7 +43,7 @@ def check(copies: str = "late", *, is_checked: bool = True, writes_buffer: bool 
         if writes_buffer:
             run(twin_model)
             assert [float(b.count) for b in model.blocks] == [float(b.count) for b in twin_model.blocks]
-        assert device.allocated_bytes == 0
+        assert device.buffer_bytes == 0
         assert not device.registered
         model.blocks[0](torch.ones(2, 16))
     except Exception as exc:  # whatever it is: the engine itself passes

@@ -61,7 +61,7 @@ def test_equal_restored_and_whole_after_an_exception(named: tuple[Any, str]) -> 
     for n, m in modules(pipe).items():
         assert_restored(m, before[n])
     assert torch.equal(run_tiny(pipe, name), expected)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
     assert not device.registered
 
 
@@ -105,8 +105,8 @@ def test_a_budget_in_the_middle(named: tuple[Any, str], copies: str) -> None:
         assert torch.equal(run_tiny(pipe, name), expected)
         assert streamer.stats().num_resident_blocks > 0
         assert streamer.stats().num_streamed_blocks > 0
-        assert device.peak_allocated_bytes <= budget
-        assert streamer.stats().peak_device_bytes == device.peak_allocated_bytes
+        assert device.peak_buffer_bytes <= budget
+        assert streamer.stats().peak_device_bytes == device.peak_buffer_bytes
 
 
 def test_low_precision(named: tuple[Any, str]) -> None:

@@ -128,7 +128,7 @@ def test_any_model_any_budget_any_order(
             streamer.start()
     with contextlib.closing(streamer), device.checking(), torch.no_grad():
         budget = streamer._plan.budget_bytes
-        assert device.allocated_bytes <= budget
+        assert device.buffer_bytes <= budget
         for order in (usual, usual, other_order, usual, other_order):
             model.order = resident.order = order
             assert_equal([model(x)], [resident(x)])
@@ -137,5 +137,5 @@ def test_any_model_any_budget_any_order(
     for a, b in zip(model.modules(), resident.modules(), strict=True):
         if isinstance(a, Piece):
             assert int(a.steps) == int(b.steps)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
     assert not device.registered

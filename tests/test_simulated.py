@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -61,7 +62,7 @@ def test_an_engine_that_waits_sees_its_bytes(copies: Copies) -> None:
 
 def test_it_is_a_device() -> None:
     names = [n for n in vars(Device) if not n.startswith("_")]
-    assert len(names) > 15
+    assert len(names) > 25
     device = SimulatedDevice()
     assert [n for n in names if not hasattr(device, n)] == []
     assert device.torch_device == torch.device("cpu")
@@ -385,13 +386,14 @@ def test_memory_has_a_limit() -> None:
     device = SimulatedDevice(memory_bytes=3 * KIB)
     first, second = device.allocate(KIB), device.allocate(2 * KIB)
     assert (device.free_bytes(), device.total_bytes()) == (0, 3 * KIB)
-    with pytest.raises(SimulatedOutOfMemoryError, match="1 bytes asked for, 0 of 3072 free") as error:
+    with pytest.raises(SimulatedOutOfMemoryError, match="256 bytes asked for, 0 of 3072 free") as error:
         device.allocate(1)
     assert isinstance(error.value, torch.OutOfMemoryError)
     device.free(first)
+    del first
     device.allocate(KIB)
     device.free(second)
-    assert (device.allocated_bytes, device.peak_allocated_bytes) == (KIB, 3 * KIB)
+    assert (device.buffer_bytes, device.peak_buffer_bytes) == (KIB, 3 * KIB)
 
 
 def test_freeing_twice_counts_once() -> None:
@@ -399,13 +401,347 @@ def test_freeing_twice_counts_once() -> None:
     buffer = device.allocate(KIB)
     device.free(buffer)
     device.free(buffer)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
+
+
+def test_a_buffer_adds_its_rounded_size() -> None:
+    device = SimulatedDevice()
+    assert [device.rounded_bytes(n) for n in (0, 1, 256, 257)] == [0, 256, 256, 512]
+    for num_bytes in (0, 1, 256, 257, 10_000):
+        before = device.reserved_bytes()
+        buffer = device.allocate(num_bytes)
+        assert buffer.numel() == num_bytes
+        assert device.reserved_bytes() - before == device.rounded_bytes(num_bytes)
+        device.free(buffer)
+        del buffer
+        assert device.reserved_bytes() == before
+
+
+def test_a_freed_buffer_takes_memory_while_somebody_looks_at_it() -> None:
+    device = SimulatedDevice(memory_bytes=2 * KIB)
+    buffer = device.allocate(2 * KIB)
+    view = floats(buffer)[3:]
+    device.free(buffer)
+    del buffer
+    assert (device.buffer_bytes, device.reserved_bytes()) == (0, 2 * KIB)
+    with pytest.raises(SimulatedOutOfMemoryError, match=r"0 of 2048 free \(buffers 0, activations 2048, foreign 0\)"):
+        device.allocate(1)
+    del view
+    assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (0, 2 * KIB)
+    device.allocate(2 * KIB)
 
 
 def test_buffers_start_on_a_boundary() -> None:
     device = SimulatedDevice()
     assert [device.allocate(n).data_ptr() % 256 for n in (1, 255, 256, 257, 10_000)] == [0] * 5
     assert device.allocate(0).numel() == 0
+
+
+# ---- activations
+
+
+def activation(num_bytes: int = KIB) -> torch.Tensor:
+    return torch.ones(num_bytes // 4)
+
+
+def test_temporaries_come_and_go() -> None:
+    device = SimulatedDevice()
+    with device.accounting():
+        kept = activation()
+        assert device.reserved_bytes() == KIB
+        kept = ((kept + 1) * 2) + 3  # never more than two beside the one before
+        assert device.reserved_bytes() == device.allocated_bytes() == KIB
+        assert device.peak_reserved_bytes() == device.peak_allocated_bytes() == 3 * KIB
+        device.reset_peaks()
+        assert device.peak_reserved_bytes() == KIB
+        more = kept.double()
+        assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (3 * KIB, 3 * KIB)
+    assert device.free_bytes() == device.memory_bytes - 3 * KIB, "what lives takes memory outside as well"
+    del more
+    assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (KIB, 3 * KIB)
+    del kept
+    assert device.reserved_bytes() == 0
+    unseen = activation() + 1
+    assert device.reserved_bytes() == 0
+    with device.accounting():
+        unseen.mul_(2)
+        assert device.reserved_bytes() == 0, "made while nobody looked: host memory"
+
+
+def nothing_new(x: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    return {
+        "view": lambda: x.view(16, 16).t()[1:],
+        "in place": lambda: x.add_(1).relu_(),
+        "out": lambda: torch.add(x, 1, out=x),
+        "detach": lambda: x.detach(),
+        "split": lambda: x.chunk(4),
+        "no copy": lambda: x.to(x.dtype).contiguous(),
+        "meta": lambda: torch.empty(100, device="meta") * 2,
+        "tuple of views": lambda: x.view(4, 64).unbind(0),
+    }
+
+
+@pytest.mark.parametrize("name", nothing_new(torch.ones(0)))
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_what_makes_no_storage_takes_no_memory(name: str, is_counted: bool) -> None:
+    device = SimulatedDevice()
+    host = activation()
+    with device.accounting():
+        x = activation() if is_counted else host
+        before = device.reserved_bytes()
+        assert before == KIB * is_counted
+        kept = nothing_new(x)[name]()
+        assert device.reserved_bytes() == device.peak_reserved_bytes() == before
+        if is_counted and isinstance(kept, torch.Tensor) and kept.device.type == "cpu":
+            del x
+            assert device.reserved_bytes() == before, "a view keeps the storage"
+            del kept
+            assert device.reserved_bytes() == 0
+
+
+def test_host_memory_is_not_the_devices() -> None:
+    device = SimulatedDevice(memory_bytes=KIB)
+    host = activation(64 * KIB)
+    with device.accounting():
+        host.mul_(2)
+        rows = host.view(64, -1)[3:5]
+        assert device.reserved_bytes() == 0
+        assert torch.tensor([1.0, 2.0]).numel() == 2, "made by no operator"
+        assert device.peak_reserved_bytes() == 0
+        with pytest.raises(SimulatedOutOfMemoryError, match="2048 bytes asked for"):
+            rows + 1
+
+
+def test_one_operator_that_makes_several_takes_them_together() -> None:
+    device = SimulatedDevice()
+    x = activation()
+    with device.accounting():
+        outputs = torch.sort(x)
+        assert device.reserved_bytes() == KIB + 256 * 8
+        del outputs
+        x = [torch.ones(4), torch.ones(4)]
+        y = torch._foreach_add(x, 1)
+        assert device.reserved_bytes() == 64
+        del x, y
+    assert device.reserved_bytes() == 0
+
+
+def test_a_storage_that_grows() -> None:
+    device = SimulatedDevice()
+    with device.accounting():
+        out = torch.empty(0)
+        torch.add(torch.ones(256), 1, out=out)
+        assert device.reserved_bytes() == KIB
+        out.resize_(512)
+        assert device.reserved_bytes() == 2 * KIB
+    del out
+    assert device.reserved_bytes() == 0
+
+
+def test_what_a_graph_keeps_takes_memory() -> None:
+    device = SimulatedDevice()
+    weight = torch.ones(256, requires_grad=True)
+    with device.accounting():
+        loss = (weight * 2).exp().sum()
+        assert device.reserved_bytes() == KIB + 4, "exp keeps its result"
+        del loss
+        assert device.reserved_bytes() == 0
+
+
+def test_garbage_in_cycles_takes_memory_until_it_is_collected() -> None:
+    device = SimulatedDevice()
+    with device.accounting():
+        cycle: list[Any] = [activation()]
+        cycle.append(cycle)
+        del cycle
+        assert device.reserved_bytes() == KIB
+        gc.collect()
+        assert device.reserved_bytes() == 0
+
+
+def test_addresses_that_are_used_again() -> None:
+    device = SimulatedDevice()
+    with device.accounting():
+        kept = []
+        for number in range(200):
+            x = activation(4 * number + 4)
+            if number % 2:
+                kept.append(x)
+            del x
+        assert device.reserved_bytes() == sum(x.untyped_storage().nbytes() for x in kept)
+
+
+def test_the_engines_own_operations_are_not_activations() -> None:
+    device = harsh()
+    host = source(1.0)
+    with device.checking():
+        slot = device.allocate(KIB)
+        wait(device, device.copy([(slot, host)], []))
+        staging = device.pinned_staging(KIB)
+        assert staging is not None
+        staging.copy_(host)
+        rows = floats(slot).view(16, 16)[2:]
+        floats(slot).mul_(2)
+        assert device.reserved_bytes() == device.peak_reserved_bytes() == device.buffer_bytes == KIB
+        more = rows + 1
+        assert device.reserved_bytes() == KIB + more.untyped_storage().nbytes()
+
+
+def test_nested_modes_count_once() -> None:
+    device = SimulatedDevice(memory_bytes=2 * KIB)
+    with device.checking(), device.accounting(), device.checking():
+        x = activation()
+        y = x + 1
+        assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (2 * KIB, 2 * KIB)
+        with pytest.raises(SimulatedOutOfMemoryError):
+            x + y
+        assert device.num_ooms() == 1
+    with device.accounting():
+        y += x
+        assert device.reserved_bytes() == 2 * KIB
+    del x, y
+    assert device.reserved_bytes() == 0
+
+
+def test_accounting_checks_no_races() -> None:
+    device = SimulatedDevice()
+    slot = device.allocate(KIB)
+    load(device, slot, 1.0)
+    with device.accounting():
+        floats(slot).sum()
+    with device.accounting(), device.checking(), pytest.raises(RaceError):
+        floats(slot).sum()
+
+
+def test_threads_share_the_device() -> None:
+    device = SimulatedDevice()
+    kept: list[torch.Tensor] = []
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        with device.accounting():
+            barrier.wait()
+            for _ in range(50):
+                kept.append(activation() + 1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert device.reserved_bytes() == 200 * KIB
+    kept.clear()
+    assert device.reserved_bytes() == 0
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_each_storage_is_looked_at_once(is_kept: bool) -> None:
+    """Accounting costs the same for the last of many operators as for the first, also where all results stay."""
+    device = SimulatedDevice()
+    kept = []
+    with device.accounting():
+        x = activation()
+        for _ in range(2000):
+            x = x + 1
+            if is_kept:
+                kept.append(x)
+        num_live, num_at_peak = (2000, 2000) if is_kept else (1, 2)
+        assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (num_live * KIB, num_at_peak * KIB)
+        assert device._activations.num_forgotten == 2001 - num_live
+        assert len(device._activations._counted) == num_live
+
+
+def test_parts_of_a_wrapper_subclass_take_memory() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    device = SimulatedDevice()
+    wrapped = TwoTensor(torch.ones(256), torch.ones(256))
+    with device.accounting():
+        result = wrapped + 1
+        assert device.reserved_bytes() == 2 * KIB
+        del result
+    assert device.reserved_bytes() == 0
+
+
+# ---- the cap
+
+
+def test_the_cap_holds_for_buffers_activations_and_foreign_tensors() -> None:
+    device = SimulatedDevice(memory_bytes=64 * KIB)
+    device.set_cap(4 * KIB)
+    slot = device.allocate(KIB)
+    with device.accounting():
+        x = activation(2 * KIB)
+        assert device.num_ooms() == 0
+        with pytest.raises(
+            SimulatedOutOfMemoryError,
+            match=r"2048 bytes asked for, 1024 of 4096 that the cap allows of 65536 free "
+            r"\(buffers 1024, activations 2048, foreign 0\)",
+        ):
+            x + 1
+        with pytest.raises(SimulatedOutOfMemoryError, match="1280 bytes asked for, 1024 of 4096"):
+            device.allocate(KIB + 1)
+        with device.foreign(KIB):
+            assert device.reserved_bytes() == device.allocated_bytes() == 4 * KIB
+            with pytest.raises(SimulatedOutOfMemoryError, match="foreign 1024"):
+                device.allocate(1)
+        with pytest.raises(SimulatedOutOfMemoryError), device.foreign(KIB + 1):
+            pytest.fail("refused")
+        assert device.num_ooms() == 4
+        assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (3 * KIB, 4 * KIB)
+        assert device.buffer_bytes == slot.numel()
+        del x
+        x = activation(3 * KIB)
+    assert device.free_bytes() == 60 * KIB, "of the device, a cap aside"
+    device.set_cap(KIB)  # what is there stays
+    assert device.reserved_bytes() == KIB + x.untyped_storage().nbytes() == 4 * KIB
+    with pytest.raises(SimulatedOutOfMemoryError, match="0 of 1024"):
+        device.allocate(1)
+    device.set_cap(None)
+    device.allocate(60 * KIB)
+    device.set_cap(1000 * KIB)
+    with pytest.raises(SimulatedOutOfMemoryError, match="0 of 65536 free"):
+        device.allocate(1)
+
+
+def test_refused_activations_are_not_counted() -> None:
+    device = SimulatedDevice(memory_bytes=4 * KIB)
+    with device.accounting():
+        x = activation()
+        for _ in range(3):
+            with pytest.raises(SimulatedOutOfMemoryError):
+                x.repeat(8)
+        assert device.num_ooms() == 3
+        assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (KIB, KIB)
+        x.repeat(3)
+
+
+def test_views_and_empty_tensors_are_never_refused() -> None:
+    device = SimulatedDevice(memory_bytes=KIB)
+    with device.accounting():
+        x = activation()
+        device.set_cap(0)
+        assert x[3:].add_(1).numel() == 253
+        assert torch.empty(0).numel() == 0
+        assert device.allocate(0).numel() == 0
+
+
+def test_foreign_memory_comes_back_by_exception() -> None:
+    device = SimulatedDevice()
+    with pytest.raises(KeyError), device.foreign(KIB):
+        raise KeyError
+    assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (0, KIB)
+    assert device.context_bytes() == 0
+
+
+def test_an_injected_out_of_memory_error_counts_as_one() -> None:
+    device = SimulatedDevice()
+    for error, expected in ((SimulatedOutOfMemoryError("full"), 1), (RuntimeError("lost"), 1)):
+        device.fail_at(0, error)
+        with pytest.raises(type(error)):
+            device.allocate(KIB)
+        assert device.num_ooms() == expected
+    assert device.reserved_bytes() == device.peak_reserved_bytes() == 0
 
 
 # ---- faults
@@ -494,6 +830,30 @@ def test_time_belongs_to_the_stream() -> None:
     assert thread_ms == [0.0]
     device.synchronize()
     assert device.time_ms == pytest.approx(4.0)
+
+
+def test_marks() -> None:
+    device = SimulatedDevice()
+    stream = device.compute_stream()
+    start = device.mark(stream)
+    device.compute(2.5)
+    end = device.mark(stream)
+    device.compute(1.0)
+    assert device.elapsed_ms(start, end) == pytest.approx(2.5)
+
+
+def test_the_link_is_measured_by_a_copy() -> None:
+    device = harsh(link_gb_per_s=2.0)
+    slot = device.allocate(2_000_000)
+    host, start = pages(2_000_000 // PAGE_BYTES)
+    host.fill_(7)
+    assert device.register(start, host.numel())
+    with device.checking():
+        floats(slot).sum()  # compute that still reads
+        assert device.measure_link(slot[: host.numel()], host) == 2.0
+        assert (slot[: host.numel()] == 7).all(), "waited for"
+    assert device.num_pageable_pieces == 0
+    assert device.time_ms == pytest.approx(1.0, rel=0.01)
 
 
 # ---- modes of the caller

@@ -34,7 +34,7 @@ def test_equal_and_restored(copies: str, slots: int) -> None:
         assert streamer.stats().num_streamed_blocks == 6
     assert_restored(model, before)
     assert_equal(run(model), expected)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
     assert not device.registered
 
 
@@ -44,7 +44,7 @@ def test_weights_on_the_device_are_a_fraction() -> None:
     device = adversary()
     with offloaded(model, device):
         run(model)
-        assert device.peak_allocated_bytes < weights / 3
+        assert device.peak_buffer_bytes < weights / 3
 
 
 def test_steady_state_needs_no_demand_load() -> None:
@@ -347,7 +347,7 @@ def test_grad_mode_does_not_keep_every_slot_alive() -> None:
     device = adversary()
     with offloaded(model, device), torch.enable_grad():
         outputs = [model(toy_input()) for _ in range(3)]
-        assert device.peak_allocated_bytes == device.allocated_bytes
+        assert device.peak_buffer_bytes == device.buffer_bytes
     assert outputs[0].requires_grad
 
 
@@ -471,7 +471,7 @@ def test_restored_after_an_exception_and_usable_before_it_leaves(error: BaseExce
         assert_equal(result[0], expected)
         raise error
     assert_restored(model, before)
-    assert device.allocated_bytes == 0
+    assert device.buffer_bytes == 0
     assert not device.registered
 
 
@@ -483,7 +483,7 @@ def test_five_cycles_without_growth() -> None:
     for _ in range(5):
         with streamer:
             assert_equal(run(model), expected)
-        assert device.allocated_bytes == 0
+        assert device.buffer_bytes == 0
         assert not device.registered
     assert_restored(model, before)
     assert len(device._buffers) == 0

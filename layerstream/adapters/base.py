@@ -10,6 +10,9 @@ from torch import nn
 from layerstream.errors import AdapterError
 from layerstream.units import ComponentLayout, StackLayout
 
+# Where diffusers' pipelines enter models other than by calling them. `generate` ends in the model's forward.
+_ENTRY_POINTS = ("encode", "decode", "get_image_features", "get_text_features", "get_image_tokens")
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -23,7 +26,10 @@ class Adapter:
         stacks: dotted names, inside the component, of the containers whose children are the blocks (an
             `nn.ModuleList`, usually), in the order they run. Empty: the component is one unit.
         is_repeated: the component runs many times a call (a denoiser), so its blocks are kept on the device first.
-        resident: dotted names of single blocks that stay on the device.
+        resident: dotted names of single blocks that are no units of their own: they come and go with the component's
+            base.
+        entry_points: names of methods by which pipelines enter the component without its forward (`decode`), beside
+            those that are known.
 
     Subclass and override `find_stacks` where the names depend on the component.
     """
@@ -31,6 +37,7 @@ class Adapter:
     stacks: Sequence[str] = ()
     is_repeated: bool = False
     resident: Sequence[str] = ()
+    entry_points: Sequence[str] = ()
 
     def find_stacks(self, component: nn.Module) -> Sequence[str]:
         """Dotted names of the stacks of this component, in the order they run."""
@@ -39,6 +46,11 @@ class Adapter:
     def find_repeated(self, component: nn.Module) -> bool:
         """Whether this component runs many times a call."""
         return self.is_repeated
+
+    def find_entry_points(self, component: nn.Module) -> Sequence[str]:
+        """Methods of this component that pipelines call instead of its forward."""
+        known = [m for m in _ENTRY_POINTS if callable(getattr(type(component), m, None))]
+        return list(dict.fromkeys([*known, *self.entry_points]))
 
     def layout(self, name: str, component: nn.Module) -> ComponentLayout:
         """The component's stacks and blocks.
@@ -66,7 +78,12 @@ class Adapter:
                     "without children. Name the container whose children are the blocks."
                 )
             stacks.append(StackLayout(stack, blocks))
-        return ComponentLayout(name, component, tuple(stacks), self.find_repeated(component))
+        stacks = _with_large_leaves(component, stacks)
+        missing = [m for m in self.entry_points if not callable(getattr(component, m, None))]
+        if missing:
+            raise AdapterError(f"`{name}` ({type(component).__name__}) has no method {', '.join(missing)} to enter by.")
+        entry_points = tuple(self.find_entry_points(component))
+        return ComponentLayout(name, component, tuple(stacks), self.find_repeated(component), entry_points=entry_points)
 
     def _unknown(self, name: str, component: nn.Module, wanted: str, what: str) -> str:
         found = [n for n, m in component.named_modules() if isinstance(m, nn.ModuleList)]
@@ -74,6 +91,28 @@ class Adapter:
             f"{what} `{wanted}` does not exist in `{name}` ({type(component).__name__}). "
             f"Its module lists are: {', '.join(found) or 'none'}."
         )
+
+
+def _with_large_leaves(component: nn.Module, stacks: Sequence[StackLayout]) -> list[StackLayout]:
+    """An embedding or projection outside the blocks that is larger than any of them is a unit of its own."""
+    blocks = [block for stack in stacks for _, block in stack.blocks]
+    if not blocks:
+        return list(stacks)
+    largest = max(_num_bytes(block) for block in blocks)
+    inside = {id(m) for block in blocks for m in block.modules()}
+    before: list[StackLayout] = []
+    after: list[StackLayout] = []
+    for path, module in component.named_modules():
+        # Not subclasses of Linear: attention modules have some that they never call.
+        is_leaf = isinstance(module, nn.Embedding) or type(module) is nn.Linear
+        if path and is_leaf and id(module) not in inside and _num_bytes(module) > largest:
+            stack = StackLayout(path, ((path, module),))
+            (before if isinstance(module, nn.Embedding) else after).append(stack)
+    return [*before, *stacks, *after]
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in _weights(module))
 
 
 def _weights(module: nn.Module):  # type: ignore[no-untyped-def]  # a chain of two generators, used for emptiness

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from layerstream.standins.libraries import diffusers, transformers
-from layerstream.standins.tokenizers import CLIP_END_ID, CLIP_START_ID, CLIP_VOCAB_SIZE, QWEN_VOCAB_SIZE, T5_VOCAB_SIZE
+from layerstream.standins.tokenizers import (
+    CLIP_END_ID,
+    CLIP_START_ID,
+    CLIP_VOCAB_SIZE,
+    LETTER_END_ID,
+    LETTER_PAD_ID,
+    LETTER_START_ID,
+    LETTER_VOCAB_SIZE,
+    QWEN_VOCAB_SIZE,
+    T5_VOCAB_SIZE,
+)
 from layerstream.standins.weights import cast_floating_, fill_normal_
 
 
@@ -35,11 +45,13 @@ def clip_text_encoder(*, hidden: int, layers: int, projected: bool, hidden_act: 
     return transformers.CLIPTextModelWithProjection(config) if projected else transformers.CLIPTextModel(config)
 
 
-def t5_encoder(*, hidden: int, ffn: int, layers: int, per_layer_bias: bool = False) -> Any:
+def t5_encoder(
+    *, hidden: int, ffn: int, layers: int, per_layer_bias: bool = False, vocab_size: int = T5_VOCAB_SIZE
+) -> Any:
     """Return a T5EncoderModel, or with `per_layer_bias` a UMT5EncoderModel (a position bias in every layer)."""
     heads = max(2, hidden // 64)
     options: dict[str, Any] = {
-        "vocab_size": T5_VOCAB_SIZE,
+        "vocab_size": vocab_size,
         "d_model": hidden,
         "d_kv": hidden // heads,
         "d_ff": ffn,
@@ -52,6 +64,35 @@ def t5_encoder(*, hidden: int, ffn: int, layers: int, per_layer_bias: bool = Fal
     if per_layer_bias:
         return transformers.UMT5EncoderModel(transformers.UMT5Config(**options))
     return transformers.T5EncoderModel(transformers.T5Config(**options))
+
+
+def _letter_decoder_options(*, hidden: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": LETTER_VOCAB_SIZE,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": hidden // 2,
+        "max_position_embeddings": 1024,
+        "pad_token_id": LETTER_PAD_ID,
+        "bos_token_id": LETTER_START_ID,
+        "eos_token_id": LETTER_END_ID,
+    }
+
+
+def gemma2_encoder(*, hidden: int, layers: int) -> Any:
+    """Return a Gemma2Model: four norms per layer, soft-capped scores, a sliding window in every other layer."""
+    options = _letter_decoder_options(hidden=hidden, layers=layers)
+    return transformers.Gemma2Model(
+        transformers.Gemma2Config(**options, query_pre_attn_scalar=hidden // 2, sliding_window=16)
+    )
+
+
+def llama_encoder(*, hidden: int, layers: int) -> Any:
+    """Return a LlamaModel."""
+    return transformers.LlamaModel(transformers.LlamaConfig(**_letter_decoder_options(hidden=hidden, layers=layers)))
 
 
 def qwen3_encoder(*, hidden: int, layers: int) -> Any:
@@ -116,22 +157,26 @@ def _three_parts(half: int) -> list[int]:
     return [first, second, half - first - second]
 
 
-def image_vae(*, widths: Sequence[int], layers: int = 1, groups: int = 4) -> Any:
-    """Return an AutoencoderKL of 16 latent channels that halves the size between each two `widths`."""
+def image_vae(*, widths: Sequence[int], layers: int = 1, groups: int = 4, latent: int = 16, **options: Any) -> Any:
+    """Return an AutoencoderKL of 16 latent channels that halves the size between each two `widths`.
+
+    With 4 latent channels it is that of Stable Diffusion 1 to XL: with quantising convolutions, without a shift. Either
+    has force_upcast in its config. `options` are further ones of the class.
+    """
+    early = latent == 4
     levels = len(widths)
     return diffusers.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=16,
+        latent_channels=latent,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(widths),
         layers_per_block=layers,
         norm_num_groups=groups,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5305,
+        use_quant_conv=early,
+        use_post_quant_conv=early,
+        shift_factor=None if early else 0.0609,
+        scaling_factor=0.18215 if early else 1.5305,
+        **options,
     )
 
 

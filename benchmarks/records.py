@@ -1,0 +1,201 @@
+"""What the benchmark programs share: facts of the machine, records and their files, and weights placed whole."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import layerstream
+
+Record = dict[str, Any]
+
+
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """What to type to measure the same; where the results went does not belong to it."""
+    kept = list(arguments)
+    if "--output" in kept:
+        position = kept.index("--output")
+        del kept[position : position + 2]
+    return " ".join([f"python -m benchmarks.{program}", *kept])
+
+
+def facts(
+    case: str, *, form: str, guidance: str, modules: Sequence[nn.Module], device: torch.device, command: str
+) -> Record:
+    """The fields that all records of one run have in common; none says which machine it was, only what kind."""
+    return {
+        "case": case,
+        "form": form,
+        "guidance": guidance,
+        "weights_bytes": sum(t.numel() * t.element_size() for t in tensors_of(modules)),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "simulated",
+        "link_gb_per_s": round(link_gb_per_s(device), 2),
+        "machine": machine(),
+        "versions": versions(),
+        "command": command,
+        "commit": commit(),
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+    }
+
+
+def record(common: Record, method: str, measured: Record, *, equal: bool | None) -> Record:
+    """One row: what the run has in common, what was measured, and null for what was not."""
+    empty = {"vram_budget_bytes": None, "enter_s": None, "exit_s": None, "predicted_ms_per_pass": None, "error": None}
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**common, "method": method, **empty, **measured, "equal": equal, "host_peak_rss_bytes": usage}
+
+
+def are_good(records: Sequence[Record]) -> bool:
+    """Whether every cell ran and no output differed."""
+    return all(r["equal"] is not False and not r["error"] for r in records)
+
+
+def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """Each parameter and buffer once, however many modules share it."""
+    found = [t for module in modules for t in [*module.parameters(), *module.buffers()]]
+    return list({id(t): t for t in found}.values())
+
+
+@contextlib.contextmanager
+def placed_whole(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """The modules on the device, as `.to(device)` leaves them; afterwards their host tensors themselves are back."""
+    tensors = tensors_of(modules)
+    homes = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home
+        clear(device)
+
+
+def clear(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def link_gb_per_s(device: torch.device) -> float:
+    """Host-to-device speed of page-locked memory, in blocks of 256 MiB."""
+    if device.type != "cuda":
+        return 50.0
+    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target.copy_(host, non_blocking=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(8):
+        target.copy_(host, non_blocking=True)
+    end.record()
+    torch.cuda.synchronize()
+    return 8 * 2**28 / start.elapsed_time(end) / 1e6
+
+
+def machine() -> dict[str, Any]:
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    return {"cpu": names[0] if names else platform.processor(), "cores": len(names), "memory_bytes": memory}
+
+
+def _lines(path: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().splitlines()
+    return []
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    found["layerstream"] = layerstream.__version__
+    for name in ("torch", "diffusers", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str:
+    """The commit measured; from the environment where the tree was copied without its history."""
+    if os.environ.get("LAYERSTREAM_COMMIT"):
+        return os.environ["LAYERSTREAM_COMMIT"]
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write(
+    records: Sequence[Record],
+    directory: Path,
+    topic: str,
+    *,
+    title: str,
+    method: str,
+    columns: Mapping[str, Callable[[Record], object]],
+    notes: Sequence[str],
+) -> None:
+    """JSON, and beside it the same as Markdown.
+
+    Args:
+        topic: of the file name, which goes on with the GPU and the date.
+        title: of the page; the GPU follows.
+        method: a line on how it was measured.
+        columns: what each column of the table shows of a record; None is an empty cell.
+        notes: paragraphs below the table.
+    """
+    first = records[0]
+    gpu = first["gpu"].replace("NVIDIA ", "").split()[0].lower()
+    path = directory / f"{topic}_{gpu}_{first['date'].replace('-', '')}"
+    directory.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+    lines = [
+        f"# {title}: {first['gpu']}",
+        "",
+        f"- Machine: {first['gpu']}, link {first['link_gb_per_s']} GB/s measured; {first['machine']}",
+        f"- Versions: {first['versions']}; commit {first['commit']}; {first['date']}",
+        f"- Command: `{first['command']}`",
+        f"- {method}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    for each in records:
+        cells = [cell(each) for cell in columns.values()]
+        lines.append("| " + " | ".join("" if c is None else str(c) for c in cells) + " |")
+    for note in notes:
+        lines += ["", note]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def field(name: str, digits: int | None = None) -> Callable[[Record], object]:
+    """A column with a field of the record as it is, or rounded."""
+
+    def cell(each: Record) -> object:
+        value = each.get(name)
+        return value if value is None or digits is None else round(value, digits)
+
+    return cell
+
+
+def gigabytes(name: str) -> Callable[[Record], object]:
+    """A column with a field of bytes in GB."""
+
+    def cell(each: Record) -> object:
+        value = each.get(name)
+        return None if value is None else round(value / 1e9, 3)
+
+    return cell

@@ -1,0 +1,328 @@
+"""Keeps the budget: measures what each phase takes beside the weights, and asks the planner what fits.
+
+Everything on the device counts: our weights, activations, and what others hold through torch's allocator. The limit is
+held by the allocator itself (`Device.set_cap`); the ledger's part is that it is never hit. It cuts a call into
+*intervals*, from one entering of a component to the next, and reads the peak of reserved memory at the end of those in
+which there is something to learn.
+
+    reserved peak of the interval = weights (known exactly) + what others had before it + what it took itself
+
+The last term is the key's reserve. In steady state nothing is read and nothing is planned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
+
+from layerstream.blocks import UnitSpec
+from layerstream.budget import format_bytes, parse_bytes
+from layerstream.device import Device
+from layerstream.errors import BudgetError
+from layerstream.phases import Key, PhaseTracker, Reserve
+from layerstream.plan import Costs, Phase, PhasePlan, Plan, make_plan
+from layerstream.stats import PhaseStats, Stats
+
+# Of a measurement: the allocator may cut its segments otherwise the next time. In units of its granularity (2 MiB).
+_MARGIN_GRAINS = 8
+# Reserves are rounded up to this part of the budget, so that a few bytes more or less plan nothing anew.
+_QUANTA_PER_BUDGET = 256
+_MOST_QUANTUM_BYTES = 2**26
+_TRIED = re.compile(r"[Tt]ried to allocate ([0-9.]+ [KMGT]?i?B|[0-9]+ bytes)|([0-9]+ bytes) asked for")
+
+
+class Ledger:
+    """What is known of one streamer's device memory, and the plan that follows from it.
+
+    Args:
+        budget_bytes: of reserved memory; None: no limit, and the least of weights.
+        num_slots: fixes the number of slots of every phase.
+    """
+
+    def __init__(self, device: Device, stats: Stats, budget_bytes: int | None, num_slots: int | None) -> None:
+        self.budget_bytes = budget_bytes
+        self.link_gb_per_s: float | None = None
+        self.phase_stats = PhaseStats()
+        self.stats_of: dict[str, PhaseStats] = {}
+        self._device = device
+        self._stats = stats
+        self._num_slots = num_slots
+        self._grain = device.rounded_bytes(1)
+        self._quantum = max(self._grain, min(_MOST_QUANTUM_BYTES, (budget_bytes or 0) // _QUANTA_PER_BUDGET))
+        self._units: Sequence[UnitSpec] = ()
+        self._tracker = PhaseTracker([])
+        self._plan: Plan | None = None
+        self._planned_costs: Costs | None = None
+        self._refused: set[tuple[str, ...]] = set()  # components that cannot share a phase within the budget
+        self._reserve: Reserve | None = None  # of the call that runs, or ran last
+        self._timed: Reserve | None = None
+        self._outside_bytes = 0  # what others had when it began
+        self._interval_weights: int | None = None  # our weights in the running interval; None: none runs
+        self._is_open = False
+        self._num_ooms = 0
+
+    # ---- from open to close
+
+    def open(self, weights_bytes: int) -> None:
+        """Hold the allocator to the budget, and note what is on the device before anything of ours."""
+        self._stats.context_bytes = self._device.context_bytes()
+        self._stats.foreign_bytes = max(0, self._device.allocated_bytes() - weights_bytes)
+        self._outside_bytes = self._stats.foreign_bytes
+        self._num_ooms = self._device.num_ooms()
+        self._device.reset_peaks()
+        self._is_open = True
+        if self.budget_bytes is not None:
+            self._device.set_cap(self.budget_bytes)
+
+    def close(self) -> None:
+        """Give the allocator back the limit it had; idempotent."""
+        if self._is_open:
+            self._is_open = False
+            self._device.set_cap(None)
+
+    def components(
+        self, components: Sequence[tuple[str, bool]], units: Sequence[UnitSpec], changed: Collection[str]
+    ) -> None:
+        """The pipeline has these components (name, is_repeated) and units now; what was measured of `changed` ones is
+        forgotten."""
+        self._tracker = self._tracker.successor(components, changed)
+        self._units = units
+        self._reserve = self._timed = self._plan = None
+
+    def check(self, components: Sequence[tuple[str, bool]], units: Sequence[UnitSpec], outside_bytes: int) -> None:
+        """Raise BudgetError if the budget cannot hold the least beside `outside_bytes` of others."""
+        phases = [Phase((name,), is_repeated, outside_bytes) for name, is_repeated in components]
+        limit = self._device.total_bytes() if self.budget_bytes is None else self.budget_bytes
+        make_plan(units, phases, limit, num_slots=self._num_slots, granularity=self._grain)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the phase that runs, or ran last; before the first, what is certain."""
+        if self._plan is None:
+            self._plan = self._make(self._tracker.phases(0), None)
+        return self._plan
+
+    # ---- entering components
+
+    def begin(
+        self,
+        component: str,
+        entry: str,
+        shapes: tuple[tuple[Hashable, tuple[int, ...]], ...],
+        is_grad: bool,
+        weights_bytes: int,
+    ) -> PhasePlan:
+        """A component is entered: the plan of its phase, with what is known of such a call.
+
+        Args:
+            weights_bytes: what our weights take on the device now.
+        Raises:
+            BudgetError: it is known not to fit, whatever else is given up.
+        """
+        reserve = self._tracker.enter(Key(component, entry, shapes, is_grad))
+        if reserve is self._reserve and self.is_settled and self._plan is not None:
+            # The next token: its shapes have grown, and what is kept for them is enough.
+            self.phase_stats.num_passes += 1
+            return self._plan.phase_of(component)
+        self.end_interval()
+        self._outside_bytes = max(0, self._device.allocated_bytes() - weights_bytes)
+        self._merge_partners()
+        self._replan()
+        phase_plan = self.plan.phase_of(component)
+        self._reserve = reserve
+        self.phase_stats = self.stats_of.setdefault(phase_plan.phase.name, PhaseStats())
+        self.phase_stats.num_passes += 1
+        self.phase_stats.reserve_bytes = phase_plan.phase.reserve_bytes
+        return phase_plan
+
+    def again(self, component: str) -> None:
+        """The same call as before begins, and there is nothing to learn."""
+        self._tracker.again(component)
+        self.phase_stats.num_passes += 1
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the running call's reserve and times are known, so that the next like it changes nothing."""
+        return self._reserve is not None and self._reserve.is_measured and not self.wants_times
+
+    def start_interval(self, weights_bytes: int) -> None:
+        """All that the running call needs of us is on the device; the rest that appears is its own."""
+        assert self._reserve is not None
+        if self._interval_weights is not None:
+            return  # it goes on
+        if not self._reserve.is_measured:
+            self._device.empty_cache()  # what earlier phases left cached is not this one's
+        self._device.reset_peaks()
+        self._interval_weights = weights_bytes
+
+    def look(self) -> int:
+        """Note the peak so far, for whoever asks in the middle of an interval; returns it."""
+        peak = self._device.peak_reserved_bytes() if self._is_open else 0
+        self._stats.peak_reserved_bytes = max(self._stats.peak_reserved_bytes, peak)
+        self.phase_stats.peak_reserved_bytes = max(self.phase_stats.peak_reserved_bytes, peak)
+        return peak
+
+    def end_interval(self) -> None:
+        """Something else begins, or streaming ends: read the peak."""
+        weights, self._interval_weights = self._interval_weights, None
+        if weights is None or self._reserve is None:
+            return
+        peak = self.look()
+        self.phase_stats.peak_weights_bytes = max(self.phase_stats.peak_weights_bytes, weights)
+        if not self._reserve.is_measured:
+            over = max(0, peak - weights - self._outside_bytes)
+            self._reserve.measured(over + _MARGIN_GRAINS * self._grain)
+            self.phase_stats.reserve_bytes = self._outside_bytes + over
+
+    # ---- time
+
+    @property
+    def wants_times(self) -> bool:
+        """Whether the running pass should be timed, block by block."""
+        if self._reserve is None or self._plan is None or not self._reserve.is_measured or self._reserve.compute_ms:
+            return False
+        return self._plan.phase_of(self._reserve.key.component).num_slots > 0
+
+    def starts_timing(self) -> None:
+        self._timed = self._reserve
+
+    def timed(self, compute_ms: Mapping[int, float]) -> None:
+        """The timed pass took so much, by unit."""
+        if self._timed is not None:
+            self._timed.compute_ms = dict(compute_ms)
+            self._timed = None
+
+    # ---- what does not fit
+
+    def did_not_fit(self) -> None:
+        """The running call ran out of memory: the next like it gets all the room there is."""
+        self._interval_weights = None
+        if self._reserve is not None:
+            self._reserve.forget()
+
+    def check_operators(self) -> None:
+        """Raise if an operator was refused memory and went another way, whose result may differ.
+
+        cuDNN tries its algorithms in turn and takes the next one when there is no room for a workspace.
+        """
+        if self._reserve is None or (
+            self.is_settled
+            and self._plan is not None
+            and self._plan.phase_of(self._reserve.key.component).phase.is_repeated
+        ):
+            return
+        count = self._device.num_ooms()
+        if count > self._num_ooms:
+            self._num_ooms = count
+            self.did_not_fit()
+            raise self._error(
+                "an operator was refused memory and took another way, so that the result may differ from the resident "
+                "pipeline's",
+                0,
+                self._device.allocated_bytes(),
+            )
+
+    def explain(self, error: BaseException, weights_bytes: int) -> BudgetError:
+        """The error for an allocation that was refused."""
+        self._num_ooms = self._device.num_ooms()
+        tried = _TRIED.search(str(error))
+        tried_bytes = parse_bytes((tried.group(1) or tried.group(2)).replace("bytes", "B")) if tried else 0
+        size = f" of {format_bytes(tried_bytes)}" if tried_bytes else ""
+        return self._error(f"an allocation{size} was refused", tried_bytes, weights_bytes)
+
+    def _error(self, what: str, tried_bytes: int, weights_bytes: int) -> BudgetError:
+        peak = max(self._device.peak_reserved_bytes(), self._device.reserved_bytes())
+        others = max(0, peak - weights_bytes)
+        component = self._reserve.key.component if self._reserve is not None else None
+        where = f" in `{component}`" if component else ""
+        least = self.plan.phase_of(component).least_bytes if component else self.plan.least_bytes
+        needed = least + others + tried_bytes
+        budget = "the device" if self.budget_bytes is None else f"vram_budget {format_bytes(self.budget_bytes)}"
+        advice = (
+            f"Raise vram_budget to at least {needed} bytes ({format_bytes(needed)}), or make"
+            if self.budget_bytes is None or needed > self.budget_bytes
+            else "The next call gets all the room there is: call again, or make"
+        )
+        foreign = ""
+        if self._outside_bytes:
+            foreign = (
+                f", of which {format_bytes(self._outside_bytes)} were there before this component was entered "
+                f"({format_bytes(self._stats.foreign_bytes)} before streaming began)"
+            )
+        return BudgetError(
+            f"{budget} is too small{where}: {what}. The peak was {format_bytes(peak)}: {format_bytes(weights_bytes)} "
+            f"of weights, {format_bytes(others)} of activations and other tensors{foreign}. {advice} images or batches "
+            "smaller; a VAE takes less with enable_tiling() or enable_slicing().",
+            budget_bytes=self.budget_bytes,
+            needed_bytes=needed,
+        )
+
+    # ---- planning
+
+    def _replan(self) -> None:
+        phases = self._tracker.phases(self._outside_bytes)
+        costs = self._costs()
+        if self._plan is not None and costs == self._planned_costs and self._still_holds(self._plan, phases):
+            return
+        current = self._tracker.current
+        try:
+            self._plan = self._make([self._rounded(p) for p in phases], costs)
+        except BudgetError:
+            try:
+                self._plan = self._make(phases, costs)
+            except BudgetError:
+                # What another phase took the last time may not be what it takes the next time.
+                self._plan = self._make(
+                    [p if p.components == current else replace(p, reserve_bytes=None) for p in phases], costs
+                )
+        self._planned_costs = costs
+        self._stats.num_plans += 1
+
+    def _still_holds(self, plan: Plan, phases: Sequence[Phase]) -> bool:
+        """Whether a plan was made for these reserves, or for little more."""
+        old = [p.phase for p in plan.phases]
+        if [p.components for p in old] != [p.components for p in phases]:
+            return False
+        for before, now in zip(old, phases, strict=True):
+            if before.reserve_bytes is None or now.reserve_bytes is None:
+                if before.reserve_bytes is not now.reserve_bytes:
+                    return False
+            elif not before.reserve_bytes - 4 * self._quantum <= now.reserve_bytes <= before.reserve_bytes:
+                return False
+        return True
+
+    def _rounded(self, phase: Phase) -> Phase:
+        if phase.reserve_bytes is None:
+            return phase
+        return replace(phase, reserve_bytes=-(-phase.reserve_bytes // self._quantum) * self._quantum)
+
+    def _make(self, phases: Sequence[Phase], costs: Costs | None) -> Plan:
+        return make_plan(
+            self._units, phases, self.budget_bytes, costs=costs, num_slots=self._num_slots, granularity=self._grain
+        )
+
+    def _costs(self) -> Costs | None:
+        compute_ms = self._tracker.compute_ms()
+        return Costs(self.link_gb_per_s, compute_ms) if self.link_gb_per_s and compute_ms else None
+
+    def _merge_partners(self) -> None:
+        """Components that take turns share a phase, if the budget holds the least of all of them together."""
+        partners = self._tracker.partners()
+        if partners is None or partners in self._refused:
+            return
+        reserve = max(
+            (
+                p.reserve_bytes or 0
+                for p in self._tracker.phases(self._outside_bytes)
+                if set(p.components) & set(partners)
+            ),
+            default=0,
+        )
+        units = [u for u in self._units if u.component in partners]
+        try:
+            make_plan(units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain)
+        except BudgetError:
+            self._refused.add(partners)
+            return
+        self._tracker.merge(partners)

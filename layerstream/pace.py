@@ -1,0 +1,356 @@
+"""How long a pass takes when some of its blocks stream, and which choice of them is fastest. Pure numbers.
+
+A pass is a list of blocks in the order of their use, named by position. Those that stream go through slots: copies run
+one after another, and a copy may start once the block that had its slot before has been computed. Compute waits for
+copies, copies wait for slots, and neither shows in a sum of bytes: two placements that stream as much may differ by a
+fifth. So placements are compared by playing the passes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import floor, log
+from typing import Literal
+
+_TOLERANCE = 1.02  # within it a pass takes as long as its compute, or as its copies
+_MOST_CELLS = 40
+_MOST_SHAPES = 5
+_MOST_STEPS = 3000  # of play in a cell: about 150 passes of 20 streamed blocks, a few ms
+_STRETCH = 1.01  # from one target of a pass's time to the next
+_MOST_TARGETS = 10
+_MOST_BLOCKS_IN_ALL_PAIRS = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long a pass takes.
+
+    Attributes:
+        bound: what it takes as long as; "waits": longer than both, because copies and compute wait for each other.
+    """
+
+    ms_per_pass: float
+    compute_ms: float
+    bus_ms: float
+    bound: Literal["compute", "bus", "waits"]
+
+
+def predict_pass(
+    blocks: Sequence[tuple[int, float, bool]], num_slots: int, link_gb_per_s: float, is_cyclic: bool
+) -> Prediction:
+    """Play the engine's rules.
+
+    Args:
+        blocks: (bytes, compute in ms, is streamed) in the order of their use.
+        is_cyclic: passes follow each other, and copies for the next begin during this one; else one pass, from cold.
+    """
+    pace = Pace([(num_bytes, compute_ms) for num_bytes, compute_ms, _ in blocks], link_gb_per_s)
+    return pace.prediction([i for i, (_, _, is_streamed) in enumerate(blocks) if is_streamed], num_slots, is_cyclic)
+
+
+class Pace:
+    """The times of a list of blocks, and of passes in which some of them stream.
+
+    Args:
+        blocks: (bytes, compute in ms) in the order of their use.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[int, float]], link_gb_per_s: float) -> None:
+        self.ms_per_byte = 1 / (link_gb_per_s * 1e6)
+        self.copy_ms = [num_bytes * self.ms_per_byte for num_bytes, _ in blocks]
+        self.compute_ms = [ms for _, ms in blocks]
+        self.starts = [0.0]  # of each block in a pass without a wait; at the end, the time of such a pass
+        for ms in self.compute_ms:
+            self.starts.append(self.starts[-1] + ms)
+
+    @property
+    def total_ms(self) -> float:
+        return self.starts[-1]
+
+    def prediction(self, streamed: Sequence[int], num_slots: int, is_cyclic: bool) -> Prediction:
+        """Of passes in which the blocks at these positions, in order, stream."""
+        ms, bus_ms = self.pass_ms(streamed, num_slots, is_cyclic), sum(self.copy_ms[i] for i in streamed)
+        bound: Literal["compute", "bus"] = "compute" if self.total_ms >= bus_ms else "bus"
+        return Prediction(
+            ms, self.total_ms, bus_ms, bound if ms <= _TOLERANCE * max(self.total_ms, bus_ms) else "waits"
+        )
+
+    def pass_ms(self, streamed: Sequence[int], num_slots: int, is_cyclic: bool = True) -> float:
+        """Time of one pass, from cold; of the third, if they follow each other."""
+        if not streamed:
+            return self.total_ms
+        starts, compute_ms = self.starts, self.compute_ms
+        steps, done = [], 0.0  # residents only delay the streamed blocks behind them
+        for i in streamed:
+            steps.append((starts[i] - done, self.copy_ms[i], compute_ms[i]))
+            done = starts[i + 1]
+        rest = self.total_ms - done
+        free = [0.0] * num_slots  # when each slot's last block has been computed
+        slot = 0
+        arrived = end = before = 0.0
+        for _ in range(3 if is_cyclic else 1):
+            before = end
+            for resident_ms, copy_ms, ms in steps:
+                arrived = (arrived if arrived > free[slot] else free[slot]) + copy_ms
+                end += resident_ms
+                end = (end if end > arrived else arrived) + ms
+                free[slot] = end
+                slot = slot + 1 if slot + 1 < num_slots else 0
+            end += rest
+        if not is_cyclic:
+            return end
+        # Where copies and compute are nearly even, it takes more passes until the slower of them shows.
+        return max(end - before, self.total_ms, sum([step[1] for step in steps]))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which blocks stream, and through how many slots.
+
+    Attributes:
+        streamed: positions, as bits of a number.
+        room_bytes: what all blocks take: the residents and the slots.
+        rank: ms per pass, then bytes that stream, then bytes of slots; less is better.
+    """
+
+    streamed: int
+    num_slots: int
+    slot_bytes: int
+    room_bytes: int
+    rank: tuple[float, int, int]
+
+    @property
+    def streamed_bytes(self) -> int:
+        return self.rank[1]
+
+    def is_streamed(self, position: int) -> bool:
+        return bool(self.streamed >> position & 1)
+
+
+class Search:
+    """Looks for the fastest passes that follow each other in a given room.
+
+    The rooms between the least and all there is are divided into cells. What is looked at in a cell does not depend on
+    the room there is, which only decides what of it fits; and the cells below are looked at wherever they could hold
+    something faster. So more room is never slower.
+
+    In a cell, it starts from evenly spread residents and from blocks that stream wherever they are there in time, and
+    goes on to what differs by a block or two, as long as that is better for the room it takes. Up to nine blocks that
+    found the best of all in each of 400 random trials; beyond, see `tests/test_plan.py`.
+
+    Args:
+        sizes: bytes that each block takes on the device, in a buffer of its own or as a slot; 0 if it does not stream.
+        counts: the numbers of slots to choose from, ascending.
+    """
+
+    def __init__(self, pace: Pace, sizes: Sequence[int], counts: Sequence[int]) -> None:
+        self._pace, self._sizes, self._counts = pace, sizes, counts
+        self._blocks = [i for i, size in enumerate(sizes) if size]
+        self._total = sum(sizes)
+        self._least_ms_per_byte = min((pace.copy_ms[i] / sizes[i] for i in self._blocks), default=0.0)
+        self._shapes = [_Shape.of(sizes, slot_bytes) for slot_bytes in sorted(set(sizes))]
+        self._shapes = [s for s in self._shapes if len(s.others) > counts[0]]
+        self._least = min((s.bytes_with(counts[0]) for s in self._shapes), default=self._total)
+        num_cells = max(2, min(_MOST_CELLS, len(self._blocks) ** 2 // 32))  # the more blocks, the more there is in each
+        self._width = max(1, -(-(self._total - self._least) // num_cells))
+        self._walked: dict[tuple[int, int, int], int] = {}
+
+    def fastest(self, room: int) -> Choice | None:
+        """None if nothing fits with these numbers of slots."""
+        if room >= self._total:
+            return Choice(0, 0, 0, self._total, (self._pace.total_ms, 0, 0))
+        best: Choice | None = None
+        for cell in range((room - self._least) // self._width, -1, -1):
+            low = self._least + cell * self._width
+            high = min(low + self._width, self._total) - 1
+            if best is not None and best.rank <= self._bound(high):
+                break
+            found = self._cell(low, high).within(room)
+            if found is not None and (best is None or found.rank < best.rank):
+                best = found
+        return best
+
+    # ---- one cell
+
+    def _cell(self, low: int, high: int) -> _Frontier:
+        """The best found that take at least `low` and at most `high`."""
+        frontier = _Frontier()
+        seen: set[tuple[int, int]] = set()
+        for streamed, slots in self._starts(low, high):
+            if (streamed, slots) not in seen:
+                seen.add((streamed, slots))
+                blocks = self._positions(streamed)
+                num_bytes = sum([self._sizes[i] for i in blocks])
+                slot_bytes = max([self._sizes[i] for i in blocks], default=0)
+                if low <= self._total - num_bytes + slots * slot_bytes <= high:
+                    self._look(frontier, streamed, slots, num_bytes, slot_bytes)
+        steps = _MOST_STEPS
+        expanded: set[tuple[int, int]] = set()
+        while steps > 0:
+            choice = next((c for c in reversed(frontier.choices) if (c.streamed, c.num_slots) not in expanded), None)
+            if choice is None:
+                break
+            expanded.add((choice.streamed, choice.num_slots))
+            for streamed, slots, num_bytes, slot_bytes in self._neighbours(choice):
+                room = self._total - num_bytes + slots * slot_bytes
+                if low <= room <= high and (streamed, slots) not in seen:
+                    seen.add((streamed, slots))
+                    steps -= self._look(frontier, streamed, slots, num_bytes, slot_bytes)
+        return frontier
+
+    def _look(self, frontier: _Frontier, streamed: int, slots: int, num_bytes: int, slot_bytes: int) -> int:
+        """Play a choice, unless it cannot be better than what is known; returns how many blocks were played."""
+        if streamed.bit_count() <= slots:
+            return 0  # no less room than all of them resident
+        room = self._total - num_bytes + slots * slot_bytes
+        known = frontier.within(room)
+        if known is not None and known.rank <= (
+            round(max(self._pace.total_ms, num_bytes * self._least_ms_per_byte), 6),
+            num_bytes,
+        ):
+            return 0
+        blocks = self._positions(streamed)
+        ms = round(self._pace.pass_ms(blocks, slots), 6)
+        frontier.add(Choice(streamed, slots, slot_bytes, room, (ms, num_bytes, slots * slot_bytes)))
+        return len(blocks)
+
+    def _neighbours(self, choice: Choice) -> Iterator[tuple[int, int, int, int]]:
+        """What differs by a slot, by one block, or by two that change places: streamed, slots, bytes, bytes of a slot."""
+        sizes, streamed, slots = self._sizes, choice.streamed, choice.num_slots
+        for other in self._counts:
+            if abs(other - slots) == 1:
+                yield streamed, other, choice.streamed_bytes, choice.slot_bytes
+        n = len(self._blocks)
+        pairs = [(i, -1) for i in self._blocks]
+        for distance in range(1, (n if n <= _MOST_BLOCKS_IN_ALL_PAIRS else 4)):
+            for k in range(n - distance if n <= _MOST_BLOCKS_IN_ALL_PAIRS else n):
+                pairs.append((self._blocks[k], self._blocks[(k + distance) % n]))
+        for i, j in pairs:
+            if j >= 0 and not (streamed >> i ^ streamed >> j) & 1:
+                continue
+            into = i if not streamed >> i & 1 else j
+            out = j if into == i else i
+            changed = streamed ^ (1 << i | (1 << j if j >= 0 else 0))
+            added, removed = sizes[into] if into >= 0 else 0, sizes[out] if out >= 0 else 0
+            slot_bytes = max(choice.slot_bytes, added)
+            if removed == slot_bytes:
+                slot_bytes = max([sizes[b] for b in self._positions(changed)], default=0)
+            yield changed, slots, choice.streamed_bytes + added - removed, slot_bytes
+
+    def _starts(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        shapes = [s for s in self._shapes if s.bytes_with(self._counts[0]) <= high]
+        if len(shapes) > _MOST_SHAPES:
+            shapes = [shapes[i * (len(shapes) - 1) // (_MOST_SHAPES - 1)] for i in range(_MOST_SHAPES)]
+        target = floor(log(self._bound(high)[0] / self._pace.total_ms, _STRETCH)) if self._pace.total_ms else 0
+        for shape in shapes:
+            for slots in self._counts:
+                # What the residents among the others may take.
+                least, most = low - shape.bytes_with(slots), high - shape.bytes_with(slots)
+                if slots >= len(shape.others) or most < 0:
+                    break
+                yield from ((streamed, slots) for streamed in shape.even(least, most))
+                for k in range(target, target + _MOST_TARGETS) if self._pace.total_ms else ():
+                    streamed, resident_bytes = self._walk(shape, slots, k)
+                    if resident_bytes < least:
+                        break
+                    yield streamed, slots
+
+    def _walk(self, shape: _Shape, slots: int, target: int) -> tuple[int, int]:
+        """Stream every block that is there in time when a pass takes so long; the rest is resident, so many bytes."""
+        pace, copy_ms, compute_ms = self._pace, self._pace.copy_ms, self._pace.compute_ms
+        key = shape.slot_bytes, slots, target
+        streamed = self._walked.get(key)
+        if streamed is None:
+            stretch = _STRETCH**target
+            free = [0.0] * slots
+            slot, arrived, begin = 0, 0.0, 0.0
+            for _ in range(2):  # the second as it is when passes follow each other
+                streamed = 0
+                for i in shape.others:
+                    start = begin + pace.starts[i] * stretch
+                    arrives = (free[slot] if free[slot] > arrived else arrived) + copy_ms[i]
+                    if arrives <= start:
+                        arrived = arrives
+                        streamed |= 1 << i
+                        free[slot] = start + compute_ms[i]
+                        slot = slot + 1 if slot + 1 < slots else 0
+                begin += pace.total_ms * stretch
+            self._walked[key] = streamed = streamed or 0
+        return streamed, sum([self._sizes[i] for i in shape.others if not streamed >> i & 1])
+
+    # ---- inside
+
+    def _positions(self, streamed: int) -> list[int]:
+        return [i for i in self._blocks if streamed >> i & 1]
+
+    def _bound(self, room: int) -> tuple[float, int]:
+        """No choice in this room ranks before it."""
+        slots = self._counts[0]
+        spare = [slots * s.slot_bytes for s in self._shapes if s.bytes_with(slots) <= room]
+        num_bytes = self._total - room + min(spare, default=0)
+        return round(max(self._pace.total_ms, num_bytes * self._least_ms_per_byte), 6), num_bytes
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """One size of slot: larger blocks are resident, the others may stream."""
+
+    slot_bytes: int
+    larger_bytes: int
+    others: tuple[int, ...]
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], slot_bytes: int) -> _Shape:
+        others = tuple(i for i, size in enumerate(sizes) if 0 < size <= slot_bytes)
+        return cls(slot_bytes, sum(s for s in sizes if s > slot_bytes), others, sizes)
+
+    def bytes_with(self, slots: int) -> int:
+        return self.larger_bytes + slots * self.slot_bytes
+
+    def even(self, least: int, most: int) -> Iterator[int]:
+        """What streams when the residents are evenly spaced and take between so many bytes.
+
+        Blocks of the largest size are spaced by themselves, in any number: where sizes differ, that fills the room.
+        """
+        small, large = self._spaced
+        every = sum([1 << i for i in self.others])
+        for large_bytes, large_mask in large:
+            for small_bytes, small_mask in small:
+                if least <= large_bytes + small_bytes <= most:
+                    yield every - large_mask - small_mask
+
+    @cached_property
+    def _spaced(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(bytes, positions as bits) of evenly spaced blocks by their number: of smaller ones, of the largest ones."""
+        is_large = [self.sizes[i] == self.slot_bytes for i in self.others]
+        classes = [[i for i, large in zip(self.others, is_large, strict=True) if large is wanted] for wanted in (False, True)]
+        found = []
+        for members in classes:
+            n = len(members)
+            # The middle of each of `count` equal stretches.
+            chosen = [[members[(2 * i + 1) * n // (2 * count)] for i in range(count)] for count in range(n + 1)]
+            found.append([(sum([self.sizes[i] for i in some]), sum([1 << i for i in some])) for some in chosen])
+        return found[0], found[1]
+
+
+class _Frontier:
+    """Choices none of which takes more room than a better one."""
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = []  # by room
+
+    def within(self, room: int) -> Choice | None:
+        """The best that fits."""
+        at = bisect_right(self.choices, room, key=lambda c: c.room_bytes)
+        return self.choices[at - 1] if at else None
+
+    def add(self, choice: Choice) -> None:
+        known = self.within(choice.room_bytes)
+        if known is None or choice.rank < known.rank:
+            room = choice.room_bytes
+            self.choices = [c for c in self.choices if c.room_bytes < room or c.rank < choice.rank]
+            insort(self.choices, choice, key=lambda c: c.room_bytes)

@@ -1,0 +1,236 @@
+"""Which phase of the call runs, and what each takes on the device beside the weights. Pure.
+
+A *phase* is a stretch of the call that uses the same components: the text encoder, the denoiser, the VAE. Denoisers
+that take turns (a ControlNet and its UNet, two networks for guidance) are one phase, once they were seen to.
+
+What a phase takes beside the weights, its *reserve*, is measured, not guessed, and remembered by *key*: component,
+entry point, shapes and dtypes of what is passed. A key that was never measured gets all the room there is. Shapes that
+are no larger than measured ones borrow their reserve until they were measured themselves; shapes that grow token by
+token stay one key, which is measured again when they have grown by a quarter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from layerstream.plan import Phase
+
+Shapes = tuple[tuple[Hashable, tuple[int, ...]], ...]  # (dtype, shape) of every tensor passed
+
+GROWTH = 1.25
+# A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
+_MOST_PASSES_PER_TURN = 4
+_MOST_KEYS = 4096  # an application that makes images of every size must not grow without end
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One way of calling a component.
+
+    Attributes:
+        entry: "" for its forward, else the name of the part that was called.
+        is_grad: autograd records, and keeps activations that are freed at once otherwise.
+    """
+
+    component: str
+    entry: str
+    shapes: Shapes
+    is_grad: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        return sum(_product(shape) for _, shape in self.shapes)
+
+    def is_alike(self, other: Key) -> bool:
+        """Same entry, and the same tensors but for their sizes."""
+        return (
+            self.component == other.component
+            and self.entry == other.entry
+            and self.is_grad == other.is_grad
+            and [(d, len(s)) for d, s in self.shapes] == [(d, len(s)) for d, s in other.shapes]
+        )
+
+    def is_covered_by(self, other: Key) -> bool:
+        """Alike, and no tensor is larger in any dimension."""
+        return self.is_alike(other) and all(
+            a <= b
+            for mine, its in zip(self.shapes, other.shapes, strict=True)
+            for a, b in zip(mine[1], its[1], strict=True)
+        )
+
+    def is_a_token_after(self, other: Key) -> bool:
+        """Alike, and one longer in some dimensions: the next step of a token loop."""
+        steps = [
+            a - b
+            for mine, its in zip(self.shapes, other.shapes, strict=False)
+            for a, b in zip(mine[1], its[1], strict=False)
+        ]
+        return self.is_alike(other) and bool(steps) and set(steps) <= {0, 1} and 1 in steps
+
+
+@dataclass(eq=False)
+class Reserve:
+    """What a key takes on the device beside our weights and beside what others had there before.
+
+    Attributes:
+        key: the shapes it was measured with.
+        over_bytes: reserved bytes beyond our weights and beyond what was allocated when it began; None: unknown.
+        is_measured: `over_bytes` is this key's own, not borrowed from a larger one.
+        is_growing: its shapes grow token by token, so a quarter more is kept for it.
+        compute_ms: measured time of each unit's compute, by unit index; of one use.
+    """
+
+    key: Key
+    over_bytes: int | None = None
+    is_measured: bool = False
+    is_growing: bool = False
+    compute_ms: dict[int, float] = field(default_factory=dict)
+
+    def kept_bytes(self, outside_bytes: int) -> int | None:
+        """What a plan keeps free for it and for what others have. What a loop keeps of its tokens grows with it."""
+        if self.over_bytes is None:
+            return None
+        kept = self.over_bytes + outside_bytes
+        return int(GROWTH * kept) if self.is_growing else kept
+
+    def measured(self, over_bytes: int) -> None:
+        """It took so much: the larger of two measurements counts."""
+        before = self.over_bytes if self.is_measured else None
+        self.over_bytes = max(over_bytes, before or 0)
+        self.is_measured = True
+
+    def forget(self) -> None:
+        """It did not fit: the next time it gets all the room there is."""
+        self.over_bytes, self.is_measured = None, False
+
+
+class PhaseTracker:
+    """Follows which components are entered with which keys. Pure: the streamer tells it, and it answers.
+
+    Args:
+        components: (name, is_repeated) in the order of the pipeline.
+    """
+
+    def __init__(self, components: Sequence[tuple[str, bool]]) -> None:
+        self._is_repeated = dict(components)
+        self._groups: dict[str, tuple[str, ...]] = {name: (name,) for name in self._is_repeated}
+        self._reserves: dict[Key, Reserve] = {}
+        self._last_key: dict[tuple[str, str], Key] = {}
+        self._turns: list[tuple[str, int]] = []  # (component, passes in a row), the most recent last
+        self._run: dict[tuple[str, ...], list[Reserve]] = {}  # reserves of the present, or last, run of each phase
+        self._before: dict[tuple[str, ...], list[Reserve]] = {}  # of the run before
+        self.current: tuple[str, ...] | None = None
+
+    def enter(self, key: Key) -> Reserve:
+        """A component is entered with `key`: its phase is the current one from now on."""
+        self._take_turn(key.component)
+        reserve = self._reserve(key)
+        group = self._groups[key.component]
+        if group != self.current:
+            self._before[group] = self._run.get(group, [])
+            self._run[group] = []
+            self.current = group
+        if reserve not in self._run[group]:
+            self._run[group].append(reserve)
+        return reserve
+
+    def again(self, component: str) -> None:
+        """The same key as before is entered again."""
+        self._take_turn(component)
+
+    def phases(self, outside_bytes: int) -> tuple[Phase, ...]:
+        """Every phase with its reserve as far as known, in the order of the components.
+
+        Args:
+            outside_bytes: what others than our weights have allocated on the device when the phase begins.
+        """
+        found = []
+        for group in dict.fromkeys(self._groups.values()):
+            kept = [r.kept_bytes(outside_bytes) for r in self._expected(group)]
+            known = [b for b in kept if b is not None]
+            reserve = max(known) if known and len(known) == len(kept) else None
+            found.append(Phase(group, any(self._is_repeated[c] for c in group), reserve))
+        return tuple(found)
+
+    def compute_ms(self) -> Mapping[int, float]:
+        """Measured compute by unit index, of the keys that are expected in each phase."""
+        found: dict[int, float] = {}
+        for group in dict.fromkeys(self._groups.values()):
+            for reserve in self._expected(group):
+                for unit, ms in reserve.compute_ms.items():
+                    found[unit] = max(ms, found.get(unit, 0.0))
+        return found
+
+    def partners(self) -> tuple[str, ...] | None:
+        """Components that take short turns with the current one, and are not one phase with it yet."""
+        counts: dict[str, int] = {}
+        for component, passes in reversed(self._turns):
+            if not self._is_repeated[component] or passes >= _MOST_PASSES_PER_TURN:
+                break
+            counts[component] = counts.get(component, 0) + 1
+        wanted = tuple(c for c in self._is_repeated if counts.get(c, 0) >= 2)
+        is_new = len(wanted) >= 2 and self._turns[-1][0] in wanted and not set(wanted) <= set(self.current or ())
+        return wanted if is_new else None
+
+    def merge(self, components: Sequence[str]) -> None:
+        """Make one phase of these components, which is the current one."""
+        wanted = {c for name in components for c in self._groups[name]}
+        group = tuple(c for c in self._is_repeated if c in wanted)
+        old = list(dict.fromkeys(self._groups[c] for c in group))
+        self._run[group] = [r for g in old for r in self._run.pop(g, [])]
+        self._before[group] = [r for g in old for r in self._before.pop(g, [])]
+        for component in group:
+            self._groups[component] = group
+        self.current = group
+
+    def successor(self, components: Sequence[tuple[str, bool]], changed: Collection[str]) -> PhaseTracker:
+        """A tracker of the pipeline's components as they are now; what was measured of `changed` ones is forgotten."""
+        new = PhaseTracker(components)
+        kept = {name for name, _ in components} - set(changed)
+        new._reserves = {key: reserve for key, reserve in self._reserves.items() if key.component in kept}
+        return new
+
+    # ---- inside
+
+    def _expected(self, group: tuple[str, ...]) -> list[Reserve]:
+        """The reserves that count: of the present run, and of the last one if this one began like it."""
+        run, before = self._run.get(group, []), self._before.get(group, [])
+        return list(dict.fromkeys([*run, *before])) if run and run[0] in before else run
+
+    def _take_turn(self, component: str) -> None:
+        if self._turns and self._turns[-1][0] == component:
+            self._turns[-1] = component, self._turns[-1][1] + 1
+        else:
+            self._turns = [*self._turns[-11:], (component, 1)]
+
+    def _reserve(self, key: Key) -> Reserve:
+        known = self._reserves.get(key)
+        entry = (key.component, key.entry)
+        last_key, self._last_key[entry] = self._last_key.get(entry), key
+        if known is not None and (known.key == key or known.is_growing):
+            return known
+        last = self._reserves.get(last_key) if last_key is not None else None
+        if last is not None and last_key is not None and last.over_bytes is not None and key.is_a_token_after(last_key):
+            if key.num_elements > GROWTH * last.key.num_elements:
+                # Measured anew, with what was kept so far and a quarter more meanwhile: evicting everything every
+                # few hundred tokens would cost more than the loop does.
+                last = Reserve(key, last.kept_bytes(0), is_growing=True, compute_ms=last.compute_ms)
+            last.is_growing = True
+            return self._remember(key, last)
+        larger = [r for k, r in self._reserves.items() if r.is_measured and r.key is k and key.is_covered_by(k)]
+        least = min(larger, key=lambda r: r.over_bytes or 0, default=None)
+        return self._remember(key, Reserve(key, least.over_bytes if least is not None else None))
+
+    def _remember(self, key: Key, reserve: Reserve) -> Reserve:
+        while len(self._reserves) >= _MOST_KEYS:
+            self._reserves.pop(next(iter(self._reserves)))
+        self._reserves[key] = reserve
+        return reserve
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

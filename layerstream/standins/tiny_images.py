@@ -1,0 +1,175 @@
+"""Tiny image pipelines whose denoiser attends to text and image jointly: Stable Diffusion 3, Flux, Qwen-Image."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from layerstream.standins.components import (
+    clip_text_encoder,
+    flow_scheduler,
+    image_vae,
+    qwen3_encoder,
+    qwen25_vl_encoder,
+    t5_encoder,
+    video_vae_options,
+)
+from layerstream.standins.libraries import diffusers
+from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe, picture, pil_picture
+from layerstream.standins.tokenizers import clip_tokenizer, qwen_tokenizer, qwen_vl_processor, t5_tokenizer
+
+_REFERENCE_LOCK = threading.Lock()
+
+
+def _sd3() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=BLOCKS,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            joint_attention_dim=2 * HIDDEN,
+            caption_projection_dim=32,
+            pooled_projection_dim=2 * HIDDEN,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0, 1),
+            qk_norm="rms_norm",
+        ),
+        "scheduler": flow_scheduler(),
+        "vae": image_vae(widths=(8, 8, 16)),
+        "text_encoder": clip_text_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, projected=True),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": clip_text_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, projected=True, hidden_act="gelu"),
+        "tokenizer_2": clip_tokenizer(),
+        "text_encoder_3": t5_encoder(hidden=2 * HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS),
+        "tokenizer_3": t5_tokenizer(),
+    }
+
+
+def _flux_like_denoiser() -> dict[str, Any]:
+    """Return what the denoisers of Flux and its descendants have in common, 16 latent channels as 2 x 2 patches."""
+    return {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": BLOCKS,
+        "num_single_layers": BLOCKS,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": HIDDEN,
+        "axes_dims_rope": (4, 6, 6),
+    }
+
+
+def _flux() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.FluxTransformer2DModel(
+            **_flux_like_denoiser(), pooled_projection_dim=HIDDEN, guidance_embeds=True
+        ),
+        "scheduler": flow_scheduler(by_size=True),
+        "vae": image_vae(widths=(8, 8, 16)),
+        "text_encoder": clip_text_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, projected=False),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS),
+        "tokenizer_2": t5_tokenizer(),
+    }
+
+
+def _ovis() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.OvisImageTransformer2DModel(**_flux_like_denoiser(), out_channels=64),
+        "scheduler": flow_scheduler(by_size=True),
+        "vae": image_vae(widths=(8, 8, 16)),
+        "text_encoder": qwen3_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS),
+        "tokenizer": qwen_tokenizer(),
+    }
+
+
+def _longcat() -> dict[str, Any]:
+    tokenizer = qwen_tokenizer()
+    return {
+        "transformer": diffusers.LongCatImageTransformer2DModel(**_flux_like_denoiser(), pooled_projection_dim=HIDDEN),
+        "scheduler": flow_scheduler(by_size=True),
+        "vae": image_vae(widths=(8, 8, 16)),
+        "text_encoder": qwen25_vl_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, vision_layers=ENCODER_LAYERS),
+        "tokenizer": tokenizer,
+        "text_processor": qwen_vl_processor(tokenizer),
+    }
+
+
+def _qwen_image() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=64,
+            out_channels=16,
+            num_layers=BLOCKS,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=HIDDEN,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        "scheduler": flow_scheduler(by_size=True),
+        "vae": diffusers.AutoencoderKLQwenImage(**video_vae_options(width=8)),
+        "text_encoder": qwen25_vl_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, vision_layers=ENCODER_LAYERS),
+        "tokenizer": qwen_tokenizer(),
+    }
+
+
+def _flux_controlnet() -> dict[str, Any]:
+    # Fewer blocks than the denoiser has, as in the real ones: each residual then serves several blocks.
+    options = {**_flux_like_denoiser(), "num_layers": 2, "num_single_layers": 2}
+    with warnings.catch_warnings():
+        # diffusers 0.42 imports its own FluxPosEmbed from where it calls that deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        controlnet = diffusers.FluxControlNetModel(**options, pooled_projection_dim=HIDDEN, guidance_embeds=True)
+    return {**_flux(), "controlnet": controlnet}
+
+
+def _qwen_image_edit() -> dict[str, Any]:
+    return {**_qwen_image(), "processor": qwen_vl_processor(qwen_tokenizer(), image_pixels=32 * 32)}
+
+
+@contextmanager
+def _small_reference() -> Iterator[None]:
+    """Let QwenImageEditPipeline work on an image of 64 x 64 pixels.
+
+    It would enlarge any image to the area of 1024 x 1024, which stands in its source, and spend its time on those 4096
+    tokens. One call at a time.
+    """
+    module: Any = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit")
+    with _REFERENCE_LOCK:
+        kept = module.calculate_dimensions
+        module.calculate_dimensions = lambda area, ratio: kept(64 * 64, ratio)
+        try:
+            yield
+        finally:
+            module.calculate_dimensions = kept
+
+
+# Guidance is on in each: SD3 batches both halves, the others run the denoiser twice per step.
+IMAGE_RECIPES = {
+    "sd3": Recipe("StableDiffusion3Pipeline", _sd3, {"guidance_scale": 5.0, "max_sequence_length": 32}),
+    "flux": Recipe("FluxPipeline", _flux, {"guidance_scale": 3.5, "true_cfg_scale": 3.0, "max_sequence_length": 32}),
+    "ovis": Recipe("OvisImagePipeline", _ovis, {"guidance_scale": 5.0}),
+    # Rewriting would first generate up to 512 tokens of a new prompt.
+    "longcat": Recipe("LongCatImagePipeline", _longcat, {"guidance_scale": 4.5, "enable_prompt_rewrite": False}),
+    "qwen_image": Recipe("QwenImagePipeline", _qwen_image, {"true_cfg_scale": 4.0}),
+    "flux_controlnet": Recipe(
+        "FluxControlNetPipeline",
+        _flux_controlnet,
+        {"guidance_scale": 3.5, "true_cfg_scale": 3.0, "max_sequence_length": 32},
+        inputs=lambda: {"control_image": picture()},
+    ),
+    "qwen_image_edit": Recipe(
+        "QwenImageEditPipeline",
+        _qwen_image_edit,
+        {"true_cfg_scale": 4.0},
+        inputs=lambda: {"image": pil_picture()},
+        around=_small_reference,
+    ),
+}

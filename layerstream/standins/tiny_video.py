@@ -1,0 +1,206 @@
+"""Tiny video pipelines: Wan 2.2, HunyuanVideo, LTX-Video, CogVideoX and Kandinsky 5."""
+
+from typing import Any
+
+from layerstream.standins.components import (
+    clip_text_encoder,
+    flow_scheduler,
+    llama_encoder,
+    qwen25_vl_encoder,
+    t5_encoder,
+    video_vae_options,
+)
+from layerstream.standins.libraries import Library, diffusers
+from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, PROMPT, Recipe
+from layerstream.standins.tokenizers import (
+    clip_tokenizer,
+    letter_tokenizer,
+    qwen_tokenizer,
+    qwen_vl_processor,
+    t5_tokenizer,
+)
+
+
+def _wan22() -> dict[str, Any]:
+    try:
+        Library("diffusers.pipelines.wan.pipeline_wan").prompt_clean(PROMPT)
+    except NameError as error:  # diffusers before 0.36 calls ftfy without having imported it
+        raise ImportError("WanPipeline of this diffusers needs the package ftfy", name="ftfy") from error
+
+    def denoiser() -> Any:
+        return diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            in_channels=16,
+            out_channels=16,
+            num_layers=BLOCKS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            text_dim=HIDDEN,
+            freq_dim=32,
+            ffn_dim=64,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+        )
+
+    return {
+        "transformer": denoiser(),
+        "transformer_2": denoiser(),
+        "boundary_ratio": 0.875,
+        "scheduler": diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        "vae": diffusers.AutoencoderKLWan(**video_vae_options(width=8)),
+        "text_encoder": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS, per_layer_bias=True),
+        "tokenizer": t5_tokenizer(),
+    }
+
+
+def _hunyuan_vae() -> Any:
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+
+
+def _hunyuan_video() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_layers=BLOCKS,
+            num_single_layers=BLOCKS,
+            num_refiner_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            mlp_ratio=2.0,
+            guidance_embeds=True,
+            text_embed_dim=HIDDEN,
+            pooled_projection_dim=HIDDEN,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        "scheduler": flow_scheduler(shift=7.0),
+        "vae": _hunyuan_vae(),
+        # Two more: the pipeline takes the states before the last two layers.
+        "text_encoder": llama_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS + 2),
+        "tokenizer": letter_tokenizer("LlamaTokenizerFast", start="<s>", end="</s>"),
+        "text_encoder_2": clip_text_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, projected=False),
+        "tokenizer_2": clip_tokenizer(),
+    }
+
+
+def _ltx() -> dict[str, Any]:
+    widths, scaled, layers = (8, 8, 16), (True, True, False), (1, 1, 1, 1)
+    return {
+        "transformer": diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_layers=BLOCKS,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            caption_channels=HIDDEN,
+        ),
+        "scheduler": flow_scheduler(by_size=True),
+        "vae": diffusers.AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            down_block_types=("LTXVideoDownBlock3D",) * 3,
+            layers_per_block=layers,
+            decoder_layers_per_block=layers,
+            spatio_temporal_scaling=scaled,
+            decoder_spatio_temporal_scaling=scaled,
+            decoder_inject_noise=(False,) * 4,
+            downsample_type=("conv",) * 3,
+            upsample_residual=(False,) * 3,
+            upsample_factor=(1,) * 3,
+            patch_size=2,
+        ),
+        "text_encoder": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS),
+        "tokenizer": t5_tokenizer(),
+    }
+
+
+def _cogvideox() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.CogVideoXTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=BLOCKS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            time_embed_dim=16,
+            text_embed_dim=HIDDEN,
+            max_text_seq_length=32,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=9,
+            use_rotary_positional_embeddings=True,
+        ),
+        "scheduler": diffusers.CogVideoXDDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=1.0,
+            timestep_spacing="trailing",
+        ),
+        "vae": diffusers.AutoencoderKLCogVideoX(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        ),
+        "text_encoder": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS),
+        "tokenizer": t5_tokenizer(),
+    }
+
+
+def _kandinsky5() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.Kandinsky5Transformer3DModel(
+            in_visual_dim=8,
+            out_visual_dim=8,
+            in_text_dim=HIDDEN,
+            in_text_dim2=HIDDEN,
+            time_dim=32,
+            model_dim=32,
+            ff_dim=64,
+            num_text_blocks=2,
+            num_visual_blocks=BLOCKS,
+            axes_dims=(4, 6, 6),
+            visual_cond=True,
+        ),
+        "scheduler": flow_scheduler(shift=5.0),
+        "vae": _hunyuan_vae(),
+        "text_encoder": qwen25_vl_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, vision_layers=ENCODER_LAYERS),
+        "tokenizer": qwen_vl_processor(qwen_tokenizer()),
+        "text_encoder_2": clip_text_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, projected=False),
+        "tokenizer_2": clip_tokenizer(),
+    }
+
+
+VIDEO_RECIPES = {
+    "wan22": Recipe("WanPipeline", _wan22, {"guidance_scale": 4.0, "num_frames": 5, "max_sequence_length": 32}),
+    # Its own template would be some four hundred letters; the start token and "Describe: " are cut off again.
+    "hunyuan_video": Recipe(
+        "HunyuanVideoPipeline",
+        _hunyuan_video,
+        {
+            "guidance_scale": 6.0,
+            "true_cfg_scale": 3.0,
+            "num_frames": 5,
+            "max_sequence_length": 32,
+            "prompt_template": {"template": "Describe: {}", "crop_start": 11},
+        },
+    ),
+    "ltx": Recipe("LTXPipeline", _ltx, {"guidance_scale": 3.0, "num_frames": 5, "max_sequence_length": 32}),
+    "cogvideox": Recipe(
+        "CogVideoXPipeline",
+        _cogvideox,
+        {"guidance_scale": 6.0, "num_frames": 9, "max_sequence_length": 32},
+        stds={"vae": 0.1},
+    ),
+    # Its template alone is more than the 512 tokens that it keeps by default, a token per byte here.
+    "kandinsky5": Recipe(
+        "Kandinsky5T2VPipeline", _kandinsky5, {"guidance_scale": 5.0, "num_frames": 5, "max_sequence_length": 1000}
+    ),
+}

@@ -1,0 +1,240 @@
+"""What `CudaDevice` computes and asks of `torch.cuda`, on a GPU made of monkeypatches. See tests/gpu for a real one."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from layerstream import device as device_module
+from layerstream.device import CudaDevice, Device
+
+MIB = 2**20
+GIB = 2**30
+TOTAL = 150_109_880_320  # an H200: no power of two
+
+
+class FakeGpu:
+    """The state that the allocator of `torch.cuda` would hold."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, total: int = TOTAL, can_read_fraction: bool = True) -> None:
+        self.total = total
+        self.free = total
+        self.fraction = 1.0
+        self.asked: list[tuple[str, Any]] = []
+        self.stats: dict[str, int] = {}
+
+        def answer(name: str, result: Any) -> None:
+            def call(device: Any = None) -> Any:
+                self.asked.append((name, device))
+                return result() if callable(result) else result
+
+            patch.setattr(torch.cuda, name, call, raising=False)
+
+        answer("get_device_name", "fake")
+        answer("cudart", None)
+        answer("memory_reserved", 5 * GIB)
+        answer("memory_allocated", 3 * GIB)
+        answer("max_memory_reserved", 7 * GIB)
+        answer("max_memory_allocated", 6 * GIB)
+        answer("reset_peak_memory_stats", None)
+        answer("memory_stats", lambda: self.stats)
+        answer("mem_get_info", lambda: (self.free, self.total))
+        answer("get_device_properties", lambda: SimpleNamespace(total_memory=self.total))
+        # As the allocator does: what is allowed is whole bytes, and what it answers is made of them.
+        answer("get_per_process_memory_fraction", lambda: int(self.fraction * self.total) / self.total)
+        if not can_read_fraction:
+            patch.delattr(torch.cuda, "get_per_process_memory_fraction")
+        patch.setattr(torch.cuda, "Stream", lambda device: None)
+        patch.setattr(torch.cuda, "set_per_process_memory_fraction", self.set_fraction)
+
+    def set_fraction(self, fraction: float, device: torch.device) -> None:
+        assert isinstance(fraction, float)
+        assert 0 <= fraction <= 1, "torch raises"
+        assert device == torch.device("cuda", 0)
+        self.fraction = fraction
+
+    @property
+    def allowed(self) -> int:
+        return int(self.fraction * self.total)
+
+
+class FakeEvent:
+    def __init__(self, time_ms: float, is_done: bool = True) -> None:
+        self.time_ms = time_ms
+        self.is_done = is_done
+
+    def query(self) -> bool:
+        return self.is_done
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.is_done
+        assert end.is_done, "torch raises"
+        return end.time_ms - self.time_ms
+
+
+def cuda() -> CudaDevice:
+    return CudaDevice(torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    return FakeGpu(monkeypatch)
+
+
+def test_it_is_a_device(gpu: FakeGpu) -> None:
+    device = cuda()
+    assert [n for n in vars(Device) if not n.startswith("_") and not hasattr(device, n)] == []
+
+
+# ---- what is held
+
+
+def test_bytes_are_those_of_this_device(gpu: FakeGpu) -> None:
+    device = cuda()
+    gpu.asked.clear()
+    assert device.reserved_bytes() == 5 * GIB
+    assert device.allocated_bytes() == 3 * GIB
+    assert device.peak_reserved_bytes() == 7 * GIB
+    assert device.peak_allocated_bytes() == 6 * GIB
+    device.reset_peaks()
+    assert gpu.asked == [
+        (name, torch.device("cuda", 0))
+        for name in (
+            "memory_reserved",
+            "memory_allocated",
+            "max_memory_reserved",
+            "max_memory_allocated",
+            "reset_peak_memory_stats",
+        )
+    ]
+
+
+def test_num_ooms(gpu: FakeGpu) -> None:
+    device = cuda()
+    assert device.num_ooms() == 0, "before anything was allocated torch has no statistics"
+    gpu.stats["num_ooms"] = 3
+    assert device.num_ooms() == 3
+
+
+def test_context_is_what_is_used_outside_the_allocator(gpu: FakeGpu) -> None:
+    device = cuda()
+    gpu.free = gpu.total - 5 * GIB - 600 * MIB
+    assert device.context_bytes() == 600 * MIB
+    gpu.free = gpu.total - 4 * GIB  # read at different moments
+    assert device.context_bytes() == 0
+
+
+# ---- the cap
+
+
+@pytest.mark.parametrize("total", [TOTAL, 25_294_995_456, 8_589_934_592, 84_974_239_744, 1_000_000_007, 3])
+def test_a_cap_is_held_to_the_byte(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch, total=total)
+    device = cuda()
+    numbers = random.Random(total)
+    caps = [
+        0,
+        1,
+        2,
+        total // 3,
+        total // 2,
+        total - 2,
+        total - 1,
+        total,
+        *(numbers.randrange(total) for _ in range(300)),
+    ]
+    for cap in caps:
+        if cap < 0:
+            continue
+        device.set_cap(cap)
+        assert cap - 1 <= gpu.allowed <= cap
+    device.set_cap(total // 2)
+    assert gpu.allowed == total // 2
+
+
+def test_a_cap_above_the_total_is_all_there_is(gpu: FakeGpu) -> None:
+    device = cuda()
+    for cap in (TOTAL + 1, 2 * TOTAL, 2**60):
+        device.set_cap(cap)
+        assert gpu.fraction == 1.0
+
+
+@pytest.mark.parametrize("before", [1.0, 0.3, 0.75, 1 / 3, 0.123456789])
+def test_the_cap_from_before_comes_back(before: float, gpu: FakeGpu) -> None:
+    gpu.fraction = before
+    allowed = gpu.allowed
+    device = cuda()
+    for _ in range(5):
+        device.set_cap(4 * GIB)
+        device.set_cap(2 * GIB)  # not what was before
+        assert gpu.allowed == 2 * GIB
+        device.set_cap(None)
+        assert gpu.allowed == allowed
+    gpu.fraction = 0.9  # the user's, after us
+    device.set_cap(None)
+    assert gpu.fraction == 0.9
+
+
+def test_an_older_torch_gets_all_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch, can_read_fraction=False)
+    device = cuda()
+    device.set_cap(None)
+    assert gpu.fraction == 1.0
+    gpu.fraction = 0.5
+    device.set_cap(4 * GIB)
+    assert gpu.allowed == 4 * GIB
+    device.set_cap(None)
+    assert gpu.fraction == 1.0
+
+
+# ---- buffers
+
+
+def test_sizes_are_rounded_to_segments(gpu: FakeGpu) -> None:
+    device = cuda()
+    sizes = (0, 1, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 10 * MIB, 3 * GIB + 5)
+    assert [device.rounded_bytes(n) for n in sizes] == [
+        0,
+        2 * MIB,
+        2 * MIB,
+        2 * MIB,
+        4 * MIB,
+        10 * MIB,
+        3 * GIB + 2 * MIB,
+    ]
+
+
+def test_a_buffer_owns_its_rounded_size(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = cuda()
+    device.torch_device = torch.device("cpu")
+    for num_bytes in (0, 1, 2 * MIB, 2 * MIB + 1):
+        buffer = device.allocate(num_bytes)
+        assert (buffer.dtype, buffer.shape) == (torch.uint8, (num_bytes,))
+        assert buffer.storage_offset() == 0
+        assert buffer.untyped_storage().nbytes() == device.rounded_bytes(num_bytes)
+
+
+# ---- time
+
+
+def test_no_time_before_the_device_has_passed_the_end(gpu: FakeGpu) -> None:
+    device = cuda()
+    start, end = FakeEvent(2.0), FakeEvent(5.5, is_done=False)
+    assert device.elapsed_ms(start, end) is None
+    assert device.stall_ms((start, end)) is None
+    end.is_done = True
+    assert device.elapsed_ms(start, end) == device.stall_ms((start, end)) == 3.5
+    assert device.elapsed_ms(FakeEvent(1.0, is_done=False), end) is None, "a mark of another stream"
+
+
+def test_fraction_is_never_too_large() -> None:
+    numbers = random.Random(0)
+    for _ in range(20_000):
+        total = numbers.randrange(1, 2 ** numbers.randrange(1, 48))
+        cap = numbers.randrange(total + 1)
+        fraction = device_module._fraction(cap, total)
+        assert cap - 1 <= int(fraction * total) <= cap

@@ -218,7 +218,7 @@ class Search:
         return len(blocks)
 
     def _neighbours(self, choice: Choice) -> Iterator[tuple[int, int, int, int]]:
-        """What differs by a slot, by one block, or by two that change places: streamed, slots, bytes, bytes of a slot."""
+        """What differs by a slot, a block, or two that change places: streamed, slots, bytes, bytes of a slot."""
         sizes, streamed, slots = self._sizes, choice.streamed, choice.num_slots
         for other in self._counts:
             if abs(other - slots) == 1:
@@ -327,7 +327,9 @@ class _Shape:
     def _spaced(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(bytes, positions as bits) of evenly spaced blocks by their number: of smaller ones, of the largest ones."""
         is_large = [self.sizes[i] == self.slot_bytes for i in self.others]
-        classes = [[i for i, large in zip(self.others, is_large, strict=True) if large is wanted] for wanted in (False, True)]
+        classes = [
+            [i for i, large in zip(self.others, is_large, strict=True) if large is wanted] for wanted in (False, True)
+        ]
         found = []
         for members in classes:
             n = len(members)

@@ -8,13 +8,14 @@ time. What is then left in all phases goes to what they would load again once a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerstream.blocks import Placement, UnitSpec
 from layerstream.budget import format_bytes
 from layerstream.errors import BudgetError
 from layerstream.pace import Pace, Prediction, Search, predict_pass
+from layerstream.tables import table
 
 __all__ = [
     "LEAST_SLOTS",
@@ -121,11 +122,62 @@ class Plan:
         return next(p for p in self.phases if component in p.phase.components)
 
     def placement(self, unit_index: int) -> Placement:
-        own = self.phase_of(self.units[unit_index].component)
+        component = next(u.component for u in self.units if u.index == unit_index)
+        own = self.phase_of(component)
         if unit_index not in own.resident:
             return Placement.STREAMED
         everywhere = all(unit_index in p.resident or unit_index in p.kept for p in self.phases)
         return Placement.RESIDENT if everywhere else Placement.BY_PHASE
+
+    def __str__(self) -> str:
+        budget = "the least" if self.budget_bytes is None else format_bytes(self.budget_bytes)
+        lines = [
+            f"budget {budget}, least {format_bytes(self.needed_bytes)}, predicted peak {format_bytes(self.peak_bytes)}",
+            "",
+            *table(
+                ["component", "stack", "blocks", "each", "placement", "slots"],
+                [row for phase_plan in self.phases for row in self._rows(phase_plan)],
+            ).splitlines(),
+            "",
+        ]
+        lines += [self._line(phase_plan) for phase_plan in self.phases]
+        for name, gain_ms in (next_gib(self) or {}).items():
+            if gain_ms >= 0.05:
+                lines.append(f"1 GiB more would take {gain_ms:.1f} ms off a pass of `{name}`")
+        return "\n".join(lines)
+
+    def _rows(self, phase_plan: PhasePlan) -> Iterator[list[str]]:
+        groups: dict[tuple[str, str], list[UnitSpec]] = {}
+        for unit in self.units:
+            if unit.component in phase_plan.phase.components:
+                groups.setdefault((unit.component, unit.stack or "base"), []).append(unit)
+        for (component, stack), units in groups.items():
+            sizes = sorted({unit.num_bytes for unit in units})
+            each = format_bytes(sizes[0]) + (f" to {format_bytes(sizes[-1])}" if len(sizes) > 1 else "")
+            counts: dict[str, int] = {}
+            for unit in units:
+                placement = self.placement(unit.index).value
+                counts[placement] = counts.get(placement, 0) + 1
+            streams = Placement.STREAMED.value in counts
+            yield [
+                component,
+                stack,
+                str(len(units)),
+                each,
+                ", ".join(f"{count} {placement}" for placement, count in counts.items()),
+                f"{phase_plan.num_slots} x {format_bytes(phase_plan.slot_bytes)}" if streams else "",
+            ]
+
+    def _line(self, phase_plan: PhasePlan) -> str:
+        reserve, prediction = phase_plan.phase.reserve_bytes, phase_plan.prediction
+        line = f"{phase_plan.phase.name}: {format_bytes(phase_plan.weights_bytes)} of weights + "
+        if reserve is None or phase_plan.peak_bytes is None:
+            line += "what it takes beside them, not measured yet"
+        else:
+            line += f"{format_bytes(reserve)} beside them = {format_bytes(phase_plan.peak_bytes)}"
+        if prediction is not None:
+            line += f"; {prediction.ms_per_pass:.1f} ms a pass predicted, {prediction.bound}-bound"
+        return line
 
 
 def make_plan(
@@ -182,7 +234,7 @@ def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | No
     """
     sizes = {u.index: d.size(u) for d in drafts for u in d.units}
     whole = {u.index for d in known for u in d.units}.union(*(d.resident for d in drafts))
-    if all(sum(sizes[i] for i in whole) <= d.capacity_bytes for d in known):
+    if all(sum(sizes[i] for i in whole) <= (d.capacity_bytes or 0) for d in known):
         for draft in known:
             draft.resident = {u.index for u in draft.units}
             draft.kept = {i: sizes[i] for i in sorted(whole - draft.resident)}
@@ -202,12 +254,32 @@ def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | No
         for u in d.units
         if u.index in d.resident and is_block in (None, u.is_block)
     ]
-    if all([draft.keep(order) for draft in known]):
+    # Between two uses of a unit every other phase runs, so keeping it in some of them but not in all saves nothing.
+    served = min(draft.num_that_fit(order) for draft in known)
+    for draft in known:
+        draft.keep(order[:served])
+    if served == len(order):
         _fill_with_blocks_used_once(known)
+    _fill_rooms([d for d in known if not d.phase.is_repeated], order[:served], num_slots)
+
+
+def _fill_rooms(once: Sequence[_Draft], served: Sequence[UnitSpec], num_slots: int | None) -> None:
+    """What no other phase can use goes to a phase's own blocks while it runs, spread: a loaded block that stays costs
+    nothing more, and a text encoder often runs twice a call, a language model once per token."""
+    for draft in once:
+        left = [b for b in draft.blocks if b.index not in draft.resident]
+        if draft.has_room_for(left):
+            draft.add(left)
+        elif not draft.shares_blocks:
+            draft.choose(num_slots)
+    others = {u.index for u in served}
+    order = [u for d in once for u in d.units if u.index in d.resident and u.index not in others]
+    for draft in once:
+        draft.keep([u for u in order if u.index not in draft.kept])
 
 
 def _fill_with_blocks_used_once(known: Sequence[_Draft]) -> None:
-    """Blocks of phases that are not repeated stay for the next call where every phase has room: smallest stacks first."""
+    """Blocks of phases that are not repeated stay for the next call where every phase has room: small stacks first."""
     stacks = [(d, c) for d in known if not d.phase.is_repeated for c in d.phase.components]
     groups = [(d, [b for b in d.blocks if b.component == c and b.index not in d.resident]) for d, c in stacks]
     for owner, blocks in sorted(groups, key=lambda g: sum(b.num_bytes for b in g[1])):
@@ -221,6 +293,7 @@ def _fill_with_blocks_used_once(known: Sequence[_Draft]) -> None:
                     break
                 taken.append(blocks[i])
         owner.add(taken)
+        owner.shares_blocks |= bool(taken)
         for draft in known:
             if draft is not owner:
                 draft.kept.update((b.index, owner.size(b)) for b in taken)
@@ -271,12 +344,15 @@ class _Draft:
         self.least_shape = min(self.shapes, key=lambda s: s.bytes_with(LEAST_SLOTS))
         self.least_bytes = self.base_bytes + self.least_shape.bytes_with(LEAST_SLOTS)
         self.needed_bytes = self.least_bytes + (phase.reserve_bytes or 0)
-        self.is_measured = bool(self.blocks) and costs is not None and all(b.index in costs.compute_ms for b in self.blocks)
+        self.is_measured = (
+            bool(self.blocks) and costs is not None and all(b.index in costs.compute_ms for b in self.blocks)
+        )
         times = zip(self.units, self._compute_ms(costs), strict=True)
         self.pace = Pace([(u.num_bytes, ms) for u, ms in times], costs.link_gb_per_s if costs else _LINK_GB_PER_S)
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
+        self.shares_blocks = False  # other phases keep some of its blocks
         self.num_slots = 0
 
     def size(self, unit: UnitSpec) -> int:
@@ -302,7 +378,8 @@ class _Draft:
         """What can stream streams; with as many slots as asked for, where they fit."""
         shape = self.least_shape
         if num_slots is not None:
-            asked = min(self.shapes, key=lambda s: s.bytes_with(num_slots))
+            wanted = num_slots
+            asked = min(self.shapes, key=lambda s: s.bytes_with(wanted))
             if self.capacity_bytes is None or self.base_bytes + asked.bytes_with(num_slots) <= self.capacity_bytes:
                 shape = asked
             else:
@@ -313,7 +390,7 @@ class _Draft:
     def choose(self, num_slots: int | None) -> None:
         """Spend all the room on the fastest pass."""
         assert self.capacity_bytes is not None
-        room = self.capacity_bytes - self.base_bytes
+        room = self.capacity_bytes - self.base_bytes - sum(self.kept.values())
         sizes = [self.size(u) if u.is_block else 0 for u in self.units]
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
         for counts in (*asked, range(LEAST_SLOTS, (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + 1)):
@@ -334,21 +411,30 @@ class _Draft:
             slot_bytes=self.slot_bytes,
             weights_bytes=self.weights_bytes,
             least_bytes=self.least_bytes,
-            prediction=self.pace.prediction(streamed, self.num_slots, self.phase.is_repeated) if self.is_measured else None,
+            prediction=self.pace.prediction(streamed, self.num_slots, self.phase.is_repeated)
+            if self.is_measured
+            else None,
         )
 
     # ---- beside the others
 
-    def keep(self, order: Sequence[UnitSpec]) -> bool:
-        """Keep the units of other phases from the first on, as long as they fit; True if all do."""
+    def num_that_fit(self, order: Sequence[UnitSpec]) -> int:
+        """How many of these units, from the first on, fit beside its own; its own count as fitting."""
         room = self.room_bytes
-        for unit in order:
-            if unit not in self.units:
+        own = {u.index for u in self.units}
+        for position, unit in enumerate(order):
+            if unit.index not in own:
                 room -= self.size(unit)
                 if room < 0:
-                    return False
+                    return position
+        return len(order)
+
+    def keep(self, order: Sequence[UnitSpec]) -> None:
+        """Keep these units of other phases, from the first on, as long as they fit."""
+        own = {u.index for u in self.units}
+        for unit in order[: self.num_that_fit(order)]:
+            if unit.index not in own:
                 self.kept[unit.index] = self.size(unit)
-        return True
 
     def has_room_for(self, blocks: Sequence[UnitSpec]) -> bool:
         """Whether these blocks of its own may be resident, with the smaller or fewer slots that this allows."""
@@ -391,7 +477,11 @@ class _Draft:
             parts.append(f"{len(shape.forced)} {larger}block(s) ({format_bytes(shape.forced_bytes)})")
         if self.bases:
             largest = max(self.bases, key=lambda b: b.num_bytes)
-            named = f", `{largest.name}` alone {format_bytes(self.size(largest))}" if self.size(largest) > budget_bytes else ""
+            named = (
+                f", `{largest.name}` alone {format_bytes(self.size(largest))}"
+                if self.size(largest) > budget_bytes
+                else ""
+            )
             parts.append(f"the weights outside stacks ({format_bytes(self.base_bytes)}{named})")
         if reserve is not None:
             parts.append(f"activations and other tensors ({format_bytes(reserve)}, measured)")

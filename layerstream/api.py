@@ -56,6 +56,7 @@ class LayerStreamer:
         self._streamer: Streamer | None = None
         self._last: Streamer | None = None  # what it did can be asked after it is closed
         self._changes = Interception()
+        self._called: Mapping[str, nn.Module] = {}
         self._num_slots: int | None = None  # set by benchmarks and tests; the plan chooses otherwise
 
     # ---- entering and leaving
@@ -87,7 +88,7 @@ class LayerStreamer:
             device,
             budget,
             num_slots=self._num_slots,
-            find_replaced=functools.partial(_find_replaced, self._pipe, called),
+            find_replaced=self._find_replaced,
         )
         if not any(stack.blocks for layout in _layouts(self._pipe) for stack in layout.stacks):
             _warn_nothing_streams(components)
@@ -103,14 +104,24 @@ class LayerStreamer:
 
     def _watch(self) -> None:
         """Mark the components as ours, and pause around the calls that change them."""
-        streamer = self._streamer
-        assert streamer is not None
+        self._called = _components(self._pipe)
         for owner in [self._pipe, *(uncompiled(m) for m in _components(self._pipe).values())]:
             if isinstance(owner, nn.Module):
                 _ACTIVE[owner] = weakref.ref(self)
             if not isinstance(owner, Mapping):
                 for name in changing_methods(owner):
                     self._changes.watch_change(owner, name, self.paused)
+
+    def _find_replaced(self) -> str | None:
+        """The name of a component that is another module now than when streaming began."""
+        if isinstance(self._pipe, nn.Module):
+            return None
+        for name, module in self._called.items():
+            is_dict = isinstance(self._pipe, Mapping)
+            now = self._pipe.get(name, module) if is_dict else getattr(self._pipe, name, module)
+            if now is not module and isinstance(now, nn.Module) and uncompiled(now) is not uncompiled(module):
+                return name
+        return None
 
     def _unwatch(self) -> None:
         self._changes.remove()
@@ -388,17 +399,6 @@ def _layouts(pipe: Any) -> list[ComponentLayout]:
         replace(adapter_for(uncompiled(module)).layout(name, uncompiled(module)), called=module)
         for name, module in _components(pipe).items()
     ]
-
-
-def _find_replaced(pipe: Any, called: Mapping[str, nn.Module]) -> str | None:
-    """The name of a component that is another module now than when streaming began."""
-    if isinstance(pipe, nn.Module):
-        return None
-    for name, module in called.items():
-        now = pipe.get(name, module) if isinstance(pipe, Mapping) else getattr(pipe, name, module)
-        if now is not module and isinstance(now, nn.Module) and uncompiled(now) is not uncompiled(module):
-            return name
-    return None
 
 
 def _components(pipe: Any) -> dict[str, nn.Module]:

@@ -172,7 +172,10 @@ class Ledger:
         self.phase_stats.peak_weights_bytes = max(self.phase_stats.peak_weights_bytes, weights)
         if not self._reserve.is_measured:
             over = max(0, peak - weights - self._outside_bytes)
-            self._reserve.measured(over + _MARGIN_GRAINS * self._grain)
+            margin = _MARGIN_GRAINS * self._grain
+            if self.budget_bytes is not None:  # it has just run in what there was
+                margin = min(margin, max(0, self.budget_bytes - weights - self._outside_bytes - over))
+            self._reserve.measured(over + margin)
             self.phase_stats.reserve_bytes = self._outside_bytes + over
 
     # ---- time

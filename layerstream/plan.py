@@ -474,7 +474,9 @@ class _Draft:
             parts.append(f"{shape.num_slots(LEAST_SLOTS)} slot(s) for `{largest.name}` ({each} each)")
         if shape.forced:
             larger = "larger " if shape.others else ""
-            parts.append(f"{len(shape.forced)} {larger}block(s) ({format_bytes(shape.forced_bytes)})")
+            most = max(shape.forced, key=lambda b: b.num_bytes)
+            named = f", `{most.name}` alone {format_bytes(self.size(most))}" if self.size(most) > budget_bytes else ""
+            parts.append(f"{len(shape.forced)} {larger}block(s) ({format_bytes(shape.forced_bytes)}{named})")
         if self.bases:
             largest = max(self.bases, key=lambda b: b.num_bytes)
             named = (

@@ -446,7 +446,7 @@ class Streamer:
         transfer = self._transfer
         wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
         is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
-        has_freed = self._make_way(phase_plan.resident | phase_plan.kept, is_new_ring)
+        has_freed = self._make_way(phase_plan, is_new_ring)
         missing = [unit for unit in sorted(phase_plan.resident) if unit not in transfer.own]
         if has_freed or is_new_ring or missing:
             # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
@@ -460,19 +460,20 @@ class Streamer:
         self._applied = phase_plan
         self._count_placements()
 
-    def _make_way(self, allowed: Collection[int], is_new_ring: bool) -> bool:
+    def _make_way(self, phase_plan: PhasePlan, is_new_ring: bool) -> bool:
         """Free what the plan has no room for; returns whether there was any. No slot is held here afterwards: memory
         goes back with the last reference to it."""
         transfer = self._transfer
         for extra in list(transfer.extra):
             self._evict(extra)
-        given_up = [unit for unit in transfer.own if unit not in allowed]
+        given_up = [unit for unit in transfer.own if unit not in phase_plan.resident | phase_plan.kept]
         for unit in given_up:
             self._give_up(unit)
+        for slot in transfer.ring:
+            # What is to stay goes to a slot of its own.
+            if slot.unit is not None and (is_new_ring or slot.unit in phase_plan.resident):
+                self._evict(slot)
         if is_new_ring:
-            for slot in transfer.ring:
-                if slot.unit is not None:
-                    self._evict(slot)
             transfer.drop_ring()
         return bool(given_up)
 
@@ -672,7 +673,7 @@ class Streamer:
     def _prefetch(self, held: Sequence[int]) -> None:
         """Start loading the units expected next, in their order, as far as there are slots that nobody holds."""
         transfer = self._transfer
-        wanted = [u for u in dict.fromkeys(held) if u not in transfer.own]
+        wanted = [u for u in dict.fromkeys(held) if transfer.slot_of(u) is not transfer.own.get(u)]
         num_slots = len(transfer.ring)
         with engine_tensors():
             for unit in self._order.predict(2 * num_slots + _OWN_AHEAD):

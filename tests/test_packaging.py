@@ -139,7 +139,8 @@ def test_the_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
         _run(code, names)
     out = capsys.readouterr().out
     assert "vram_budget 1000 B is too small" in out
-    assert "13 blocks streamed through 2 slots" in out
+    assert "blocks streamed, " in out
+    assert "peak reserved" in out
     assert names["image"].size == (32, 32)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import layerstream
@@ -20,6 +22,13 @@ def modules(pipe: Any) -> dict[str, nn.Module]:
 
 def weights_bytes(pipe: Any) -> int:
     return sum(p.numel() * p.element_size() for m in modules(pipe).values() for p in m.parameters())
+
+
+SKIPPED_WARNINGS = [
+    "ignore:.*upcast_vae.*:FutureWarning",
+    "ignore:Mismatch dtype between input and weight:UserWarning",
+]
+pytestmark = [pytest.mark.filterwarnings(w) for w in SKIPPED_WARNINGS]
 
 
 @pytest.fixture(params=TINY_PIPELINES)
@@ -48,16 +57,26 @@ def test_equal_restored_and_whole_after_an_exception(named: tuple[Any, str]) -> 
         demanded = streamer.stats().num_demand_loads
         assert torch.equal(run_tiny(pipe, name), expected)
         # Where a call ends, and that another follows, is known from the second on.
-        assert streamer.stats().num_demand_loads == demanded
-        streamed = {u.spec.component for u in streamer._streamer._units if u.spec.is_block}
-        assert {"transformer", "text_encoder"} <= streamed
-        assert not any(component.startswith("vae") for component in streamed)
-        denoiser = streamer._streamer._units[-1].module
+        assert streamer.stats().num_demand_loads <= demanded + 1
+        engine = streamer._streamer
+        assert engine is not None
+        streamed = {unit.spec.component for unit in engine._units.values() if unit.spec.is_block}
+        assert any(component.startswith(("text_encoder", "prior_text", "vision_lang")) for component in streamed)
+        assert {"transformer", "unet", "decoder"} & streamed
+        denoiser = next(u.module for u in engine._units.values() if u.spec.is_block and u.spec.is_repeated)
+        assert denoiser is not None
         handle = denoiser.register_forward_hook(stop)
         with pytest.raises(StopError):
             run_tiny(pipe, name)
         handle.remove()
         assert torch.equal(run_tiny(pipe, name), expected)
+        stats = streamer.stats()
+        phases = engine.phase_stats.values()
+        assert sum(phase.num_loads for phase in phases) == stats.num_loads
+        assert sum(phase.loaded_bytes for phase in phases) == stats.loaded_bytes
+        assert stats.peak_device_bytes < weights_bytes(pipe)
+        for phase in engine.phase_stats:
+            assert phase in streamer.report()
     for n, m in modules(pipe).items():
         assert_restored(m, before[n])
     assert torch.equal(run_tiny(pipe, name), expected)
@@ -65,7 +84,7 @@ def test_equal_restored_and_whole_after_an_exception(named: tuple[Any, str]) -> 
     assert not device.registered
 
 
-def test_an_exception_leaves_the_context(named: tuple[Any, str]) -> None:
+def test_an_interrupt_leaves_the_context(named: tuple[Any, str]) -> None:
     pipe, name = named
     expected = run_tiny(pipe, name)
     before = {n: describe(m) for n, m in modules(pipe).items()}
@@ -77,36 +96,50 @@ def test_an_exception_leaves_the_context(named: tuple[Any, str]) -> None:
         if calls == 3:
             raise KeyboardInterrupt
 
-    block = next(m for n, m in pipe.transformer.named_modules() if n.endswith("blocks.1"))
+    handle = None
     with (
         pytest.raises(KeyboardInterrupt),
-        layerstream.offload(pipe, vram_budget="min", device=adversary()),
+        layerstream.offload(pipe, vram_budget="min", device=adversary()) as streamer,
     ):
+        engine = streamer._streamer
+        assert engine is not None
+        # Not the first: the encoders of a ControlNet pipeline may run once only.
+        block = [u.module for u in engine._units.values() if u.spec.is_block and u.spec.is_repeated][1]
+        assert block is not None
         handle = block.register_forward_pre_hook(interrupt)
         run_tiny(pipe, name)
+    assert handle is not None
     handle.remove()
     for n, m in modules(pipe).items():
         assert_restored(m, before[n])
     assert torch.equal(run_tiny(pipe, name), expected)
 
 
-@pytest.mark.parametrize("copies", ["at_once", "random"])
-def test_a_budget_in_the_middle(named: tuple[Any, str], copies: str) -> None:
+@pytest.mark.parametrize("share", [0.03, 0.5, 1.2])
+def test_the_budget_holds(named: tuple[Any, str], share: float) -> None:
+    """Budgets between what "min" takes and what everything takes: activations are part of them."""
     pipe, name = named
     expected = run_tiny(pipe, name)
-    device = adversary(copies=copies)
-    with pytest.raises(layerstream.BudgetError) as refused:
-        layerstream.offload(pipe, vram_budget=1000, device=device).start()
-    least, total = refused.value.needed_bytes, weights_bytes(pipe)
-    assert least is not None
-    assert least < total
-    budget = (least + total) // 2
-    with layerstream.offload(pipe, vram_budget=budget, device=device) as streamer, device.checking():
-        assert torch.equal(run_tiny(pipe, name), expected)
-        assert streamer.stats().num_resident_blocks > 0
-        assert streamer.stats().num_streamed_blocks > 0
-        assert device.peak_buffer_bytes <= budget
-        assert streamer.stats().peak_device_bytes == device.peak_buffer_bytes
+    peaks = []
+    for budget in ("min", "auto"):
+        device = adversary(copies="at_once")
+        with layerstream.offload(pipe, vram_budget=budget, device=device) as streamer, device.checking():
+            for _ in range(2):
+                assert torch.equal(run_tiny(pipe, name), expected)
+            peaks.append(streamer.stats().peak_reserved_bytes)
+    limit = int(peaks[0] + share * (peaks[1] - peaks[0])) + 2**14
+    device = adversary(copies="random")
+    with layerstream.offload(pipe, vram_budget=limit, device=device) as streamer, device.checking():
+        for _ in range(3):
+            assert torch.equal(run_tiny(pipe, name), expected)
+            assert device.reserved_bytes() <= limit
+        stats = streamer.stats()
+        assert stats.peak_reserved_bytes <= limit
+        assert streamer.plan.peak_bytes <= limit
+        assert device.num_ooms() == 0
+        if share > 1:
+            assert stats.num_streamed_blocks == 0
+    assert device.buffer_bytes == 0
 
 
 def test_low_precision(named: tuple[Any, str]) -> None:
@@ -117,6 +150,30 @@ def test_low_precision(named: tuple[Any, str]) -> None:
     device = adversary()
     with layerstream.offload(pipe, vram_budget="min", device=device), device.checking():
         assert torch.equal(run_tiny(pipe, name), expected)
+
+
+def test_a_component_cast_inside_the_call() -> None:
+    """SDXL casts its VAE up to float32, and back, while it runs."""
+    for dtype in (torch.bfloat16, torch.float16):
+        pipe = build_tiny("sdxl_img2img", dtype=dtype)
+        expected = run_tiny(pipe, "sdxl_img2img")
+        device = adversary()
+        with layerstream.offload(pipe, vram_budget="min", device=device) as streamer, device.checking():
+            for _ in range(2):
+                assert torch.equal(run_tiny(pipe, "sdxl_img2img"), expected)
+            assert streamer.stats().num_relaid > 0
+        assert pipe.vae.dtype == dtype
+        assert torch.equal(run_tiny(pipe, "sdxl_img2img"), expected)
+
+
+def test_components_that_take_turns_share_a_phase() -> None:
+    pipe = build_tiny("sd15_controlnet")
+    expected = run_tiny(pipe, "sd15_controlnet")
+    device = adversary()
+    with layerstream.offload(pipe, vram_budget="auto", device=device) as streamer, device.checking():
+        for _ in range(2):
+            assert torch.equal(run_tiny(pipe, "sd15_controlnet"), expected)
+        assert any({"unet", "controlnet"} <= set(p.phase.components) for p in streamer.plan.phases)
 
 
 def test_what_pipelines_ask_their_components(named: tuple[Any, str]) -> None:
@@ -130,6 +187,31 @@ def test_what_pipelines_ask_their_components(named: tuple[Any, str]) -> None:
         assert streamer.stats().num_touch_loads == 0
 
 
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    share=st.floats(0.02, 1.2),
+    calls=st.lists(st.tuples(st.sampled_from([16, 32, 48]), st.integers(1, 2)), min_size=2, max_size=4),
+)
+def test_any_budget_any_sizes_in_one_context(share: float, calls: list[tuple[int, int]]) -> None:
+    pipe = build_tiny("sd3")
+    options = [
+        {"height": size, "width": size, "num_images_per_prompt": batch, "num_inference_steps": 2}
+        for size, batch in calls
+    ]
+    expected = [run_tiny(pipe, "sd3", **option) for option in options]
+    device = adversary(copies="at_once")
+    with layerstream.offload(pipe, vram_budget="min", device=device) as streamer, device.checking():
+        for option, image in zip(options, expected, strict=True):
+            assert torch.equal(run_tiny(pipe, "sd3", **option), image)
+        least = streamer.stats().peak_reserved_bytes
+    limit = int(least + share * weights_bytes(pipe)) + 2**15
+    device = adversary(copies="random")
+    with layerstream.offload(pipe, vram_budget=limit, device=device) as streamer, device.checking():
+        for option, image in zip([*options, *options], [*expected, *expected], strict=True):
+            assert torch.equal(run_tiny(pipe, "sd3", **option), image)
+        assert streamer.stats().peak_reserved_bytes <= limit
+
+
 def test_two_denoisers_share_the_slots() -> None:
     try:
         pipe = build_tiny("wan22")
@@ -138,8 +220,8 @@ def test_two_denoisers_share_the_slots() -> None:
     device = adversary()
     with layerstream.offload(pipe, vram_budget="min", device=device) as streamer, device.checking():
         run_tiny(pipe, "wan22")
-        assert streamer.stats().num_slots == 2
         run_tiny(pipe, "wan22")
+        assert streamer.stats().num_extra_slots == 0
         used = {streamer._streamer._units[u].spec.component for u in streamer._streamer._order._history}
         assert used == {"text_encoder", "transformer", "transformer_2"}
 

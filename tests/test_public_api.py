@@ -27,11 +27,13 @@ NAMES = {
     "LayerstreamWarning",
     "MovedWhileStreamingError",
     "PipelineError",
+    "Plan",
     "Stats",
     "StreamerStateError",
     "TransferError",
     "__version__",
     "offload",
+    "plan",
     "register_adapter",
 }
 # What a caller who knows nothing of layerstream would catch.

@@ -29,6 +29,8 @@ _MARGIN_GRAINS = 8
 # Reserves are rounded up to this part of the budget, so that a few bytes more or less plan nothing anew.
 _QUANTA_PER_BUDGET = 256
 _MOST_QUANTUM_BYTES = 2**26
+# With this part of the budget free nobody watches what others allocate in the middle of a phase.
+_AMPLE_SHARE = 8
 _TRIED = re.compile(r"[Tt]ried to allocate ([0-9.]+ [KMGT]?i?B|[0-9]+ bytes)|([0-9]+ bytes) asked for")
 
 
@@ -121,7 +123,8 @@ class Ledger:
             BudgetError: it is known not to fit, whatever else is given up.
         """
         reserve = self._tracker.enter(Key(component, entry, shapes, is_grad))
-        if reserve is self._reserve and self.is_settled and self._plan is not None:
+        is_like_before = reserve is self._reserve and self.is_settled and not self.has_grown(weights_bytes)
+        if is_like_before and self._plan is not None:
             # The next token: its shapes have grown, and what is kept for them is enough.
             self.phase_stats.num_passes += 1
             return self._plan.phase_of(component)
@@ -141,6 +144,14 @@ class Ledger:
         self._tracker.again(component)
         self.phase_stats.num_passes += 1
 
+    def has_grown(self, weights_bytes: int) -> bool:
+        """Whether others hold more than when the phase began: a scheduler's history, say, or another library."""
+        if self.budget_bytes is None or self._plan is None:
+            return False
+        if self.budget_bytes - self._plan.peak_bytes > self.budget_bytes // _AMPLE_SHARE:
+            return False  # there is room for that, and reading takes time
+        return self._device.allocated_bytes() - weights_bytes > self._outside_bytes
+
     @property
     def is_settled(self) -> bool:
         """Whether the running call's reserve and times are known, so that the next like it changes nothing."""
@@ -154,6 +165,7 @@ class Ledger:
         if not self._reserve.is_measured:
             self._device.empty_cache()  # what earlier phases left cached is not this one's
         self._device.reset_peaks()
+        self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
         self._interval_weights = weights_bytes
 
     def look(self) -> int:
@@ -201,6 +213,7 @@ class Ledger:
     def did_not_fit(self) -> None:
         """The running call ran out of memory: the next like it gets all the room there is."""
         self._interval_weights = None
+        self._num_ooms = self._device.num_ooms()
         if self._reserve is not None:
             self._reserve.forget()
 

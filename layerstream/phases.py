@@ -21,6 +21,7 @@ Shapes = tuple[tuple[Hashable, tuple[int, ...]], ...]  # (dtype, shape) of every
 GROWTH = 1.25
 # A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
 _MOST_PASSES_PER_TURN = 4
+_MEASUREMENTS = 2
 _MOST_KEYS = 4096  # an application that makes images of every size must not grow without end
 
 
@@ -78,6 +79,8 @@ class Reserve:
         over_bytes: reserved bytes beyond our weights and beyond what was allocated when it began; None: unknown.
         is_measured: `over_bytes` is this key's own, not borrowed from a larger one.
         is_growing: its shapes grow token by token, so a quarter more is kept for it.
+        num_missing: measurements until it is known. One is not enough: attention takes another way when a mask has
+            padding, so a second prompt may take more than the first, in the same shapes.
         compute_ms: measured time of each unit's compute, by unit index; of one use.
     """
 
@@ -85,7 +88,9 @@ class Reserve:
     over_bytes: int | None = None
     is_measured: bool = False
     is_growing: bool = False
+    num_missing: int = 1
     compute_ms: dict[int, float] = field(default_factory=dict)
+    _most_bytes: int = 0
 
     def kept_bytes(self, outside_bytes: int) -> int | None:
         """What a plan keeps free for it and for what others have. What a loop keeps of its tokens grows with it."""
@@ -96,13 +101,14 @@ class Reserve:
 
     def measured(self, over_bytes: int) -> None:
         """It took so much: the larger of two measurements counts."""
-        before = self.over_bytes if self.is_measured else None
-        self.over_bytes = max(over_bytes, before or 0)
-        self.is_measured = True
+        self._most_bytes = max(self._most_bytes, over_bytes)
+        self.num_missing -= 1
+        if self.num_missing <= 0:
+            self.over_bytes, self.is_measured = self._most_bytes, True
 
     def forget(self) -> None:
         """It did not fit: the next time it gets all the room there is."""
-        self.over_bytes, self.is_measured = None, False
+        self.over_bytes, self.is_measured, self.num_missing, self._most_bytes = None, False, 1, 0
 
 
 class PhaseTracker:
@@ -220,7 +226,9 @@ class PhaseTracker:
             return self._remember(key, last)
         larger = [r for k, r in self._reserves.items() if r.is_measured and r.key is k and key.is_covered_by(k)]
         least = min(larger, key=lambda r: r.over_bytes or 0, default=None)
-        return self._remember(key, Reserve(key, least.over_bytes if least is not None else None))
+        return self._remember(
+            key, Reserve(key, least.over_bytes if least is not None else None, num_missing=_MEASUREMENTS)
+        )
 
     def _remember(self, key: Key, reserve: Reserve) -> Reserve:
         while len(self._reserves) >= _MOST_KEYS:

@@ -414,7 +414,8 @@ class Streamer:
     def _begin(self, component: str, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_grad: bool) -> None:
         """A component is entered from outside: make its phase the current one, and its base present."""
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
-        if begun == self._begun and self._ledger.is_settled and not self._timed:
+        is_known = begun == self._begun and self._ledger.is_settled and not self._timed
+        if is_known and not self._ledger.has_grown(self._transfer.weights_bytes):
             self._ledger.again(component)
             return
         replaced = self._find_replaced()

@@ -74,7 +74,7 @@ def test_meta_tensors() -> None:
         ("1PiB", "not a size"),
         (
             10_000,
-            r"too small: while `Toy` runs, 2 slot\(s\) for `Toy\.blocks\.\d` .* Raise vram_budget to at least \d+ bytes",
+            r"too small: while `Toy` runs, 2 slot\(s\) for `Toy\.blocks\.\d` .* Raise vram_budget to at least \d+",
         ),
         (2**41, r"2.0 TiB is more than the device has \(1.0 TiB\)"),
     ],

@@ -137,14 +137,15 @@ def test_residents_and_slots_hold_the_budget_of_weights() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     x = wide_input()
     expected = resident(model, x)
-    for share in (0.4, 0.7, 1.1):
+    for share in (0.4, 0.7, 1.5):
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
-        with offloaded(model, int(share * weights)) as streamer, torch.no_grad():
-            # The allocator rounds each buffer up to 2 MiB.
-            assert torch.cuda.memory_allocated() - base <= share * weights + 2**21 * 20
-            assert_equal([model(x)], expected)
-            assert_equal([model(x)], expected)
+        budget = base + int(share * weights) + 2**26  # activations and libraries' workspaces
+        with offloaded(model, budget) as streamer, torch.no_grad():
+            for _ in range(3):
+                assert_equal([model(x)], expected)
+                assert torch.cuda.memory_reserved() <= budget
+            assert streamer.stats().peak_reserved_bytes <= budget
             assert (streamer.stats().num_resident_blocks == 16) is (share > 1)
 
 
@@ -162,13 +163,13 @@ def test_copies_overlap_compute() -> None:
             torch.cuda._sleep(400_000_000)  # some 200 ms of "compute"
             end = torch.cuda.Event()
             end.record()
-            others = [s for s in transfer.slots if s.unit is not None and s.views and s.unit != unit_of[module]]
+            others = [s for s in transfer.ring if s.unit is not None and s.views and s.unit != unit_of[module]]
             while not end.query() and not all(s.ready.query() for s in others):
                 time.sleep(0.001)
             overlapped.append(not end.query() and bool(others))
 
         units = streamer._streamer._units
-        unit_of = {u.module.up: u.spec.index for u in units if u.module is not None}
+        unit_of = {u.module.up: u.spec.index for u in units.values() if u.module is not None}
         handles = [block.up.register_forward_hook(watch) for block in list(model.blocks)[:-1]]
         model(x)
         for handle in handles:
@@ -176,6 +177,8 @@ def test_copies_overlap_compute() -> None:
     assert overlapped == [True] * 5
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*upcast_vae.*:FutureWarning")
 @pytest.mark.parametrize("name", TINY_PIPELINES)
 def test_tiny_pipelines(name: str) -> None:
     try:
@@ -256,7 +259,7 @@ def test_out_of_memory_in_the_middle_of_a_call() -> None:
     def greedy(module: nn.Module, args: object) -> None:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
-    with pytest.raises(torch.OutOfMemoryError), offloaded(model), torch.no_grad():
+    with pytest.raises(layerstream.BudgetError, match="was refused"), offloaded(model), torch.no_grad():
         handle = model.blocks[3].up.register_forward_pre_hook(greedy)
         with pytest.raises(torch.OutOfMemoryError):
             model(x)
@@ -343,7 +346,71 @@ def test_compiled_blocks() -> None:
 def test_moving_while_active_is_refused() -> None:
     model = stack(num_blocks=4)
     with offloaded(model):
-        for move in (lambda: model.to("cpu"), lambda: model.cpu(), lambda: model.half()):
+        for move in (lambda: model.to("cpu"), lambda: model.cpu()):
             with pytest.raises(layerstream.MovedWhileStreamingError):
                 move()
         model.to("cuda")  # where it is already
+
+
+@pytest.mark.parametrize("name", ["sd3", "ovis", "sd15", "wan22", "ltx"])
+def test_reserved_memory_stays_within_random_budgets(name: str) -> None:
+    """Sizes and budgets at random: reserved memory, activations included, never exceeds the budget."""
+    try:
+        pipe = build_tiny(name, dtype=torch.bfloat16)
+    except ImportError as exc:
+        pytest.skip(str(exc))
+    sizes = [{"height": size, "width": size} for size in (32, 64)]
+    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    for module in modules:
+        module.to("cuda")
+    expected = [run_tiny(pipe, name, **size) for size in sizes]
+    for module in modules:
+        module.to("cpu")
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        torch.cuda.empty_cache()
+        budget = torch.cuda.memory_allocated() + (160 + int(torch.randint(0, 200, (), generator=generator))) * 2**20
+        with layerstream.offload(pipe, vram_budget=budget) as streamer:
+            for size, image in zip([*sizes, *sizes], [*expected, *expected], strict=True):
+                assert torch.equal(run_tiny(pipe, name, **size).cpu(), image.cpu())
+                assert torch.cuda.memory_reserved() <= budget
+            assert streamer.stats().peak_reserved_bytes <= budget
+
+
+def test_a_foreign_allocation_that_eats_the_room_is_named() -> None:
+    model = stack()
+    torch.cuda.empty_cache()
+    budget = torch.cuda.memory_allocated() + 256 * 2**20
+    with (
+        pytest.raises(layerstream.BudgetError, match="other tensors.* were there before"),
+        layerstream.offload(model, vram_budget=budget),
+        torch.no_grad(),
+    ):
+        model(wide_input())
+        model(wide_input())
+        eaten = []
+        for _ in range(80):
+            eaten.append(torch.empty(2**21, dtype=torch.uint8, device="cuda"))
+        for rows in (64, 128, 4096, 16384, 65536):
+            model(wide_input(rows=rows))
+
+
+def test_fused_lora_is_what_the_gpu_computes() -> None:
+    """A CPU rounds otherwise than a GPU: merging while streaming is done on the device."""
+    peft = pytest.importorskip("peft")
+    images = []
+    for is_streamed in (False, True):
+        pipe = build_tiny("sd3", dtype=torch.bfloat16)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        if is_streamed:
+            with layerstream.offload(pipe, vram_budget="min"):
+                pipe.transformer.add_adapter(config, adapter_name="style")
+                pipe.transformer.fuse_lora()
+                images.append(run_tiny(pipe, "sd3").cpu())
+        else:
+            pipe.transformer.add_adapter(config, adapter_name="style")
+            pipe.to("cuda")
+            pipe.transformer.fuse_lora()
+            images.append(run_tiny(pipe, "sd3").cpu())
+    assert torch.equal(images[0], images[1])

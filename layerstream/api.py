@@ -17,7 +17,7 @@ from torch import nn
 
 from layerstream.adapters.registry import adapter_for
 from layerstream.budget import format_bytes, parse_bytes, resolve_budget
-from layerstream.changes import changing_methods, merging_on
+from layerstream.changes import CHANGING_METHODS, READING_METHODS, merging_on, methods_of
 from layerstream.compiled import uncompiled
 from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import AlreadyOffloadedError, LayerstreamWarning, PipelineError, StreamerStateError
@@ -109,8 +109,10 @@ class LayerStreamer:
             if isinstance(owner, nn.Module):
                 _ACTIVE[owner] = weakref.ref(self)
             if not isinstance(owner, Mapping):
-                for name in changing_methods(owner):
+                for name in methods_of(owner, CHANGING_METHODS):
                     self._changes.watch_change(owner, name, self.paused)
+                for name in methods_of(owner, READING_METHODS):
+                    self._changes.watch_change(owner, name, self._paused_if_idle)
 
     def _find_replaced(self) -> str | None:
         """The name of a component that is another module now than when streaming began."""
@@ -175,6 +177,11 @@ class LayerStreamer:
                 self._streamer = None
             else:
                 self._watch()
+
+    @contextlib.contextmanager
+    def _paused_if_idle(self) -> Iterator[None]:
+        with self.paused() if self._streamer is not None and self._streamer.is_idle else contextlib.nullcontext():
+            yield
 
     def __enter__(self) -> LayerStreamer:
         return self.start()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +49,14 @@ CHANGING_METHODS = (
     "unmerge_adapter",
 )
 
+# What these return is kept and saved: it shares memory with the weights at home, as it would with a resident model's,
+# and takes none on the device. In the middle of a call they give what is on the device.
+READING_METHODS = ("state_dict",)
 
-def changing_methods(owner: object) -> list[str]:
-    """Names of those methods that `owner` has."""
-    return [name for name in CHANGING_METHODS if callable(getattr(type(owner), name, None))]
+
+def methods_of(owner: object, names: Sequence[str]) -> list[str]:
+    """Those of the methods `names` that `owner` has."""
+    return [name for name in names if callable(getattr(type(owner), name, None))]
 
 
 @contextlib.contextmanager

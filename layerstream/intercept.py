@@ -34,8 +34,8 @@ class Listener(Protocol):
         """A method is called by which pipelines enter the component; returns whether `leave_method` is to follow."""
 
     def leave_method(self, root: nn.Module) -> None: ...
-    def changing(self, module: nn.Module) -> contextlib.AbstractContextManager[object]:
-        """The module is about to be cast or changed; inside, its weights are at home."""
+    def changing(self, component: str) -> contextlib.AbstractContextManager[object]:
+        """The component, or a part of it, is about to be cast; inside, its weights are at home."""
 
 
 class Interception:
@@ -112,15 +112,19 @@ class Interception:
 
         self._undo.append(undo)
 
-    def guard_moves(self, listener: Listener, module: nn.Module, name: str, device: torch.device) -> None:
-        """Refuse what would move `module` off `device`, and let the listener lay it out anew when it is cast.
+    def guard_moves(self, listener: Listener, root: nn.Module, component: str, device: torch.device) -> None:
+        """Refuse what would move `root`, or a part of it, off `device`, and let the listener lay the component out
+        anew when some of it is cast: pipelines cast single layers of a VAE.
 
         Everything that moves or casts a module goes through `_apply`; here it is met before the first weight is
         touched. A partial, so that a deep copy of the component guards the copy, which is free to move.
         """
-        guard = functools.partial(_guarded_apply, module, _Guarded(listener, module, name, device))
-        module.__dict__["_apply"] = guard
-        self._undo.append(lambda: module.__dict__.pop("_apply", None))
+        for path, module in root.named_modules():
+            if "_apply" not in module.__dict__:  # else it is part of another component, too
+                name = f"{component}.{path}" if path else component
+                self._undo.append(functools.partial(module.__dict__.pop, "_apply", None))
+                guard = functools.partial(_guarded_apply, module, _Guarded(listener, component, name, device))
+                module.__dict__["_apply"] = guard
 
     def remove(self) -> None:
         """Take everything off; idempotent."""
@@ -155,8 +159,8 @@ def _replaced(owner: Any, name: str, around: _Around | None, /, *args: Any, **kw
 class _Guarded:
     """What a guard refuses. Not copied along with its component: see `__deepcopy__`."""
 
-    def __init__(self, listener: Listener, module: nn.Module, name: str, device: torch.device) -> None:
-        self.listener, self.module, self.name, self.device = listener, module, name, device
+    def __init__(self, listener: Listener, component: str, name: str, device: torch.device) -> None:
+        self.listener, self.component, self.name, self.device = listener, component, name, device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -171,20 +175,20 @@ def _guarded_apply(module: nn.Module, guarded: _Guarded | None, fn: Any, recurse
     try:
         results = [fn(probe) for probe in probes]
     except Exception as exc:
-        raise MovedWhileStreamingError(_refusal(guarded)) from exc
+        raise MovedWhileStreamingError(_refusal(module, guarded)) from exc
     if any(r.device != p.device for r, p in zip(results, probes, strict=True)):
-        raise MovedWhileStreamingError(_refusal(guarded))
+        raise MovedWhileStreamingError(_refusal(module, guarded))
     if all(r.dtype == p.dtype for r, p in zip(results, probes, strict=True)):
         return module  # already there, as it is; applying it would load every block
-    with guarded.listener.changing(module):
+    with guarded.listener.changing(guarded.component):
         # At home the weights are on another device than the one they seem to be on: only the cast is done.
         cast: nn.Module = type(module)._apply(module, lambda t: fn(t).to(t.device), recurse)
         return cast
 
 
-def _refusal(guarded: _Guarded) -> str:
+def _refusal(module: nn.Module, guarded: _Guarded) -> str:
     return (
-        f"`{guarded.name}` ({type(guarded.module).__name__}) cannot be moved while its weights are streamed to "
+        f"`{guarded.name}` ({type(module).__name__}) cannot be moved while its weights are streamed to "
         f"{guarded.device}. Leave the offload context (or call close()), do it, and enter again."
     )
 

@@ -48,6 +48,8 @@ from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, divi
 
 # Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
 _OWN_AHEAD = 8
+# The entry point of a component whose weights are read while nothing runs.
+_TOUCH = "(weights)"
 
 Describe = Callable[[], Sequence[ComponentLayout]]
 
@@ -132,6 +134,11 @@ class Streamer:
     def phase_stats(self) -> dict[str, PhaseStats]:
         """Counters by the name of the phase."""
         return self._ledger.stats_of
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no component is in the middle of a call, as far as this thread can tell."""
+        return self._is_outermost()
 
     def look(self) -> Stats:
         """The counters, with the device's memory as it is now."""
@@ -350,9 +357,6 @@ class Streamer:
             for method in layout.entry_points:
                 attachment.interception.watch_method(self, layout.root, method)
             attachment.interception.guard_moves(self, layout.root, layout.name, target)
-        for block in blocks:
-            name = self._units[self._unit_of[id(block)]].spec.name
-            attachment.interception.guard_moves(self, block, name, target)
 
     def _move_others(self, attachment: _Attachment) -> None:
         """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects."""
@@ -413,6 +417,9 @@ class Streamer:
 
     def _begin(self, component: str, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_grad: bool) -> None:
         """A component is entered from outside: make its phase the current one, and its base present."""
+        if self._transfer.extra:  # what the plan has no room for
+            with engine_tensors():
+                self._drop_extra_slots(held=[])
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         is_known = begun == self._begun and self._ledger.is_settled and not self._timed
         if is_known and not self._ledger.has_grown(self._transfer.weights_bytes):
@@ -438,6 +445,13 @@ class Streamer:
         if self._ledger.wants_times:
             self._ledger.starts_timing()
             self._timing = {}
+
+    def _begin_by_touch(self, units: Sequence[int], is_grad: bool) -> None:
+        """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
+        its phase, because a VAE and a denoiser may not fit beside each other."""
+        for component in dict.fromkeys(self._units[unit].spec.component for unit in units):
+            if self._applied is None or component not in self._applied.phase.components:
+                self._begin(component, _TOUCH, (), {}, is_grad)
 
     def _apply(self, phase_plan: PhasePlan) -> None:
         """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
@@ -465,8 +479,6 @@ class Streamer:
         """Free what the plan has no room for; returns whether there was any. No slot is held here afterwards: memory
         goes back with the last reference to it."""
         transfer = self._transfer
-        for extra in list(transfer.extra):
-            self._evict(extra)
         given_up = [unit for unit in transfer.own if unit not in phase_plan.resident | phase_plan.kept]
         for unit in given_up:
             self._give_up(unit)
@@ -578,6 +590,9 @@ class Streamer:
         """An outermost call ended, perhaps by an exception."""
         error = sys.exc_info()[1]
         if isinstance(error, torch.OutOfMemoryError):
+            add_note = getattr(error, "add_note", None)  # before Python 3.11 only leaving the `with` block says it
+            if add_note is not None:
+                add_note(f"layerstream: {self.explain(error)}")
             self._ledger.did_not_fit()
             self._begun = self._applied = None
         elif error is None:
@@ -628,17 +643,16 @@ class Streamer:
     def load_absent(self, units: Sequence[int]) -> None:
         """Something looks at weights that are not there: load these units, all present at once afterwards."""
         is_grad = _is_grad_enabled()
-        with self._mutex, engine_tensors():
+        with self._mutex:
             self._calls.check_thread()
-            self._use(units, is_touch=True, is_grad=is_grad)
+            if self._is_outermost():
+                self._begin_by_touch(units, is_grad)
+            with engine_tensors():
+                self._use(units, is_touch=True, is_grad=is_grad)
 
-    def changing(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """A component or block is about to be cast: at home, and laid out anew afterwards."""
-        name = self._root_of.get(id(module))
-        if name is None:
-            unit = self._unit_of[id(module)]
-            name = self._units[unit].spec.component
-        return self.paused(name)
+    def changing(self, component: str) -> contextlib.AbstractContextManager[None]:
+        """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards."""
+        return self.paused(component)
 
     # ---- up and down
 
@@ -744,9 +758,9 @@ class Streamer:
             # under grad cannot be told from that.)
             slot.accept_references()
             self._seen_grad.discard(unit)
-        elif slot.is_aliased():
+        elif slot.readers and slot.is_aliased():  # what was not waited for was seen by nobody
             # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes.
-            self._transfer.abandon(unit)
+            self._allocating(functools.partial(self._transfer.abandon, unit))
             slot = self._transfer.slot_of(unit) or slot
         self._transfer.vacate(unit)
         return slot

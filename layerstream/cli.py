@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LayerstreamError as exc:
         problem = str(exc)
     except torch.OutOfMemoryError as exc:
-        problem = f"out of memory while streaming ({exc}). vram_budget limits weights only: give a smaller one."
+        problem = f"the device is out of memory ({exc}). Make the image smaller, or free what else is there."
     print(f"layerstream: {' '.join(problem.split())}", file=sys.stderr)
     return 2
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
     add("--seed", type=int, default=0, help="of the image (default: 0)")
     add("--device", help='"cuda:0", or "cpu" for the simulated device (default: the GPU, if there is one)')
-    add("--vram-budget", type=_budget, metavar="SIZE", help='"8GiB", "auto" or "min" (default: a third of the weights)')
+    add("--vram-budget", type=_budget, metavar="SIZE", help='"8GiB", "auto" or "min" (default: a third of the weights\' size)')
     add("--skip-resident", action="store_true", help="run streamed only; nothing is compared")
     add("--output", type=_writable, metavar="FILE", help="where to save the image (default: demo-NAME.png)")
     return parser
@@ -161,13 +161,12 @@ def _print_runs(resident: demo.Run | None, streamed: demo.StreamedRun, *, is_sim
     if resident is not None:
         print(f"resident    {resident.seconds:.2f} s, all weights on the device")
     print(f"streamed    {streamed.seconds:.2f} s, vram_budget {budget}")
-    print(f"  blocks    {stats.num_resident_blocks} resident, {stats.num_streamed_blocks} streamed")
-    print(f"  slots     {stats.num_slots} of {format_bytes(stats.slot_bytes)}, {stats.num_extra_slots} extra")
-    print(f"  weights   at most {format_bytes(stats.peak_device_bytes)} on the device at a time")
-    print(f"  pinned    {format_bytes(stats.pinned_bytes)} of host memory")
     print(f"  loads     {stats.num_loads} ({format_bytes(stats.loaded_bytes)}), {stats.num_demand_loads} not foreseen")
     print(f"  stalls    {stats.num_stalls} ({stats.stall_ms:.1f} ms{', simulated' if is_simulated else ''})")
     print(f"  enter     {stats.enter_s:.2f} s, exit {stats.exit_s:.2f} s")
+    print("with a call to warm up before it:")
+    for line in streamed.report.splitlines():
+        print(f"  {line}".rstrip())
     if is_simulated:
         print("These times are of a simulated device (host memory, no bus): they say nothing about a GPU.")
     print()

@@ -1,4 +1,4 @@
-"""The demo: one pipeline run twice, resident and streamed with a fraction of its weights on the device, compared.
+"""The demo: one pipeline run twice, resident and streamed under a budget of a fraction of its weights, compared.
 
 Without a model it runs an offline stand-in with random weights, and without a GPU on the simulated device, so that it
 works on any machine. What is printed is decided in `cli.py`; here are only the steps and what they return.
@@ -66,12 +66,12 @@ class StreamedRun(Run):
     Attributes:
         budget: what was given to `offload`.
         stats: of the whole context; counters that grow (loads, bytes, stalls) are those of the timed call alone.
-        streamer: `repr` of the streamer while it was active.
+        report: what the streamer said at the end of the context, which includes a call to warm up.
     """
 
     budget: int | str
     stats: Stats
-    streamer: str
+    report: str
 
 
 def load_pipeline(model: str | None, dtype: torch.dtype) -> Any:
@@ -151,7 +151,7 @@ def run_resident(pipe: Any, call: Mapping[str, Any], device: str | None) -> Run 
 
 
 def run_streamed(pipe: Any, call: Mapping[str, Any], device: str | None, vram_budget: int | str | None) -> StreamedRun:
-    """Run with at most `vram_budget` of weights on the device; without one, with about a third of them.
+    """Run under `vram_budget`; without one, with about a third of the weights' size, or the least that works.
 
     Raises:
         LayerstreamError: see `layerstream.offload`.
@@ -161,7 +161,7 @@ def run_streamed(pipe: Any, call: Mapping[str, Any], device: str | None, vram_bu
     third = int(BUDGET_SHARE * sum(part.num_bytes for part in describe(pipe)))
     try:
         return _run_streamed(pipe, call, device, third)
-    except BudgetError:  # what lies outside the blocks takes more than that
+    except BudgetError:  # activations, and what lies outside the blocks, take more than that
         return _run_streamed(pipe, call, device, "min")
 
 
@@ -195,7 +195,7 @@ def _run_streamed(pipe: Any, call: Mapping[str, Any], device: str | None, budget
         before = streamer.stats().as_dict()
         image, seconds = _run(pipe, call)
         after = streamer.stats().as_dict()
-        text = repr(streamer)
+        text = streamer.report()
     stats = streamer.stats()
     timed = {name: after[name] - before[name] for name in _GROWING}
     values = {field.name: timed.get(field.name, getattr(stats, field.name)) for field in fields(stats)}

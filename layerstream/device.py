@@ -39,7 +39,7 @@ class Device(Protocol):
         """The device's whole memory."""
 
     def free_bytes(self) -> int:
-        """Memory that this process may still take, a cap aside: free on the device, or cached by the allocator."""
+        """Memory that this process may still take: free on the device, or cached by the allocator, within its limit."""
 
     def reserved_bytes(self) -> int:
         """What this process' allocator holds on the device now, cached blocks included; does not block the host."""
@@ -66,14 +66,15 @@ class Device(Protocol):
     def context_bytes(self) -> int:
         """Device memory in use outside torch's allocator in this process, and by all others."""
 
-    def set_cap(self, num_bytes: int | None) -> None:
+    def set_cap(self, num_bytes: int | None, owner: Hashable = None) -> None:
         """From now on the allocator refuses to reserve beyond `num_bytes`; does not block the host.
 
         What is reserved already stays. Cached blocks are given back before a request is refused.
 
         Args:
             num_bytes: bytes of reserved memory, all tensors of the process included; more than there is means all
-                there is. None: back to what was before the first `set_cap`.
+                there is. None: `owner` asks for no cap any more.
+            owner: whose cap this is. The smallest of all owners' holds; without any, what was set before the first.
         """
 
     def rounded_bytes(self, num_bytes: int) -> int:
@@ -168,6 +169,25 @@ def engine_tensors() -> Iterator[None]:
         yield
 
 
+class Caps:
+    """The caps on one device's memory, by owner: streamers may end in any order."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[Hashable, int] = {}
+        self.before: float | None = None  # what was set before there were any, in the allocator's own terms
+
+    def set(self, num_bytes: int | None, owner: Hashable) -> int | None:
+        """Note or forget an owner's cap; returns the one that holds now."""
+        if num_bytes is None:
+            self._bytes.pop(owner, None)
+        else:
+            self._bytes[owner] = num_bytes
+        return min(self._bytes.values(), default=None)
+
+
+_CAPS: dict[int, Caps] = {}  # of the process, by GPU
+
+
 class CudaDevice:
     """One CUDA (or ROCm) GPU.
 
@@ -182,14 +202,14 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(torch_device)
         self._copy_stream = torch.cuda.Stream(torch_device)
         self._cudart: Any = torch.cuda.cudart()
-        self._fraction_before: float | None = None  # the process' own cap, while `set_cap` holds another
 
     def total_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.torch_device)[1])
 
     def free_bytes(self) -> int:
-        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return int(torch.cuda.mem_get_info(self.torch_device)[0]) + cached
+        reserved, allocated = self.reserved_bytes(), self.allocated_bytes()
+        allowed = round(_fraction_now(self.torch_device) * self.total_bytes())
+        return max(0, min(int(torch.cuda.mem_get_info(self.torch_device)[0]) + reserved, allowed) - allocated)
 
     def reserved_bytes(self) -> int:
         return int(torch.cuda.memory_reserved(self.torch_device))
@@ -213,20 +233,22 @@ class CudaDevice:
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return max(int(total) - int(free) - self.reserved_bytes(), 0)
 
-    def set_cap(self, num_bytes: int | None) -> None:
+    def set_cap(self, num_bytes: int | None, owner: Hashable = None) -> None:
         total = int(torch.cuda.get_device_properties(self.torch_device).total_memory)
-        if num_bytes is None:
-            if self._fraction_before is not None:
+        index = torch.cuda.current_device() if self.torch_device.index is None else self.torch_device.index
+        caps = _CAPS.setdefault(index, Caps())
+        least = caps.set(num_bytes, owner)
+        if least is None:
+            if caps.before is not None:
                 # It was read as bytes / total; set as it is, rounding could lose a byte each time.
-                fraction = _fraction(round(self._fraction_before * total), total)
+                fraction = _fraction(round(caps.before * total), total)
                 torch.cuda.set_per_process_memory_fraction(fraction, self.torch_device)
-                self._fraction_before = None
+                caps.before = None
             return
-        if self._fraction_before is None:
-            # Older torch cannot say what was set; 1.0 is what it is unless somebody set it.
-            read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-            self._fraction_before = 1.0 if read is None else float(read(self.torch_device))
-        torch.cuda.set_per_process_memory_fraction(_fraction(num_bytes, total), self.torch_device)
+        if caps.before is None:
+            caps.before = _fraction_now(self.torch_device)
+        least = min(least, round(caps.before * total))  # a limit that the user set holds as well
+        torch.cuda.set_per_process_memory_fraction(_fraction(least, total), self.torch_device)
 
     def rounded_bytes(self, num_bytes: int) -> int:
         # Requests under 10 MiB share segments of 20 MiB, those under 1 MiB of 2 MiB: they may add more, or nothing.
@@ -328,6 +350,12 @@ class CudaDevice:
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
+
+
+def _fraction_now(device: torch.device) -> float:
+    """What the allocator may take. Older torch cannot say; 1.0 is what it is unless somebody set it."""
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if read is None else float(read(device))
 
 
 def _fraction(num_bytes: int, total_bytes: int) -> float:

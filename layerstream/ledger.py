@@ -75,13 +75,13 @@ class Ledger:
         self._device.reset_peaks()
         self._is_open = True
         if self.budget_bytes is not None:
-            self._device.set_cap(self.budget_bytes)
+            self._device.set_cap(self.budget_bytes, owner=self)
 
     def close(self) -> None:
         """Give the allocator back the limit it had; idempotent."""
         if self._is_open:
             self._is_open = False
-            self._device.set_cap(None)
+            self._device.set_cap(None, owner=self)
 
     def components(
         self, components: Sequence[tuple[str, bool]], units: Sequence[UnitSpec], changed: Collection[str]

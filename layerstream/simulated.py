@@ -26,7 +26,7 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from layerstream.blocks import ALIGNMENT_BYTES, align
-from layerstream.device import engine_tensors
+from layerstream.device import Caps, engine_tensors
 from layerstream.errors import TransferError
 
 COPY_STREAM = 0
@@ -181,6 +181,7 @@ class SimulatedDevice:
         self._used_stream: dict[int, SimulatedStream] = {}
         self._activations = _Activations()
         self._foreign_bytes = 0
+        self._caps = Caps()
         self._cap_bytes: int | None = None
         self._peak_bytes = 0
         self._num_ooms = 0
@@ -255,7 +256,7 @@ class SimulatedDevice:
         return self.memory_bytes
 
     def free_bytes(self) -> int:
-        return self.memory_bytes - self.reserved_bytes()
+        return max(0, self._limit_bytes - self.reserved_bytes())
 
     def reserved_bytes(self) -> int:
         with self._lock:
@@ -279,8 +280,8 @@ class SimulatedDevice:
     def context_bytes(self) -> int:
         return 0
 
-    def set_cap(self, num_bytes: int | None) -> None:
-        self._cap_bytes = num_bytes
+    def set_cap(self, num_bytes: int | None, owner: Hashable = None) -> None:
+        self._cap_bytes = self._caps.set(num_bytes, owner)
 
     def rounded_bytes(self, num_bytes: int) -> int:
         return align(num_bytes)
@@ -475,10 +476,14 @@ class SimulatedDevice:
         finally:
             self._thread.is_engine = outer
 
+    @property
+    def _limit_bytes(self) -> int:
+        return self.memory_bytes if self._cap_bytes is None else min(self.memory_bytes, self._cap_bytes)
+
     def _check_room(self, num_bytes: int) -> None:
         """Whether so much more fits, and the peak with it; call under the lock, and take it under the same."""
         taken = self.reserved_bytes()
-        limit = self.memory_bytes if self._cap_bytes is None else min(self.memory_bytes, self._cap_bytes)
+        limit = self._limit_bytes
         if num_bytes and taken + num_bytes > limit:
             self._num_ooms += 1
             kind = "" if limit == self.memory_bytes else f" that the cap allows of {self.memory_bytes}"

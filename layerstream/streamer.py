@@ -701,7 +701,10 @@ class Streamer:
                         wanted.append(unit)
                     if len(wanted) > num_slots or self._stored[unit].num_bytes > transfer.slot_bytes:
                         return  # no room; what comes after must not get ahead of it on the bus
-                slot = transfer.empty_slot(unit) or self._evict_one(keep=wanted)
+                try:
+                    slot = transfer.empty_slot(unit) or self._evict_one(keep=wanted)
+                except BudgetError:
+                    return  # somebody keeps the slot's memory; the unit that needs it will say so
                 if slot is None:
                     return
                 transfer.load(unit, slot)

@@ -84,6 +84,7 @@ def test_a_model_in_a_folder(
     assert "identical images: all 3,072 values, bit for bit" in out
     assert "transformer      SD3Transformer2DModel" in out
     assert "say nothing about a GPU" in out
+    assert "  phase " in out, "the report"
     with Image.open(tmp_path / "demo-tiny-sd3.png") as image:
         assert image.size == (32, 32)
 
@@ -165,7 +166,7 @@ def test_out_of_memory_while_streaming_says_what_to_do(
     code, _, err = run(capsys, "demo", "--model", model, *SMALL, "--skip-resident")
     assert code == 2
     assert "tried to allocate 2 GiB" in err
-    assert "vram_budget limits weights only: give a smaller one." in err
+    assert "Make the image smaller, or free what else is there." in err
 
 
 def test_arguments_that_the_pipeline_does_not_take() -> None:

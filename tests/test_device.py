@@ -48,6 +48,7 @@ class FakeGpu:
         answer("get_per_process_memory_fraction", lambda: int(self.fraction * self.total) / self.total)
         if not can_read_fraction:
             patch.delattr(torch.cuda, "get_per_process_memory_fraction")
+        patch.setattr(device_module, "_CAPS", {})
         patch.setattr(torch.cuda, "Stream", lambda device: None)
         patch.setattr(torch.cuda, "set_per_process_memory_fraction", self.set_fraction)
 
@@ -177,6 +178,27 @@ def test_the_cap_from_before_comes_back(before: float, gpu: FakeGpu) -> None:
     gpu.fraction = 0.9  # the user's, after us
     device.set_cap(None)
     assert gpu.fraction == 0.9
+
+
+def test_the_smallest_cap_of_two_streamers_holds_and_either_may_end_first(gpu: FakeGpu) -> None:
+    gpu.fraction = 0.75
+    before = gpu.allowed
+    for ends_first in ("large", "small"):
+        for owner, cap in (("large", 8 * GIB), ("small", 4 * GIB)):
+            cuda().set_cap(cap, owner)  # each streamer has a device object of its own
+        assert gpu.allowed == 4 * GIB
+        cuda().set_cap(None, ends_first)
+        assert gpu.allowed == (8 * GIB if ends_first == "small" else 4 * GIB)
+        cuda().set_cap(None, "large")
+        cuda().set_cap(None, "small")
+        assert gpu.allowed == before
+
+
+def test_a_limit_that_the_user_set_is_not_raised(gpu: FakeGpu) -> None:
+    gpu.fraction = 2 * GIB / gpu.total
+    device = cuda()
+    device.set_cap(4 * GIB)
+    assert gpu.allowed == 2 * GIB
 
 
 def test_an_older_torch_gets_all_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,9 @@ from layerstream.plan import Plan, next_gib
 from layerstream.stats import PhaseStats, Stats
 from layerstream.tables import table
 
+_LEAST_TOLD_MS = 0.05
+_LEAST_TOLD_SHARE = 0.02
+
 
 def report(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats]) -> str:
     """What happened, phase by phase, under which plan, and what more memory would buy."""
@@ -39,8 +42,26 @@ def report(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats]) -> str:
         )
     headers = ["phase", "passes", "loaded", "stalls", "beside weights", "peak reserved", "predicted pass"]
     lines += ["", *table(headers, rows).splitlines()] if rows else ["nothing has run yet"]
+    lines += [_waits(plan, name, done) for name, done in phases.items() if done.stall_ms >= _LEAST_TOLD_MS]
     gains = next_gib(plan)
     for name, gain_ms in (gains or {}).items():
         if gain_ms >= 0.05:
             lines.append(f"1 GiB more would take {gain_ms:.1f} ms off a pass of `{name}`")
     return "\n".join(lines)
+
+
+def _waits(plan: Plan, name: str, done: PhaseStats) -> str:
+    """Where a phase's compute waited: by stack, and the block that it waited for longest."""
+    units = {unit.index: unit for unit in plan.units}
+    known = {units[index]: ms for index, ms in done.stall_ms_by_unit.items() if index in units}
+    stacks: dict[str, float] = {}
+    for unit, ms in known.items():
+        place = f"{unit.component}.{unit.stack}" if unit.stack else unit.name
+        stacks[place] = stacks.get(place, 0.0) + ms
+    least = max(_LEAST_TOLD_MS, _LEAST_TOLD_SHARE * done.stall_ms)
+    parts = [
+        f"{ms:.1f} ms for `{place}`" for place, ms in sorted(stacks.items(), key=lambda item: -item[1]) if ms >= least
+    ]
+    longest = max(known, key=lambda unit: known[unit], default=None)
+    told = "" if longest is None or len(known) == 1 else f"; longest for `{longest.name}`, {known[longest]:.1f} ms"
+    return f"`{name}` waited {', '.join(parts)}{told}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(slots=True)
@@ -10,6 +10,7 @@ class PhaseStats:
     """What happened in one phase of the calls: counters since the streamer started.
 
     `reserve_bytes` is what the phase takes on the device beside the weights, as last measured; None: not yet.
+    `stall_ms_by_unit` divides `stall_ms` by the unit (its index in the plan) whose load was waited for.
     """
 
     num_passes: int = 0
@@ -17,6 +18,7 @@ class PhaseStats:
     loaded_bytes: int = 0
     num_stalls: int = 0
     stall_ms: float = 0.0
+    stall_ms_by_unit: dict[int, float] = field(default_factory=dict)
     peak_reserved_bytes: int = 0
     peak_weights_bytes: int = 0
     reserve_bytes: int | None = None

@@ -103,7 +103,7 @@ class TransferEngine:
         self._stored = stored
         self._bindings = bindings
         self._stats = stats
-        self._stalls: deque[tuple[Any, PhaseStats]] = deque()
+        self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
         self._staging: _StagingRing | None = None
         self._loaded: dict[int, Slot] = {}  # by the unit they hold
         self.ring: list[Slot] = []
@@ -222,7 +222,7 @@ class TransferEngine:
             if marker is not None:
                 self._stats.num_stalls += 1
                 self.phase.num_stalls += 1
-                self._stalls.append((self._device.end_stall(stream, marker), self.phase))
+                self._stalls.append((self._device.end_stall(stream, marker), self.phase, unit))
             self._count_stalls()
         return slot.views[unit]
 
@@ -290,12 +290,13 @@ class TransferEngine:
     def _count_stalls(self) -> None:
         """Add up the stalls the device has passed; the host never waits for the others."""
         while self._stalls:
-            marker, phase = self._stalls[0]
+            marker, phase, unit = self._stalls[0]
             stall_ms = self._device.stall_ms(marker)
             if stall_ms is None:
                 return
             self._stats.stall_ms += stall_ms
             phase.stall_ms += stall_ms
+            phase.stall_ms_by_unit[unit] = phase.stall_ms_by_unit.get(unit, 0.0) + stall_ms
             self._stalls.popleft()
 
 

@@ -67,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
     add("--seed", type=int, default=0, help="of the image (default: 0)")
     add("--device", help='"cuda:0", or "cpu" for the simulated device (default: the GPU, if there is one)')
-    add("--vram-budget", type=_budget, metavar="SIZE", help='"8GiB", "auto" or "min" (default: a third of the weights\' size)')
+    add(
+        "--vram-budget",
+        type=_budget,
+        metavar="SIZE",
+        help='"8GiB", "auto" or "min" (default: a third of the weights\' size)',
+    )
     add("--skip-resident", action="store_true", help="run streamed only; nothing is compared")
     add("--output", type=_writable, metavar="FILE", help="where to save the image (default: demo-NAME.png)")
     return parser

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -17,7 +18,14 @@ from torch import nn
 
 from layerstream.adapters.registry import adapter_for
 from layerstream.budget import format_bytes, parse_bytes, resolve_budget
-from layerstream.changes import CHANGING_METHODS, READING_METHODS, merging_on, methods_of
+from layerstream.changes import (
+    CHANGING_METHODS,
+    MERGING_METHODS,
+    READING_METHODS,
+    adapter_layers,
+    merging_on,
+    methods_of,
+)
 from layerstream.compiled import uncompiled
 from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import AlreadyOffloadedError, LayerstreamWarning, PipelineError, StreamerStateError
@@ -73,10 +81,11 @@ class LayerStreamer:
             raise StreamerStateError(
                 "offload() without a pipeline is a decorator. Give it one: `with layerstream.offload(pipe):`."
             )
-        if self._streamer is not None:
+        if self.is_active:
             raise StreamerStateError(
                 "this streamer is active already. Leave it (or call close()) before entering again."
             )
+        self.close()  # of what ended by itself
         called = _components(self._pipe)
         components = {name: uncompiled(module) for name, module in called.items()}
         _refuse_active(components)
@@ -105,7 +114,11 @@ class LayerStreamer:
     def _watch(self) -> None:
         """Mark the components as ours, and pause around the calls that change them."""
         self._called = _components(self._pipe)
-        for owner in [self._pipe, *(uncompiled(m) for m in _components(self._pipe).values())]:
+        components = [uncompiled(m) for m in _components(self._pipe).values()]
+        for layer in (layer for component in components for layer in adapter_layers(component)):
+            for name in MERGING_METHODS:
+                self._changes.watch_change(layer, name, self.paused)
+        for owner in [self._pipe, *components]:
             if isinstance(owner, nn.Module):
                 _ACTIVE[owner] = weakref.ref(self)
             if not isinstance(owner, Mapping):
@@ -170,6 +183,7 @@ class LayerStreamer:
         components = [uncompiled(m) for m in _components(self._pipe).values()]
         try:
             with streamer.paused(), merging_on(streamer.device.torch_device, components):
+                self._changes.remove()
                 yield
         finally:
             self._unwatch()
@@ -180,7 +194,8 @@ class LayerStreamer:
 
     @contextlib.contextmanager
     def _paused_if_idle(self) -> Iterator[None]:
-        with self.paused() if self._streamer is not None and self._streamer.is_idle else contextlib.nullcontext():
+        is_idle = self._streamer is not None and self._streamer.is_idle
+        with self.paused() if is_idle else contextlib.nullcontext():
             yield
 
     def __enter__(self) -> LayerStreamer:
@@ -194,7 +209,12 @@ class LayerStreamer:
             refused = self._streamer.explain(exc)
         self.close()
         if refused is not None:
-            raise refused from exc
+            try:
+                # What the call had made goes now: whoever catches the error may want the room for a smaller image.
+                clear_frames(traceback)
+                raise refused from exc
+            finally:
+                del refused, exc, traceback  # this frame is in the error's traceback, and would keep it alive
 
     # ---- as a decorator
 
@@ -250,7 +270,8 @@ class LayerStreamer:
 
     @property
     def is_active(self) -> bool:
-        return self._streamer is not None
+        """Whether it streams. A change of the pipeline that it could not go on with ends that."""
+        return self._streamer is not None and not self._streamer.is_closed
 
     def stats(self) -> Stats:
         """The counters since the last start, as they are now.

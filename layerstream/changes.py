@@ -54,6 +54,16 @@ CHANGING_METHODS = (
 READING_METHODS = ("state_dict",)
 
 
+# Of adapter layers, which another pipeline of the same components calls by itself.
+MERGING_METHODS = ("merge", "unmerge")
+
+
+def adapter_layers(component: nn.Module) -> list[nn.Module]:
+    """The component's modules that peft has put adapters in."""
+    base = _adapter_layer()
+    return [] if base is None else [module for module in component.modules() if isinstance(module, base)]
+
+
 def methods_of(owner: object, names: Sequence[str]) -> list[str]:
     """Those of the methods `names` that `owner` has."""
     return [name for name in names if callable(getattr(type(owner), name, None))]
@@ -62,7 +72,7 @@ def methods_of(owner: object, names: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def merging_on(device: torch.device, components: Collection[nn.Module]) -> Iterator[None]:
     """Let peft merge adapters into the weights of `components` on `device`, one layer at a time."""
-    base = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    base = _adapter_layer()
     if device.type == "cpu" or base is None:
         yield
         return
@@ -86,6 +96,10 @@ def merging_on(device: torch.device, components: Collection[nn.Module]) -> Itera
                     setattr(cls, name, on_device(original))
                     undo.callback(setattr, cls, name, original)
         yield
+
+
+def _adapter_layer() -> type | None:
+    return getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
 
 
 def _subclasses(cls: type) -> Iterator[type]:

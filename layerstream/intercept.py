@@ -66,8 +66,12 @@ class Interception:
             self._compile_undo.append(compiled.keep_eager_around(called, own))
         for modules, enter, leave in ((roots, enter_root, leave_root), (list(blocks), enter_block, leave_block)):
             for module in modules:
-                self._undo.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
-                self._undo.append(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
+                for handle in (
+                    module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+                    module.register_forward_hook(leave, prepend=True, always_call=True),
+                ):
+                    _HOOKS.add(handle.id)
+                    self._undo += [functools.partial(_HOOKS.discard, handle.id), handle.remove]
         compiled.drop_dynamo_caches(self._hooked)
 
     def watch_method(self, listener: Listener, root: nn.Module, name: str) -> None:
@@ -117,14 +121,15 @@ class Interception:
         anew when some of it is cast: pipelines cast single layers of a VAE.
 
         Everything that moves or casts a module goes through `_apply`; here it is met before the first weight is
-        touched. A partial, so that a deep copy of the component guards the copy, which is free to move.
+        touched. Copies of the module, pickled or not, are plain and free to move.
         """
         for path, module in root.named_modules():
             if "_apply" not in module.__dict__:  # else it is part of another component, too
                 name = f"{component}.{path}" if path else component
-                self._undo.append(functools.partial(module.__dict__.pop, "_apply", None))
                 guard = functools.partial(_guarded_apply, module, _Guarded(listener, component, name, device))
-                module.__dict__["_apply"] = guard
+                for own, replacement in {"_apply": guard, "__reduce_ex__": functools.partial(_reduce, module)}.items():
+                    self._undo.append(functools.partial(module.__dict__.pop, own, None))
+                    module.__dict__[own] = replacement
 
     def remove(self) -> None:
         """Take everything off; idempotent."""
@@ -138,6 +143,31 @@ class Interception:
 
 
 _NOT_THERE = object()
+_HOOKS: set[int] = set()  # ids of all hooks that are on modules now; torch numbers them throughout
+_HOOK_DICTS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """What makes a copy of the module, as its class says, without anything of ours."""
+    reduced: Any = type(module).__reduce_ex__(module, protocol)
+    function, arguments, *rest = reduced
+    if rest and isinstance(rest[0], dict):
+        state = {name: value for name, value in rest[0].items() if not _is_ours(value)}
+        for name in _HOOK_DICTS:
+            if _HOOKS & set(state.get(name, ())):
+                state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in _HOOKS)
+        rest[0] = state
+    return function, arguments, *rest
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, functools.partial) and value.func in (_guarded_apply, _reduce, _replaced)
 
 
 class _Around:

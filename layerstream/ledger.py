@@ -12,6 +12,7 @@ The last term is the key's reserve. In steady state nothing is read and nothing 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +30,9 @@ _MARGIN_GRAINS = 8
 # Reserves are rounded up to this part of the budget, so that a few bytes more or less plan nothing anew.
 _QUANTA_PER_BUDGET = 256
 _MOST_QUANTUM_BYTES = 2**26
-# With this part of the budget free nobody watches what others allocate in the middle of a phase.
+# With this part of the budget free, what others allocate in the middle of a phase is looked at every few passes only.
 _AMPLE_SHARE = 8
+_WATCHED_PASSES = 8
 _TRIED = re.compile(r"[Tt]ried to allocate ([0-9.]+ [KMGT]?i?B|[0-9]+ bytes)|([0-9]+ bytes) asked for")
 
 
@@ -63,6 +65,9 @@ class Ledger:
         self._interval_weights: int | None = None  # our weights in the running interval; None: none runs
         self._is_open = False
         self._num_ooms = 0
+        self._is_unchecked = False  # passes have run since `_num_ooms` was read
+        self._num_unwatched = 0  # passes since somebody looked at what others have
+        self._has_new_times = False  # not planned with yet
 
     # ---- from open to close
 
@@ -123,17 +128,19 @@ class Ledger:
             BudgetError: it is known not to fit, whatever else is given up.
         """
         reserve = self._tracker.enter(Key(component, entry, shapes, is_grad))
-        is_like_before = reserve is self._reserve and self.is_settled and not self.has_grown(weights_bytes)
-        if is_like_before and self._plan is not None:
+        is_like_before = reserve is self._reserve and self.is_settled and not self._has_new_times
+        if is_like_before and self._plan is not None and not self.has_grown(weights_bytes):
             # The next token: its shapes have grown, and what is kept for them is enough.
             self.phase_stats.num_passes += 1
             return self._plan.phase_of(component)
+        self._check_passes()
         self.end_interval()
         self._outside_bytes = max(0, self._device.allocated_bytes() - weights_bytes)
         self._merge_partners()
-        self._replan()
+        self._replan(reserve)
         phase_plan = self.plan.phase_of(component)
         self._reserve = reserve
+        self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
         self.phase_stats = self.stats_of.setdefault(phase_plan.phase.name, PhaseStats())
         self.phase_stats.num_passes += 1
         self.phase_stats.reserve_bytes = phase_plan.phase.reserve_bytes
@@ -149,8 +156,13 @@ class Ledger:
         if self.budget_bytes is None or self._plan is None:
             return False
         if self.budget_bytes - self._plan.peak_bytes > self.budget_bytes // _AMPLE_SHARE:
-            return False  # there is room for that, and reading takes time
-        return self._device.allocated_bytes() - weights_bytes > self._outside_bytes
+            self._num_unwatched += 1  # there is room for that, and reading takes time
+            if self._num_unwatched < _WATCHED_PASSES:
+                return False
+        has_grown = self._device.allocated_bytes() - weights_bytes > self._outside_bytes
+        if not has_grown:
+            self._num_unwatched = 0
+        return has_grown
 
     @property
     def is_settled(self) -> bool:
@@ -165,7 +177,6 @@ class Ledger:
         if not self._reserve.is_measured:
             self._device.empty_cache()  # what earlier phases left cached is not this one's
         self._device.reset_peaks()
-        self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
         self._interval_weights = weights_bytes
 
     def look(self) -> int:
@@ -187,7 +198,7 @@ class Ledger:
             margin = _MARGIN_GRAINS * self._grain
             if self.budget_bytes is not None:  # it has just run in what there was
                 margin = min(margin, max(0, self.budget_bytes - weights - self._outside_bytes - over))
-            self._reserve.measured(over + margin)
+            self._reserve.measured(over, margin)
             self.phase_stats.reserve_bytes = self._outside_bytes + over
 
     # ---- time
@@ -207,13 +218,15 @@ class Ledger:
         if self._timed is not None:
             self._timed.compute_ms = dict(compute_ms)
             self._timed = None
+            self._has_new_times = True
 
     # ---- what does not fit
 
     def did_not_fit(self) -> None:
         """The running call ran out of memory: the next like it gets all the room there is."""
+        self.look()
         self._interval_weights = None
-        self._num_ooms = self._device.num_ooms()
+        self._num_ooms, self._is_unchecked = self._device.num_ooms(), False
         if self._reserve is not None:
             self._reserve.forget()
 
@@ -222,12 +235,17 @@ class Ledger:
 
         cuDNN tries its algorithms in turn and takes the next one when there is no room for a workspace.
         """
-        if self._reserve is None or (
-            self.is_settled
-            and self._plan is not None
-            and self._plan.phase_of(self._reserve.key.component).phase.is_repeated
-        ):
+        if self._reserve is None or self._plan is None:
             return
+        # In the steady state of a phase that runs many times that waits for the next component: reading takes time.
+        self._is_unchecked = True
+        if not (self.is_settled and self._plan.phase_of(self._reserve.key.component).phase.is_repeated):
+            self._check_passes()
+
+    def _check_passes(self) -> None:
+        if not self._is_unchecked:
+            return
+        self._is_unchecked = False
         count = self._device.num_ooms()
         if count > self._num_ooms:
             self._num_ooms = count
@@ -241,7 +259,7 @@ class Ledger:
 
     def explain(self, error: BaseException, weights_bytes: int) -> BudgetError:
         """The error for an allocation that was refused."""
-        self._num_ooms = self._device.num_ooms()
+        self._num_ooms, self._is_unchecked = self._device.num_ooms(), False
         tried = _TRIED.search(str(error))
         tried_bytes = parse_bytes((tried.group(1) or tried.group(2)).replace("bytes", "B")) if tried else 0
         size = f" of {format_bytes(tried_bytes)}" if tried_bytes else ""
@@ -276,35 +294,58 @@ class Ledger:
 
     # ---- planning
 
-    def _replan(self) -> None:
+    def _replan(self, reserve: Reserve) -> None:
         phases = self._tracker.phases(self._outside_bytes)
         costs = self._costs()
+        self._has_new_times = False
         if self._plan is not None and costs == self._planned_costs and self._still_holds(self._plan, phases):
             return
-        current = self._tracker.current
-        try:
-            self._plan = self._make([self._rounded(p) for p in phases], costs)
-        except BudgetError:
-            try:
-                self._plan = self._make(phases, costs)
-            except BudgetError:
-                # What another phase took the last time may not be what it takes the next time.
-                self._plan = self._make(
-                    [p if p.components == current else replace(p, reserve_bytes=None) for p in phases], costs
-                )
+        attempts = (
+            [self._rounded(p) for p in phases],
+            phases,
+            # What another phase took the last time may not be what it takes the next time.
+            [self._unknown(p, is_current=False) for p in phases],
+        )
+        for attempt in attempts:
+            with contextlib.suppress(BudgetError):
+                self._plan = self._make(attempt, costs)
+                break
+        else:
+            self._plan = self._make_with_all_the_room(reserve, phases)
         self._planned_costs = costs
         self._stats.num_plans += 1
+
+    def _make_with_all_the_room(self, reserve: Reserve, phases: Sequence[Phase]) -> Plan:
+        """Margins and room to grow are no reason to refuse a call, nor is what a larger call took: only what this one
+        took itself."""
+        if reserve.is_measured and reserve.over_bytes is not None:
+            certain = reserve.over_bytes + self._outside_bytes
+            current = self._tracker.current
+            for phase in phases:
+                if phase.components == current:
+                    units = [u for u in self._units if {u.component, *u.also} & set(phase.components)]
+                    units = [replace(u, component=phase.components[0], also=()) for u in units]
+                    alone = replace(phase, components=phase.components[:1], reserve_bytes=certain)
+                    make_plan(units, [alone], self.budget_bytes, num_slots=self._num_slots, granularity=self._grain)
+        unknown = [self._unknown(self._unknown(p, is_current=False), is_current=True) for p in phases]
+        return self._make(unknown, None)
+
+    def _unknown(self, phase: Phase, *, is_current: bool) -> Phase:
+        """The phase without its reserve, if it is the current one, or if it is another."""
+        is_meant = (phase.components == self._tracker.current) is is_current
+        return replace(phase, reserve_bytes=None) if is_meant else phase
 
     def _still_holds(self, plan: Plan, phases: Sequence[Phase]) -> bool:
         """Whether a plan was made for these reserves, or for little more."""
         old = [p.phase for p in plan.phases]
         if [p.components for p in old] != [p.components for p in phases]:
             return False
-        for before, now in zip(old, phases, strict=True):
-            if before.reserve_bytes is None or now.reserve_bytes is None:
+        needed = self._tracker.needed_bytes(self._outside_bytes)
+        for before, now, least in zip(old, phases, needed, strict=True):
+            if before.reserve_bytes is None or now.reserve_bytes is None or least is None:
                 if before.reserve_bytes is not now.reserve_bytes:
                     return False
-            elif not before.reserve_bytes - 4 * self._quantum <= now.reserve_bytes <= before.reserve_bytes:
+            elif not (least <= before.reserve_bytes and before.reserve_bytes - 4 * self._quantum <= now.reserve_bytes):
                 return False
         return True
 

@@ -11,7 +11,7 @@ token stay one key, which is measured again when they have grown by a quarter.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layerstream.plan import Phase
@@ -61,13 +61,14 @@ class Key:
         )
 
     def is_a_token_after(self, other: Key) -> bool:
-        """Alike, and one longer in some dimensions: the next step of a token loop."""
+        """Alike, one longer in some dimensions, and little larger: the next step of a token loop, no second image."""
         steps = [
             a - b
             for mine, its in zip(self.shapes, other.shapes, strict=False)
             for a, b in zip(mine[1], its[1], strict=False)
         ]
-        return self.is_alike(other) and bool(steps) and set(steps) <= {0, 1} and 1 in steps
+        is_a_step = self.is_alike(other) and set(steps) <= {0, 1} and 1 in steps
+        return is_a_step and self.num_elements <= GROWTH * other.num_elements
 
 
 @dataclass(eq=False)
@@ -77,6 +78,7 @@ class Reserve:
     Attributes:
         key: the shapes it was measured with.
         over_bytes: reserved bytes beyond our weights and beyond what was allocated when it began; None: unknown.
+        margin_bytes: kept beside that where there is room, since the allocator may cut its memory otherwise.
         is_measured: `over_bytes` is this key's own, not borrowed from a larger one.
         is_growing: its shapes grow token by token, so a quarter more is kept for it.
         num_missing: measurements until it is known. One is not enough: attention takes another way when a mask has
@@ -86,6 +88,7 @@ class Reserve:
 
     key: Key
     over_bytes: int | None = None
+    margin_bytes: int = 0
     is_measured: bool = False
     is_growing: bool = False
     num_missing: int = 1
@@ -96,19 +99,30 @@ class Reserve:
         """What a plan keeps free for it and for what others have. What a loop keeps of its tokens grows with it."""
         if self.over_bytes is None:
             return None
-        kept = self.over_bytes + outside_bytes
+        kept = self.over_bytes + self.margin_bytes + outside_bytes
         return int(GROWTH * kept) if self.is_growing else kept
 
-    def measured(self, over_bytes: int) -> None:
-        """It took so much: the larger of two measurements counts."""
+    def needed_bytes(self, outside_bytes: int) -> int | None:
+        """With what an older plan still holds, when others have more: the room for tokens is there to be filled."""
+        if self.over_bytes is None:
+            return None
+        own = self.over_bytes + self.margin_bytes
+        return (int(GROWTH * own) if self.is_growing else own) + outside_bytes
+
+    def measured(self, over_bytes: int, margin_bytes: int = 0) -> None:
+        """It took so much: the larger of two measurements counts, and one above what was borrowed counts at once."""
         self._most_bytes = max(self._most_bytes, over_bytes)
+        self.margin_bytes = margin_bytes
         self.num_missing -= 1
         if self.num_missing <= 0:
             self.over_bytes, self.is_measured = self._most_bytes, True
+        elif self.over_bytes is not None:
+            self.over_bytes = max(self.over_bytes, self._most_bytes)
 
     def forget(self) -> None:
         """It did not fit: the next time it gets all the room there is."""
         self.over_bytes, self.is_measured, self.num_missing, self._most_bytes = None, False, 1, 0
+        self.margin_bytes = 0
 
 
 class PhaseTracker:
@@ -151,19 +165,20 @@ class PhaseTracker:
         Args:
             outside_bytes: what others than our weights have allocated on the device when the phase begins.
         """
-        found = []
-        for group in dict.fromkeys(self._groups.values()):
-            kept = [r.kept_bytes(outside_bytes) for r in self._expected(group)]
-            known = [b for b in kept if b is not None]
-            reserve = max(known) if known and len(known) == len(kept) else None
-            found.append(Phase(group, any(self._is_repeated[c] for c in group), reserve))
-        return tuple(found)
+        return tuple(
+            Phase(group, any(self._is_repeated[c] for c in group), _most(r.kept_bytes(outside_bytes) for r in expected))
+            for group, expected in self._all_expected()
+        )
+
+    def needed_bytes(self, outside_bytes: int) -> tuple[int | None, ...]:
+        """What each of `phases` takes, without the room that a plan keeps for tokens to come."""
+        return tuple(_most(r.needed_bytes(outside_bytes) for r in expected) for _, expected in self._all_expected())
 
     def compute_ms(self) -> Mapping[int, float]:
         """Measured compute by unit index, of the keys that are expected in each phase."""
         found: dict[int, float] = {}
-        for group in dict.fromkeys(self._groups.values()):
-            for reserve in self._expected(group):
+        for _, expected in self._all_expected():
+            for reserve in expected:
                 for unit, ms in reserve.compute_ms.items():
                     found[unit] = max(ms, found.get(unit, 0.0))
         return found
@@ -198,6 +213,9 @@ class PhaseTracker:
         return new
 
     # ---- inside
+
+    def _all_expected(self) -> list[tuple[tuple[str, ...], list[Reserve]]]:
+        return [(group, self._expected(group)) for group in dict.fromkeys(self._groups.values())]
 
     def _expected(self, group: tuple[str, ...]) -> list[Reserve]:
         """The reserves that count: of the present run, and of the last one if this one began like it."""
@@ -235,6 +253,13 @@ class PhaseTracker:
             self._reserves.pop(next(iter(self._reserves)))
         self._reserves[key] = reserve
         return reserve
+
+
+def _most(amounts: Iterable[int | None]) -> int | None:
+    """The largest; None if there is none, or one is not known."""
+    found = list(amounts)
+    known = [amount for amount in found if amount is not None]
+    return max(known) if known and len(known) == len(found) else None
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -120,6 +120,7 @@ class Streamer:
         self._in_method: int | None = None  # the id of a component whose method runs
         self._timing: dict[int, Any] | None = None  # unit -> mark, while a pass is timed
         self._timed: list[tuple[int, Any, Any]] = []
+        self._cast_inside: set[str] = set()  # components of which a running call has cast something
         # Units whose weights autograd may have saved; it must find out that they are gone.
         self._seen_grad: set[int] = set()
         # Touches may come from any thread, hooks from one; both end here.
@@ -191,27 +192,32 @@ class Streamer:
             StreamerStateError: a call is running.
         """
         with self._mutex:
-            if self.is_paused:  # the outer one resumes
+            if self.is_paused or self.is_closed:  # the outer one resumes
                 yield
                 return
             self._calls.check_thread()
-            if not self._calls.is_idle:
+            if not self._is_outermost():
                 raise StreamerStateError(
                     "a component is in the middle of its forward: weights cannot be changed or handed back now. Do it "
                     "between two calls."
                 )
             taken = [a for a in self._attachments if component is None or component in a.names]
             names = {name for a in taken for name in a.names}
-            with engine_tensors(), contextlib.ExitStack() as afterwards:
-                self._ledger.end_interval()
-                self._detach(taken, functools.partial(_attempt, afterwards))
+            try:
+                with engine_tensors(), contextlib.ExitStack() as afterwards:
+                    self._ledger.end_interval()
+                    self._detach(taken, functools.partial(_attempt, afterwards))
+            except BaseException:
+                self.close()
+                raise
             self._begun = self._applied = None
             self.is_paused = True
             try:
                 yield
             finally:
                 self.is_paused = False
-                self._resume(names, component is None)
+                if not self.is_closed:
+                    self._resume(names, component is None)
 
     def _resume(self, names: set[str], is_all: bool) -> None:
         """Attach what was detached for a pause, as it is now; where that fails, nothing stays streamed."""
@@ -420,6 +426,8 @@ class Streamer:
         if self._transfer.extra:  # what the plan has no room for
             with engine_tensors():
                 self._drop_extra_slots(held=[])
+        if self._cast_inside:
+            self._lay_out_what_was_cast()
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         is_known = begun == self._begun and self._ledger.is_settled and not self._timed
         if is_known and not self._ledger.has_grown(self._transfer.weights_bytes):
@@ -651,8 +659,24 @@ class Streamer:
                 self._use(units, is_touch=True, is_grad=is_grad)
 
     def changing(self, component: str) -> contextlib.AbstractContextManager[None]:
-        """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards."""
-        return self.paused(component)
+        """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards.
+
+        In the middle of a call it is cast where it is (layerwise casting keeps layers in 8 bits, and casts each while
+        it runs), and laid out anew before the next call if it stayed so.
+        """
+        if self._is_outermost():
+            return self.paused(component)
+        self._cast_inside.add(component)
+        return contextlib.nullcontext()
+
+    def _lay_out_what_was_cast(self) -> None:
+        """What calls cast while they ran and left so."""
+        cast, self._cast_inside = self._cast_inside, set()
+        for component in cast:
+            bindings = [self._bindings[i] for i in self._attachment_of[component].units if self._bindings[i].is_present]
+            if any(b.tensor.dtype != b.dtype for binding in bindings for b in binding.tensors):
+                with self.paused(component):
+                    pass
 
     # ---- up and down
 

@@ -126,3 +126,47 @@ def assert_equal(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
     for number, (a, b) in enumerate(zip(outputs, expected, strict=True)):
         assert not torch.isnan(b).any()
         assert torch.equal(a, b), f"output {number} differs"
+
+
+class SizedBlock(nn.Module):
+    def __init__(self, device: SimulatedDevice, num_bytes: int, ms: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_bytes // 4))
+        self.device = device
+        self.ms = ms
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.device.compute(self.ms)
+        return x
+
+
+class Sized(nn.Module):
+    """Blocks of so many bytes that take so much simulated time and memory, so that numbers come out even.
+
+    Args:
+        sizes: bytes of each block, multiples of 256; outside of its blocks it has 256 bytes.
+        ms: of each block's compute.
+        takes: bytes that a pass has on the device beside the weights, by its input; seen under `device.accounting()`.
+    """
+
+    def __init__(
+        self,
+        device: SimulatedDevice,
+        sizes: Sequence[int],
+        *,
+        ms: Sequence[float] | None = None,
+        takes: Callable[[torch.Tensor], int] = lambda x: 0,
+    ) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.zeros(64))
+        self.blocks = nn.ModuleList(
+            SizedBlock(device, size, time) for size, time in zip(sizes, ms or [1.0] * len(sizes), strict=True)
+        )
+        self.takes = takes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scratch = torch.empty(self.takes(x), dtype=torch.uint8)
+        for block in self.blocks:
+            x = block(x)
+        del scratch
+        return x

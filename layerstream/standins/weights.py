@@ -148,6 +148,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Let this thread's `fill_normal_` do nothing, for weights that come from elsewhere: no page of what is built has
+    been touched then."""
+    before = getattr(_skipping, "is_unfilled", False)
+    _skipping.is_unfilled = True
+    try:
+        yield
+    finally:
+        _skipping.is_unfilled = before
+
+
 @torch.no_grad()
 def fill_normal_(
     module: nn.Module, *, std: float = 0.02, seed: int = 0, pool_device: torch.device | str | None = None
@@ -165,6 +177,8 @@ def fill_normal_(
         pool_device: Where values are drawn for parameters on the CPU. "cuda" draws a larger pool in less time; it is
             then copied to the host once, and each parameter is filled from there.
     """
+    if getattr(_skipping, "is_unfilled", False):
+        return
     pools: dict[tuple[torch.device, torch.dtype], _Pool] = {}
     generators: dict[torch.device, torch.Generator] = {}
     wanted = sum(p.numel() for p in module.parameters() if p.ndim >= 2)

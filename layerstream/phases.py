@@ -18,6 +18,8 @@ from layerstream.plan import Phase
 
 Shapes = tuple[tuple[Hashable, tuple[int, ...]], ...]  # (dtype, shape) of every tensor passed
 
+# The entry of a component whose weights are read while nothing runs. What that takes says nothing of what follows.
+READ = "(weights)"
 GROWTH = 1.25
 # A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
 _MOST_PASSES_PER_TURN = 4
@@ -229,6 +231,9 @@ class PhaseTracker:
             self._turns = [*self._turns[-11:], (component, 1)]
 
     def _reserve(self, key: Key) -> Reserve:
+        if key.entry == READ:  # a call of the component is to follow, perhaps of a part that nobody knows of
+            measured = [r for k, r in self._reserves.items() if k.component == key.component and r.is_measured]
+            return max(measured, key=lambda r: r.over_bytes or 0, default=Reserve(key, num_missing=_MOST_KEYS))
         known = self._reserves.get(key)
         entry = (key.component, key.entry)
         last_key, self._last_key[entry] = self._last_key.get(entry), key

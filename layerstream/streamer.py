@@ -41,6 +41,7 @@ from layerstream.host_store import HostStore, StoredUnit
 from layerstream.intercept import Interception
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
+from layerstream.phases import READ
 from layerstream.plan import PhasePlan, Plan
 from layerstream.stats import PhaseStats, Stats
 from layerstream.transfer import Slot, TransferEngine
@@ -48,8 +49,6 @@ from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, divi
 
 # Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
 _OWN_AHEAD = 8
-# The entry point of a component whose weights are read while nothing runs.
-_TOUCH = "(weights)"
 
 Describe = Callable[[], Sequence[ComponentLayout]]
 
@@ -114,12 +113,14 @@ class Streamer:
         self._transfer = TransferEngine(device, self._stored, self._bindings, self.stats)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._calls = RunningCalls()
+        self._stacks: list[tuple[list[int], bool]] = []
         self._order = OrderLearner([])
         self._applied: PhasePlan | None = None
         self._begun: tuple[object, ...] | None = None  # how the last outermost call entered
         self._in_method: int | None = None  # the id of a component whose method runs
         self._timing: dict[int, Any] | None = None  # unit -> mark, while a pass is timed
         self._timed: list[tuple[int, Any, Any]] = []
+        self._cloned: set[int] = set()  # units that were read between calls, and are in memory of their own
         self._cast_inside: set[str] = set()  # components of which a running call has cast something
         # Units whose weights autograd may have saved; it must find out that they are gone.
         self._seen_grad: set[int] = set()
@@ -275,7 +276,9 @@ class Streamer:
         blocks = {
             layout.name: [s.index for s in specs if s.component == layout.name and s.is_block] for layout in layouts
         }
-        self._order = OrderLearner([(blocks[c.name], c.is_repeated) for c in layouts if blocks[c.name]])
+        stacks = [(blocks[c.name], c.is_repeated) for c in layouts if blocks[c.name]]
+        if stacks != self._stacks:  # what was only cast is used in the same order
+            self._stacks, self._order = stacks, OrderLearner(stacks)
         self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, changed)
         self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attachments)
         self._count_placements()
@@ -423,9 +426,14 @@ class Streamer:
 
     def _begin(self, component: str, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_grad: bool) -> None:
         """A component is entered from outside: make its phase the current one, and its base present."""
-        if self._transfer.extra:  # what the plan has no room for
+        if self._transfer.extra or self._cloned:  # what the plan has no room for
             with engine_tensors():
                 self._drop_extra_slots(held=[])
+                for unit in list(self._cloned):
+                    slot = self._transfer.slot_of(unit)
+                    if slot is not None:
+                        self._evict(slot)
+                self._cloned.clear()
         if self._cast_inside:
             self._lay_out_what_was_cast()
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
@@ -459,7 +467,7 @@ class Streamer:
         its phase, because a VAE and a denoiser may not fit beside each other."""
         for component in dict.fromkeys(self._units[unit].spec.component for unit in units):
             if self._applied is None or component not in self._applied.phase.components:
-                self._begin(component, _TOUCH, (), {}, is_grad)
+                self._begin(component, READ, (), {}, is_grad)
 
     def _apply(self, phase_plan: PhasePlan) -> None:
         """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
@@ -699,8 +707,10 @@ class Streamer:
             if not self._units[unit].binding.is_present:
                 # Code outside a call may keep, save or pickle what it sees (`state_dict`), which wants weights in
                 # storages of their own, as a resident model has them. Inside a call the slot is what is there for it.
-                is_outside = is_touch and self._is_outermost()
-                self._units[unit].binding.present([v.clone() for v in views] if is_outside else views)
+                if is_touch and self._is_outermost():
+                    views = [v.clone() for v in views]
+                    self._cloned.add(unit)
+                self._units[unit].binding.present(views)
             if is_grad and not is_touch:
                 self._seen_grad.add(unit)
 
@@ -743,18 +753,25 @@ class Streamer:
         return slot or self._add_extra(unit, held)
 
     def _add_extra(self, unit: int, held: Sequence[int]) -> Slot:
-        """A slot beyond the plan; where there is no memory for it, other phases' units give theirs."""
-        try:
-            return self._transfer.add_extra(unit)
-        except torch.OutOfMemoryError:
-            phase = self._applied
-            for other in list(self._transfer.own):
-                if other not in held and (phase is None or other not in phase.resident):
-                    self._give_up(other)
-            self._applied = None  # the next entry lays out anew
-            self._device.empty_cache()
-            slot: Slot = self._allocating(functools.partial(self._transfer.add_extra, unit))
-            return slot
+        """A slot beyond the plan. Residents pay for it, since activations were given what the plan leaves: first those of
+        other phases, then what is needed last."""
+        transfer, phase = self._transfer, self._applied
+        if phase is not None and self.stats.budget_bytes:
+            taken = transfer.weights_bytes + self._device.rounded_bytes(self._stored[unit].num_bytes)
+            ahead = self._order.predict(len(self._units))
+            soon = {unit: position for position, unit in reversed(list(enumerate(ahead)))}
+            payers = [u for u in transfer.own if u not in held and u != unit]
+            payers.sort(key=lambda u: (u in phase.resident, self._units[u].spec.is_block, -soon.get(u, len(ahead))))
+            for payer in payers:
+                if taken <= phase.weights_bytes:
+                    break
+                if payer in phase.resident and not self._units[payer].spec.is_block:
+                    continue  # the base of what runs
+                taken -= self._device.rounded_bytes(self._stored[payer].num_bytes)
+                self._give_up(payer)
+                self._begun = self._applied = None  # the next call lays out anew
+        slot: Slot = self._allocating(functools.partial(transfer.add_extra, unit))
+        return slot
 
     def _evict_one(self, keep: Sequence[int]) -> Slot | None:
         """Free the slot of the ring whose unit is needed last; None if all are to be kept."""
@@ -776,6 +793,7 @@ class Streamer:
         was_grad = unit in self._seen_grad or is_own
         if binding.is_present:
             self._write_back(unit, may_replace=False)
+            self._cloned.discard(unit)
             if was_grad:
                 binding.forbid_backward()
             self._forget_autocast()

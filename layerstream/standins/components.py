@@ -95,20 +95,23 @@ def llama_encoder(*, hidden: int, layers: int) -> Any:
     return transformers.LlamaModel(transformers.LlamaConfig(**_letter_decoder_options(hidden=hidden, layers=layers)))
 
 
-def qwen3_encoder(*, hidden: int, layers: int) -> Any:
-    """Return a Qwen3Model: grouped attention of two heads on one, a norm on queries and keys."""
-    return transformers.Qwen3Model(
-        transformers.Qwen3Config(
-            vocab_size=QWEN_VOCAB_SIZE,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=hidden // 2,
-            max_position_embeddings=4096,
-        )
+def qwen3_encoder(*, hidden: int, layers: int, with_head: bool = False) -> Any:
+    """Return a Qwen3Model: grouped attention of two heads on one, a norm on queries and keys.
+
+    With `with_head` it is a Qwen3ForCausalLM whose head is tied to its embedding, as in the small real ones.
+    """
+    config = transformers.Qwen3Config(
+        vocab_size=QWEN_VOCAB_SIZE,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=hidden // 2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=with_head,
     )
+    return transformers.Qwen3ForCausalLM(config) if with_head else transformers.Qwen3Model(config)
 
 
 def qwen25_vl_encoder(*, hidden: int, layers: int, vision_layers: int) -> Any:
@@ -149,6 +152,42 @@ def qwen25_vl_encoder(*, hidden: int, layers: int, vision_layers: int) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **special)
     )
+
+
+def qwen3_vl_encoder(*, hidden: int, layers: int, vision_layers: int) -> Any:
+    """Return a Qwen3VLModel: its vision tower hands features to the first layers of the text, and it has no head."""
+    head = hidden // 2
+    text = {
+        "vocab_size": QWEN_VOCAB_SIZE,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": head,
+        "max_position_embeddings": 4096,
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": _three_parts(head // 2)},
+        "pad_token_id": 256,
+    }
+    vision = {
+        "depth": vision_layers,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_heads": 2,
+        "out_hidden_size": hidden,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = transformers.Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        vision_start_token_id=259,
+        vision_end_token_id=260,
+        image_token_id=262,
+        video_token_id=263,
+    )
+    return transformers.Qwen3VLModel(config)
 
 
 def _three_parts(half: int) -> list[int]:

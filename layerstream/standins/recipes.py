@@ -4,9 +4,11 @@ The weights are larger than in a trained model (`TINY_STD`): with few channels a
 encoder would fade below the rounding of the output, and a test that compares outputs would miss a wrong weight there.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ BLOCKS = 4  # of every stack of a denoiser
 SIDE = 32  # pixels of every image and frame
 PROMPT = "a red fox in the snow"
 NEGATIVE_PROMPT = "blurry"
+
+_REPLACING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,19 @@ def pil_picture(*, height: int = SIDE, width: int = SIDE) -> Any:
 
     values = picture(height=height, width=width)[0].mul(255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+
+
+@contextmanager
+def replaced(module_name: str, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Let a global of a module be what `make` returns for it, where a pipeline has it as a constant in its source.
+
+    One call at a time.
+    """
+    module = import_module(module_name)
+    with _REPLACING:
+        kept = getattr(module, name)
+        setattr(module, name, make(kept))
+        try:
+            yield
+        finally:
+            setattr(module, name, kept)

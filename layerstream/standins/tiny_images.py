@@ -1,26 +1,24 @@
-"""Tiny image pipelines whose denoiser attends to text and image jointly: Stable Diffusion 3, Flux, Qwen-Image."""
+"""Tiny image pipelines whose denoiser attends to text and image jointly: SD 3, Flux 1 and 2, Qwen-Image, Ideogram 4."""
 
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from contextlib import AbstractContextManager
 from typing import Any
+
+import torch
 
 from layerstream.standins.components import (
     clip_text_encoder,
     flow_scheduler,
     image_vae,
     qwen3_encoder,
+    qwen3_vl_encoder,
     qwen25_vl_encoder,
     t5_encoder,
     video_vae_options,
 )
 from layerstream.standins.libraries import diffusers
-from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe, picture, pil_picture
+from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, SIDE, Recipe, picture, pil_picture, replaced
 from layerstream.standins.tokenizers import clip_tokenizer, qwen_tokenizer, qwen_vl_processor, t5_tokenizer
-
-_REFERENCE_LOCK = threading.Lock()
 
 
 def _sd3() -> dict[str, Any]:
@@ -134,21 +132,92 @@ def _qwen_image_edit() -> dict[str, Any]:
     return {**_qwen_image(), "processor": qwen_vl_processor(qwen_tokenizer(), image_pixels=32 * 32)}
 
 
-@contextmanager
-def _small_reference() -> Iterator[None]:
+def _flux2_vae() -> Any:
+    """Return an AutoencoderKLFlux2, whose batch norm is never called: pipelines read its statistics."""
+    widths = (8, 8, 16)
+    return diffusers.AutoencoderKLFlux2(
+        latent_channels=8,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=SIDE,
+    )
+
+
+@torch.no_grad()
+def _spread_statistics(parts: dict[str, Any]) -> None:
+    """Let the statistics of `_flux2_vae` differ by channel: as built they are zeros and ones."""
+    norm = parts["vae"].bn
+    norm.running_mean.copy_(torch.linspace(-0.3, 0.3, norm.num_features))
+    norm.running_var.copy_(torch.linspace(0.5, 1.5, norm.num_features))
+
+
+def _flux2_klein() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.Flux2Transformer2DModel(
+            in_channels=32,
+            num_layers=BLOCKS,
+            num_single_layers=BLOCKS,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * HIDDEN,  # the states of three layers side by side
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        "scheduler": flow_scheduler(by_size=True),
+        "vae": _flux2_vae(),
+        "text_encoder": qwen3_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, with_head=True),
+        "tokenizer": qwen_tokenizer(),
+    }
+
+
+def _ideogram4() -> dict[str, Any]:
+    def denoiser() -> Any:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=32,
+            num_layers=BLOCKS,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=64,
+            adaln_dim=16,
+            llm_features_dim=ENCODER_LAYERS * HIDDEN,
+            mrope_section=(4, 2, 2),
+        )
+
+    return {
+        "transformer": denoiser(),
+        # The other half of guidance has a network of its own, which sees no text.
+        "unconditional_transformer": denoiser(),
+        "scheduler": flow_scheduler(shift=1.0),
+        "vae": _flux2_vae(),
+        "text_encoder": qwen3_vl_encoder(hidden=HIDDEN, layers=ENCODER_LAYERS, vision_layers=ENCODER_LAYERS),
+        "tokenizer": qwen_tokenizer(),
+    }
+
+
+def _few_layers() -> AbstractContextManager[None]:
+    """Let Ideogram4Pipeline take the states of every layer of a short text encoder: it names 13 of 36 in its source."""
+    return replaced(
+        "diffusers.pipelines.ideogram4.pipeline_ideogram4",
+        "QWEN3_VL_ACTIVATION_LAYERS",
+        lambda kept: tuple(range(ENCODER_LAYERS)),
+    )
+
+
+def _small_reference() -> AbstractContextManager[None]:
     """Let QwenImageEditPipeline work on an image of 64 x 64 pixels.
 
     It would enlarge any image to the area of 1024 x 1024, which stands in its source, and spend its time on those 4096
-    tokens. One call at a time.
+    tokens.
     """
-    module: Any = import_module("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit")
-    with _REFERENCE_LOCK:
-        kept = module.calculate_dimensions
-        module.calculate_dimensions = lambda area, ratio: kept(64 * 64, ratio)
-        try:
-            yield
-        finally:
-            module.calculate_dimensions = kept
+    return replaced(
+        "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit",
+        "calculate_dimensions",
+        lambda kept: lambda area, ratio: kept(64 * 64, ratio),
+    )
 
 
 # Guidance is on in each: SD3 batches both halves, the others run the denoiser twice per step.
@@ -171,5 +240,23 @@ IMAGE_RECIPES = {
         {"true_cfg_scale": 4.0},
         inputs=lambda: {"image": pil_picture()},
         around=_small_reference,
+    ),
+    # An image to edit is encoded first, and the statistics of the VAE are read then, too.
+    "flux2_klein": Recipe(
+        "Flux2KleinPipeline",
+        _flux2_klein,
+        {"guidance_scale": 4.0, "max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)},
+        inputs=lambda: {"image": pil_picture(height=64, width=64)},  # the least that it takes
+        without=("negative_prompt",),
+        adjust=_spread_statistics,
+    ),
+    # Calls the layers of its text encoder one by one, and not the encoder.
+    "ideogram4": Recipe(
+        "Ideogram4Pipeline",
+        _ideogram4,
+        {"guidance_scale": 4.0, "guidance_schedule": None, "max_sequence_length": 80},
+        without=("negative_prompt",),
+        around=_few_layers,
+        adjust=_spread_statistics,
     ),
 }

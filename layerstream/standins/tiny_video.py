@@ -1,17 +1,19 @@
-"""Tiny video pipelines: Wan 2.2, HunyuanVideo, LTX-Video, CogVideoX and Kandinsky 5."""
+"""Tiny video pipelines: Wan 2.2 and VACE, HunyuanVideo, LTX-Video, CogVideoX, Kandinsky 5 and Latte."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from layerstream.standins.components import (
     clip_text_encoder,
     flow_scheduler,
+    image_vae,
     llama_encoder,
     qwen25_vl_encoder,
     t5_encoder,
     video_vae_options,
 )
 from layerstream.standins.libraries import Library, diffusers
-from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, PROMPT, Recipe
+from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, PROMPT, Recipe, pil_picture, replaced
 from layerstream.standins.tokenizers import (
     clip_tokenizer,
     letter_tokenizer,
@@ -21,37 +23,93 @@ from layerstream.standins.tokenizers import (
 )
 
 
-def _wan22() -> dict[str, Any]:
+def _wan_parts() -> dict[str, Any]:
+    """Return what Wan's pipelines have beside their denoisers."""
     try:
         Library("diffusers.pipelines.wan.pipeline_wan").prompt_clean(PROMPT)
     except NameError as error:  # diffusers before 0.36 calls ftfy without having imported it
         raise ImportError("WanPipeline of this diffusers needs the package ftfy", name="ftfy") from error
-
-    def denoiser() -> Any:
-        return diffusers.WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            in_channels=16,
-            out_channels=16,
-            num_layers=BLOCKS,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            text_dim=HIDDEN,
-            freq_dim=32,
-            ffn_dim=64,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            rope_max_seq_len=32,
-        )
-
     return {
-        "transformer": denoiser(),
-        "transformer_2": denoiser(),
-        "boundary_ratio": 0.875,
         "scheduler": diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         "vae": diffusers.AutoencoderKLWan(**video_vae_options(width=8)),
         "text_encoder": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS, per_layer_bias=True),
+        "tokenizer": t5_tokenizer(),
+    }
+
+
+def _wan_denoiser_options(*, layers: int) -> dict[str, Any]:
+    return {
+        "patch_size": (1, 2, 2),
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": layers,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "text_dim": HIDDEN,
+        "freq_dim": 32,
+        "ffn_dim": 64,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 32,
+    }
+
+
+def _wan22() -> dict[str, Any]:
+    parts = _wan_parts()
+    return {
+        "transformer": diffusers.WanTransformer3DModel(**_wan_denoiser_options(layers=BLOCKS)),
+        "transformer_2": diffusers.WanTransformer3DModel(**_wan_denoiser_options(layers=BLOCKS)),
+        "boundary_ratio": 0.875,
+        **parts,
+    }
+
+
+def _wan_vace() -> dict[str, Any]:
+    parts = _wan_parts()
+    return {
+        # All of `vace_blocks` run first, though defined last; each gives a hint to every other block.
+        "transformer": diffusers.WanVACETransformer3DModel(
+            **_wan_denoiser_options(layers=2 * BLOCKS),
+            vace_layers=list(range(0, 2 * BLOCKS, 2)),
+            vace_in_channels=2 * 16 + 8 * 8,  # what is to stay and to change, and a mask of a latent's pixels
+        ),
+        **parts,
+    }
+
+
+def _clean_prompts() -> AbstractContextManager[None]:
+    """Let WanVACEPipeline clean its prompt as WanPipeline does: its own way needs the package ftfy."""
+    clean = Library("diffusers.pipelines.wan.pipeline_wan").prompt_clean
+    return replaced("diffusers.pipelines.wan.pipeline_wan_vace", "prompt_clean", lambda kept: clean)
+
+
+def _latte() -> dict[str, Any]:
+    return {
+        # A block that attends within a frame and one that attends over the frames take turns.
+        "transformer": diffusers.LatteTransformer3DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=BLOCKS,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            caption_channels=HIDDEN,
+            video_length=4,
+            attention_bias=True,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+        ),
+        "scheduler": diffusers.DDIMScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False
+        ),
+        "vae": image_vae(widths=(8, 8, 16), latent=4),
+        "text_encoder": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS),
         "tokenizer": t5_tokenizer(),
     }
 
@@ -180,6 +238,14 @@ def _kandinsky5() -> dict[str, Any]:
 
 VIDEO_RECIPES = {
     "wan22": Recipe("WanPipeline", _wan22, {"guidance_scale": 4.0, "num_frames": 5, "max_sequence_length": 32}),
+    # A reference image and a video to change, so that the VAE encodes three times.
+    "wan_vace": Recipe(
+        "WanVACEPipeline",
+        _wan_vace,
+        {"guidance_scale": 4.0, "num_frames": 5, "max_sequence_length": 32},
+        inputs=lambda: {"video": [pil_picture()] * 5, "reference_images": [pil_picture()]},
+        around=_clean_prompts,
+    ),
     # Its own template would be some four hundred letters; the start token and "Describe: " are cut off again.
     "hunyuan_video": Recipe(
         "HunyuanVideoPipeline",
@@ -198,6 +264,12 @@ VIDEO_RECIPES = {
         _cogvideox,
         {"guidance_scale": 6.0, "num_frames": 9, "max_sequence_length": 32},
         stds={"vae": 0.1},
+    ),
+    # Decodes two frames at a time. Cleaning the caption would want two more packages.
+    "latte": Recipe(
+        "LattePipeline",
+        _latte,
+        {"guidance_scale": 5.0, "video_length": 4, "decode_chunk_size": 2, "clean_caption": False},
     ),
     # Its template alone is more than the 512 tokens that it keeps by default, a token per byte here.
     "kandinsky5": Recipe(

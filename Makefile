@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types slow gpu-test clean
+.PHONY: help demo test lint types slow gpu-test bench bench-plots clean
 
 help:
 	@echo "make demo      run a stand-in pipeline resident and streamed, compare the images (ARGS=... for options)"
@@ -16,6 +16,8 @@ help:
 	@echo "make types     mypy, strict"
 	@echo "make slow      the long tests: examples, the stand-in demo, a wheel, sweeps"
 	@echo "make gpu-test  the tests that need a CUDA GPU"
+	@echo "make bench     the benchmark harness (ARGS='run --case ovis', 'suite NAME', 'list')"
+	@echo "make bench-plots  pictures and the README's table from benchmarks/results"
 	@echo "make clean     remove the virtual environment and caches"
 
 # Made again when what it installs has changed. pip and setuptools come first, because the pins are theirs too.
@@ -45,6 +47,12 @@ slow: $(INSTALLED)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-plots: $(INSTALLED)
+	$(BIN)/python -m benchmarks plots
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-*.png

@@ -10,7 +10,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +21,42 @@ import layerstream
 
 Record = dict[str, Any]
 
+# Fields that say where and when, which all records of one run have in common.
+FACTS = ("gpu", "link_gb_per_s", "machine", "versions", "commit", "date")
 
-def command_line(program: str, arguments: Sequence[str]) -> str:
+
+def command_line(arguments: Sequence[str]) -> str:
     """What to type to measure the same; where the results went does not belong to it."""
     kept = list(arguments)
     if "--output" in kept:
         position = kept.index("--output")
         del kept[position : position + 2]
-    return " ".join([f"python -m benchmarks.{program}", *kept])
+    return " ".join(["python -m benchmarks", *kept])
 
 
-def facts(
-    case: str, *, form: str, guidance: str, modules: Sequence[nn.Module], device: torch.device, command: str
-) -> Record:
-    """The fields that all records of one run have in common; none says which machine it was, only what kind."""
+def facts(modules: Sequence[nn.Module], device: torch.device) -> Record:
+    """The fields that say what was measured where; none says which machine it was, only what kind."""
     return {
-        "case": case,
-        "form": form,
-        "guidance": guidance,
         "weights_bytes": sum(t.numel() * t.element_size() for t in tensors_of(modules)),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "simulated",
         "link_gb_per_s": round(link_gb_per_s(device), 2),
         "machine": machine(),
         "versions": versions(),
-        "command": command,
         "commit": commit(),
         "date": f"{datetime.date.today():%Y-%m-%d}",
     }
 
 
-def record(common: Record, method: str, measured: Record, *, equal: bool | None) -> Record:
-    """One row: what the run has in common, what was measured, and null for what was not."""
-    empty = {"vram_budget_bytes": None, "enter_s": None, "exit_s": None, "predicted_ms_per_pass": None, "error": None}
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**common, "method": method, **empty, **measured, "equal": equal, "host_peak_rss_bytes": usage}
+def peak_rss_bytes() -> int:
+    """The most host memory that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def locked_bytes() -> int | None:
+    """Host memory that is page-locked for this process; None where the system does not say."""
+    fields = dict(line.split(":", 1) for line in _lines("/proc/self/status") if ":" in line)
+    known = [int(fields[name].split()[0]) * 1024 for name in ("VmLck", "VmPin") if name in fields]
+    return max(known, default=None)
 
 
 def are_good(records: Sequence[Record]) -> bool:
@@ -66,27 +68,6 @@ def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     """Each parameter and buffer once, however many modules share it."""
     found = [t for module in modules for t in [*module.parameters(), *module.buffers()]]
     return list({id(t): t for t in found}.values())
-
-
-@contextlib.contextmanager
-def placed_whole(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """The modules on the device, as `.to(device)` leaves them; afterwards their host tensors themselves are back."""
-    tensors = tensors_of(modules)
-    homes = [t.data for t in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device)
-        yield
-    finally:
-        for tensor, home in zip(tensors, homes, strict=True):
-            tensor.data = home
-        clear(device)
-
-
-def clear(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
 
 
 def link_gb_per_s(device: torch.device) -> float:
@@ -157,9 +138,9 @@ def write(
         columns: what each column of the table shows of a record; None is an empty cell.
         notes: paragraphs below the table.
     """
-    first = records[0]
-    gpu = first["gpu"].replace("NVIDIA ", "").split()[0].lower()
-    path = directory / f"{topic}_{gpu}_{first['date'].replace('-', '')}"
+    first = next((r for r in records if r["gpu"]), records[0])
+    gpu = (first["gpu"] or "nothing").replace("NVIDIA ", "").split()[0].lower()
+    path = directory / f"{topic}_{gpu}_{(first['date'] or 'never').replace('-', '')}"
     directory.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
     lines = [

@@ -1,114 +1,300 @@
-"""The benchmark programs run on the simulated device, and write what they say they write."""
+"""The harness measures tiny cases on the simulated device, and writes what it says it writes."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import denoiser, pipeline
+pytest.importorskip("diffusers")
 
+from benchmarks import __main__ as command
+from benchmarks import cases, cell, plots, suite, weights
+from benchmarks.cell import Cell
+from benchmarks.methods import METHODS, Method, MissingPeerError
+from layerstream.standins.pipelines import build_pipeline
 
-def test_a_tiny_run_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("diffusers")
-    arguments = ["--case", "sd35m", "--scale", "tiny", "--device", "cpu", "--passes", "2", "--slots", "2", "3"]
-    assert denoiser.main([*arguments, "--vram-budget", "300KiB", "1GiB", "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("denoiser_simulated_*.json")
-    records = json.loads(path.read_text())
-    assert [r["method"] for r in records] == ["resident", *["layerstream"] * 4, "resident"]
-    assert all(r["equal"] and r["error"] is None and r["case"] == "sd35m (tiny)" for r in records)
-    everything = records[4]
-    assert everything["plan"] == "budget=1GiB"
-    assert everything["loaded_bytes_per_pass"] == 0
-    assert records[1]["loaded_bytes_per_pass"] > 0
-    for name in ("gpu", "versions", "command", "commit", "date", "link_gb_per_s", "weights_bytes", "enter_s", "exit_s"):
-        assert records[1][name] is not None
-    assert "--output" not in records[1]["command"]
-    table = path.with_suffix(".md").read_text()
-    assert table.count("\n| sd35m (tiny) |") == len(records)
-    assert "sd35m (tiny) layerstream slots=2" in capsys.readouterr().out
+ROOT = Path(__file__).parent.parent
+TINY = ["--scale", "tiny", "--device", "cpu"]
+# What BENCHMARKS results must have, whatever was measured.
+FIELDS = {
+    "case", "form", "method", "guidance", "vram_budget_bytes", "ratio_to_resident", "peak_reserved_bytes",
+    "peak_allocated_bytes", "host_peak_rss_bytes", "weights_bytes", "enter_s", "exit_s", "equal", "error", "gpu",
+    "predicted_ms_per_pass", "link_gb_per_s", "versions", "command", "commit", "date", "machine", "locked_bytes",
+}  # fmt: skip
 
 
-def test_a_failing_cell_is_a_record_and_exit_code_1(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
-    arguments = ["--case", "sd35m", "--scale", "tiny", "--device", "cpu", "--passes", "1", "--slots", "2"]
-    assert denoiser.main([*arguments, "--vram-budget", "1KiB", "--output", str(tmp_path)]) == 1
-    (path,) = tmp_path.glob("*.json")
-    errors = [r["error"] for r in json.loads(path.read_text())]
-    assert [e is None for e in errors] == [True, True, False, True]
-    assert "too small" in errors[2]
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as users type it: workers are forked from a server, which a test's own process should not be."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
-def test_a_tiny_pipeline_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("diffusers")
-    arguments = ["--case", "ovis", "--scale", "tiny", "--device", "cpu", "--steps", "2", "--calls", "2"]
-    assert pipeline.main([*arguments, "--vram-budgets", "min,1GiB,auto", "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("pipeline_ovis_simulated_*.json")
-    records = json.loads(path.read_text())
-    assert [r["method"] for r in records] == ["resident", *["layerstream"] * 3, "resident"]
-    assert [r["vram_budget"] for r in records] == [None, "min", "1GiB", "auto", None]
-    assert [r["vram_budget_bytes"] for r in records[:3]] == [None, None, 2**30]
+def records_in(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.glob("*.json")
+    found: list[dict[str, Any]] = json.loads(path.read_text())
+    return found
+
+
+# ---- whole runs
+
+
+def test_a_suite_is_measured_and_written(tmp_path: Path) -> None:
+    done = run("suite", "sd35m-quick", *TINY, "--steps", "2", "--passes", "4", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    records = records_in(tmp_path)
+    assert [(r["form"], r["method"]) for r in records] == [
+        (form, method) for form in ("denoiser", "pipeline") for method in ("resident", "layerstream", "resident")
+    ]
     for each in records:
+        assert each.keys() >= FIELDS
         assert each["error"] is None
-        assert each["case"] == "ovis (tiny)"
-        assert each["form"] == "pipeline"
         assert each["equal"] is True
         assert each["is_finite"] is True
-        assert each["clamped_fraction"] < 0.5
-        assert len(each["seconds_all_calls"]) == 2
-        assert [each["seconds_first_call"], each["seconds"]] == each["seconds_all_calls"]
+        assert each["case"] == "sd35m (tiny)"
         assert each["ratio_to_resident"] > 0
-        assert each["num_steps"] == 2
-    for name in ("gpu", "versions", "command", "commit", "date", "link_gb_per_s", "weights_bytes", "enter_s", "exit_s"):
-        assert records[1][name] is not None
-    assert records[1]["loaded_bytes_per_call"] > 0
-    assert records[1]["stats_num_loads"] > 0
-    assert records[1]["streamer"].startswith("LayerStreamer(active")
-    table = path.with_suffix(".md").read_text()
-    assert table.count("\n| ovis (tiny) |") == len(records)
-    assert records[1]["streamer"] in table
-    assert "ovis (tiny) layerstream auto" in capsys.readouterr().out
+        assert each["command"] == "python -m benchmarks suite sd35m-quick --scale tiny --device cpu --steps 2 --passes 4"
+        assert (each["ms_per_pass"] is None) is (each["form"] == "pipeline")
+        assert (each["seconds"] is None) is (each["form"] == "denoiser")
+    ours = records[4]
+    assert ours["vram_budget_bytes"] == 6 * 2**30
+    assert len(ours["seconds_all_calls"]) == 2
+    assert ours["stats_num_loads"] > 0
+    assert ours["loaded_bytes_per_call"] >= 0
+    assert ours["plan"].startswith("LayerStreamer(active")
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert page.count("\n| sd35m (tiny) |") == len(records)
+    assert ours["report"] in page
+    assert "sd35m (tiny) pipeline layerstream 6GiB:" in done.stdout
 
 
-def test_a_pipeline_that_fails_half_way_is_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_one_measurement_from_a_mapped_file(tmp_path: Path) -> None:
+    done = run("run", "--case", "ovis", "--mapped", "--vram-budget", "min", *TINY, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    resident, ours = records_in(tmp_path)
+    assert (resident["is_mapped"], ours["is_mapped"]) == (False, True)
+    assert ours["equal"] is True
+    assert ours["guidance"] == "single"
+    assert ours["loaded_bytes_per_pass"] > 0
+    assert ours["vram_budget_bytes"] is None
+
+
+# ---- what cannot be measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["run", "--case", "dalle"], "invalid choice: 'dalle'"),
+        (["run", "--case", "ovis", "--method", "magic"], "invalid choice: 'magic'"),
+        (["run", "--case", "ovis", "--vram-budget", "8 elephants"], "'8 elephants' is not a size"),
+        (["run", "--case", "ovis", "--passes", "0"], "0 is not positive"),
+        (["run", "--case", "ovis", "--method", "model_offload", *TINY], "runs only as pipeline"),
+        (["run", "--case", "ovis", "--method", "flextensor", *TINY], "needs --vram-budget"),
+        (["run", "--case", "ovis", "--method", "vllm_omni", "--vram-budget", "1GiB", *TINY], "takes no --vram-budget"),
+        (["suite", "everything"], "invalid choice: 'everything'"),
+        (["plots", "--results", "no/such/folder"], "no results"),
+    ],
+)
+def test_wrong_arguments_are_said_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("diffusers")
-    run, num_calls = pipeline.Bench.run, 0
-
-    def failing(self: pipeline.Bench, **changes: Any) -> Any:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == 5:  # after the warm-up, two calls resident and one streamed
-            raise RuntimeError("no more memory")
-        return run(self, **changes)
-
-    monkeypatch.setattr(pipeline.Bench, "run", failing)
-    arguments = ["--case", "sd35m", "--scale", "tiny", "--device", "cpu", "--steps", "2"]
-    assert pipeline.main([*arguments, "--vram-budgets", "min,1000,1GiB", "--output", str(tmp_path)]) == 1
-    (path,) = tmp_path.glob("*.json")
-    records = json.loads(path.read_text())
-    assert [r["error"] is None for r in records] == [True, False, False, True, True]
-    assert "no more memory" in records[1]["error"]
-    assert records[1]["equal"] is True
-    assert len(records[1]["seconds_all_calls"]) == 1
-    assert records[1]["stats_num_loads"] > 0
-    assert records[2]["vram_budget_bytes"] == 1000
-    assert "too small" in records[2]["error"]
-    assert records[2]["equal"] is None
-    assert records[4]["equal"] is True
-    assert "no more memory" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        command.main(arguments)
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert said in err
 
 
-def test_without_a_resident_output_nothing_is_called_equal() -> None:
-    result: dict[str, Any] = {"equal": None}
-    pipeline.compare(torch.zeros(3), None, result)
-    assert result["equal"] is None
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["run", "--case", "ovis"])
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_missing_peer_is_said_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "--case", "ovis", "--method", "mmgp", "--vram-budget", "1GiB", *TINY, "--output", str(tmp_path)]
+    try:
+        METHODS["mmgp"].check()
+        pytest.skip("mmgp is installed")
+    except MissingPeerError:
+        pass
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert "pip install mmgp" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_below_the_least_is_said_and_nothing_is_written(tmp_path: Path) -> None:
+    done = run("run", "--case", "ovis", "--vram-budget", "1KiB", *TINY, "--output", str(tmp_path))
+    assert done.returncode == 2
+    assert "vram_budget 1.0 KiB is too small" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def fail(setup: Any) -> None:
+    raise RuntimeError("this peer cannot")
+
+
+def die(setup: Any) -> None:
+    os._exit(3)
+
+
+def hang(setup: Any) -> None:
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("apply", "error"), [(fail, "this peer cannot"), (die, "the process died"), (hang, "ended after 12 s")]
+)
+def test_a_cell_that_fails_is_a_record_and_the_others_go_on(
+    apply: Any, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Forked from here, for the sake of a method that exists only here.
+    import multiprocessing
+
+    monkeypatch.setattr(suite, "_server", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setitem(METHODS, "odd", Method("odd", apply))
+    wanted = [Cell("ovis", "denoiser", m, "", scale="tiny", device="cpu", passes=2) for m in ("resident", "odd")]
+    done = suite.run(
+        [*wanted, wanted[0]], topic="odd", command="-", output=tmp_path, cell_seconds=12 if apply is hang else 100
+    )
+    assert [r["error"] is None for r in done] == [True, False, True]
+    assert error in done[1]["error"]
+    assert done[1]["gpu"] == "simulated"
+    assert done == records_in(tmp_path)
+    assert suite.are_all_good(done), "a peer that cannot run is no failure of the harness"
+
+
+def test_what_has_no_time_left_is_not_begun(tmp_path: Path) -> None:
+    wanted = [Cell("ovis", "denoiser", "resident", "", scale="tiny", device="cpu", passes=2)] * 2
+    done = suite.run(wanted, topic="late", command="-", output=tmp_path, cell_seconds=100, seconds=0)
+    assert ["not begun" in r["error"] for r in done] == [True, True]
+    assert not suite.are_all_good(done)
+
+
+def test_a_difference_is_a_failure() -> None:
+    good = {"method": "resident", "equal": True, "error": None}
+    assert suite.are_all_good([good])
+    for method in ("layerstream", "mmgp"):
+        assert not suite.are_all_good([good, {**good, "method": method, "equal": False}])
+
+
+# ---- parts
+
+
+def test_outputs_are_compared_with_the_first_resident_ones(tmp_path: Path) -> None:
+    path = tmp_path / "expected.pt"
     verdicts = []
-    for other in (0.0, 1.0, 0.0):
-        pipeline.compare(torch.zeros(3), torch.full((3,), other), result)
-        verdicts.append(result["equal"])
-    assert verdicts == [True, False, False]
+    for method, value in (("layerstream", 1.0), ("resident", 0.0), ("resident", 1.0), ("layerstream", 0.0)):
+        record: dict[str, Any] = {"equal": None}
+        cell._compare([torch.full((3,), value)], path, method, record)
+        verdicts.append(record["equal"])
+    assert verdicts == [None, True, False, True], "before there is something to compare with, nothing is equal"
+
+
+def test_ratios_are_to_the_mean_of_the_resident_ones() -> None:
+    base = {"case": "ovis", "form": "denoiser", "ms_per_pass": None}
+    done = [
+        {**base, "method": "resident", "ms_per_pass": 90.0},
+        {**base, "method": "layerstream", "ms_per_pass": 150.0},
+        {**base, "method": "mmgp"},
+        {**base, "method": "resident", "ms_per_pass": 110.0},
+        {**base, "case": "sd35m", "method": "resident", "ms_per_pass": 7.0},
+    ]
+    suite.rate(done)
+    assert [r.get("ratio_to_resident") for r in done] == [0.9, 1.5, None, 1.1, 1.0]
+
+
+def test_every_suite_has_resident_first_and_last() -> None:
+    for name, wanted in suite.suites().items():
+        for case, form in dict.fromkeys((c, f) for c, f, _, _ in wanted):
+            methods = [m for c, f, m, _ in wanted if (c, f) == (case, form)]
+            assert methods[0] == methods[-1] == "resident", name
+            assert "layerstream" in methods
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_weights_are_shared_as_they_were_drawn(is_mapped: bool, tmp_path: Path) -> None:
+    first = cases.build("sd35m", "pipeline", "tiny")
+    weights.store(first.modules, tmp_path / "w")
+    assert weights.is_stored(tmp_path / "w")
+    second = cases.build("sd35m", "pipeline", "tiny", is_filled=False)
+    weights.give(second.modules, tmp_path / "w", is_mapped=is_mapped)
+    for name, module in first.modules.items():
+        for (key, one), (_, other) in zip(named(module), named(second.modules[name]), strict=True):
+            assert torch.equal(one, other), key
+    assert torch.equal(first.run_pipeline(), second.run_pipeline())
+    t5 = second.modules["text_encoder_3"]
+    assert t5.shared.weight is t5.encoder.embed_tokens.weight
+
+
+def named(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def test_passes_of_guidance_take_turns() -> None:
+    work = cases.build("ovis", "denoiser", "tiny")
+    first, second = work.inputs(torch.device("cpu"))
+    assert first["hidden_states"] is second["hidden_states"]
+    assert not torch.equal(first["encoder_hidden_states"], second["encoder_hidden_states"])
+    assert len(cases.build("sd35m", "denoiser", "tiny").inputs(torch.device("cpu"))) == 1
+
+
+def test_the_call_of_a_case_is_its_pipelines() -> None:
+    work = cases.build("longcat", "pipeline", "tiny")
+    assert type(work.pipe) is type(build_pipeline("longcat", scale="tiny"))
+    assert set(work.modules) == {"vae", "text_encoder", "transformer"}
+    work.steps = 2
+    assert work.call()["num_inference_steps"] == 2
+
+
+# ---- plots
+
+
+def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    base: dict[str, Any] = {
+        "case": "ovis", "form": "denoiser", "gpu": "G", "is_mapped": False, "vram_budget": None, "equal": True,
+        "ratio_to_resident": 1.0, "seconds": None, "peak_reserved_bytes": 16 * 10**9, "ms_per_pass": 100.0, "error": None,
+    }  # fmt: skip
+    records = [
+        {**base, "method": "resident"},
+        {**base, "method": "layerstream", "vram_budget": "6GiB", "ms_per_pass": 150.0, "ratio_to_resident": 1.5,
+         "peak_reserved_bytes": 6 * 10**9},
+        {**base, "method": "mmgp", "ms_per_pass": None, "error": "cannot", "ratio_to_resident": None},
+        {**base, "method": "resident", "case": "ovis (tiny)"},
+    ]  # fmt: skip
+    (tmp_path / "ovis_g_20261124.json").write_text(json.dumps(records))
+    (tmp_path / "older_g_20261120.json").write_text(json.dumps([{"case": "ovis", "ms_per_pass": 1}]))
+    readme = tmp_path / "README.md"
+    with pytest.raises(plots.NoResultsError, match="has no lines"):
+        plots.make(tmp_path, readme)
+    readme.write_text(f"before\n{plots.START}\nold\n{plots.END}\nafter\n")
+    (picture,) = plots.make(tmp_path, readme)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| ovis, denoiser | layerstream | 6GiB | 150.0 ms a pass | 1.50 x | 6.0 | yes |" in text
+    assert "mmgp" not in text
+    plots.make(tmp_path, readme)
+    assert readme.read_text() == text

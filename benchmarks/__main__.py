@@ -1,0 +1,147 @@
+"""The harness: `python -m benchmarks run | suite | list | plots`.
+
+Exit codes: 0 all measured and equal, 1 something of ours failed or differed, 2 wrong arguments or no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from benchmarks import suite
+from benchmarks.cases import CASES, FORMS
+from benchmarks.cell import Cell
+from benchmarks.methods import METHODS, MissingPeerError
+from benchmarks.records import command_line
+from layerstream.budget import parse_bytes
+from layerstream.errors import LayerstreamError
+
+RESULTS = Path("benchmarks/results")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "list":
+        _list()
+        return 0
+    if options.command == "plots":
+        from benchmarks import plots  # matplotlib takes its time
+
+        try:
+            plots.make(options.results, options.readme)
+        except plots.NoResultsError as exc:
+            parser.error(str(exc))
+        return 0
+    device = options.device or ("cuda" if options.scale == "full" else suite.default_device())
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --scale tiny --device cpu tries the harness on the simulated device")
+    command = command_line(arguments)
+    common = {"scale": options.scale, "device": device, "passes": options.passes, "steps": options.steps}
+    if options.command == "run":
+        method = METHODS[options.method]
+        if options.form not in method.forms:
+            parser.error(f"{method.name} runs only as {', '.join(method.forms)}")
+        if method.needs_budget and options.vram_budget is None:
+            parser.error(f"{method.name} needs --vram-budget")
+        if options.vram_budget is not None and not method.takes_budget:
+            parser.error(f"{method.name} takes no --vram-budget")
+        try:
+            method.check()
+        except MissingPeerError as exc:
+            parser.error(str(exc))
+        cell = Cell(options.case, options.form, options.method, "", options.vram_budget, **common)
+        wanted = [Cell(options.case, options.form, "resident", "", **common), cell]
+        if options.is_mapped:
+            wanted[-1] = Cell(**{**cell.as_dict(), "is_mapped": True})
+        topic = f"{options.case}-{options.form}-{options.method}"
+        if method.name == "resident":
+            wanted = wanted[:1]
+        refused = suite.refusal(cell) if method.name == "layerstream" else None
+        if refused is not None:
+            parser.error(refused)
+    else:
+        wanted = list(suite.expand(options.name, **common))
+        topic = options.name
+    done = suite.run(
+        wanted,
+        topic=topic,
+        command=command,
+        output=options.output,
+        cell_seconds=options.cell_seconds,
+        seconds=options.seconds,
+    )
+    return 0 if suite.are_all_good(done) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    run = commands.add_parser("run", help="one measurement, and the resident one it is compared with")
+    run.add_argument("--case", choices=CASES, required=True)
+    run.add_argument("--form", choices=FORMS, default="denoiser")
+    run.add_argument("--method", choices=METHODS, default="layerstream")
+    run.add_argument("--vram-budget", type=_budget, metavar="SIZE", help='"5GiB", "auto" or "min"')
+    run.add_argument(
+        "--mapped", dest="is_mapped", action="store_true", help="the weights stay in the mapped file they are read from"
+    )
+    named = commands.add_parser("suite", help="a set of measurements, resident first and last")
+    named.add_argument("name", choices=suite.suites(), metavar="NAME", help="see `list`")
+    for each in (run, named):
+        each.add_argument("--scale", choices=["full", "tiny"], default="full")
+        each.add_argument("--device", choices=["cuda", "cpu"], help="cpu: the simulated one (default: the GPU)")
+        each.add_argument("--passes", type=_positive, default=10, metavar="N", help="timed passes of a denoiser")
+        each.add_argument("--steps", type=_positive, metavar="N", help="of a pipeline's call (default: the case's)")
+        each.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+        each.add_argument("--cell-seconds", type=float, default=240, metavar="S", help="limit of each measurement")
+        each.add_argument("--seconds", type=float, metavar="S", help="limit of all of them")
+    commands.add_parser("list", help="cases, forms, methods and suites")
+    plots = commands.add_parser("plots", help="pictures and the table for the README, from the result files")
+    plots.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    plots.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+_positive.__name__ = "number"  # argparse says "invalid number value"
+
+
+def _budget(text: str) -> str:
+    if text not in ("auto", "min"):
+        try:
+            parse_bytes(text)
+        except LayerstreamError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+    return text
+
+
+def _list() -> None:
+    print("cases:  ", ", ".join(CASES))
+    print("forms:  ", ", ".join(FORMS))
+    print("methods:", ", ".join(METHODS))
+    print("suites:")
+    for name, cells in suite.suites().items():
+        print(f"  {name:<24} {len(cells)} measurements")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""One measurement, in the process that it has for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import statistics
+import time
+import traceback
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import layerstream
+from benchmarks import cases, weights
+from benchmarks.cases import Form, Work
+from benchmarks.methods import METHODS, MissingPeerError, Setup
+from benchmarks.records import FACTS, Record, facts, locked_bytes, peak_rss_bytes
+from layerstream.budget import parse_bytes
+from layerstream.errors import BudgetError
+from layerstream.standins.full_size import Scale
+
+_WARM_UP_STEPS = 2  # of a call that only warms up
+_CALLS = 2  # timed calls of a pipeline: the first one, and one that knows
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to measure.
+
+    Attributes:
+        passes: timed passes of a denoiser.
+        steps: of a pipeline's call; None: what the case is defined with.
+        is_mapped: the weights lie in a mapped file, as a checkpoint's do, rather than in memory of their own.
+        folder: where the case's weights are, and the output of the first resident measurement.
+    """
+
+    case: str
+    form: Form
+    method: str
+    folder: str
+    vram_budget: str | None = None
+    scale: Scale = "full"
+    device: str = "cuda"
+    passes: int = 10
+    steps: int | None = None
+    is_mapped: bool = False
+
+    @property
+    def title(self) -> str:
+        words = [self.case, self.form, self.method, self.vram_budget or "", "mapped" if self.is_mapped else ""]
+        return " ".join(word for word in words if word)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Cell:
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def prepare(cell: Cell) -> None:
+    """Draw the case's weights and keep them in files, unless they are there."""
+    folder = Path(cell.folder) / "weights"
+    if not weights.is_stored(folder):
+        fill_device = "cuda" if cell.device == "cuda" else None
+        work = cases.build(cell.case, cell.form, cell.scale, fill_device=fill_device)
+        weights.store(work.modules, folder)
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why a budget is too small for our least plan; None if it is not. Measures nothing."""
+    work = cases.build(cell.case, cell.form, cell.scale, is_filled=False)
+    target = work.pipe if work.pipe is not None else work.denoiser
+    try:
+        layerstream.plan(target, vram_budget=cell.vram_budget or "auto", device=cell.device)
+    except BudgetError as exc:
+        return str(exc)
+    return None
+
+
+def measure(cell: Cell, command: str) -> Record:
+    """The cell's record; what goes wrong is in it."""
+    device = torch.device(cell.device)
+    method = METHODS[cell.method]
+    work = cases.build(cell.case, cell.form, cell.scale, is_filled=False)
+    work.steps = cell.steps
+    weights.give(work.modules, Path(cell.folder) / "weights", is_mapped=cell.is_mapped)
+    record = {**empty_record(cell, command), **facts(list(work.modules.values()), device)}
+    try:
+        method.check()
+        _measure(cell, work, device, record)
+    except MissingPeerError as exc:
+        record["error"] = str(exc)
+    except Exception as exc:
+        traceback.print_exc()
+        record["error"] = repr(exc)[:1000]
+    record["host_peak_rss_bytes"] = peak_rss_bytes()
+    return record
+
+
+def empty_record(cell: Cell, command: str) -> Record:
+    """What is known of a measurement before it is made; null for the rest."""
+    names = ("weights_bytes", "vram_budget_bytes", "ms_per_pass", "seconds", "seconds_first_call", "ratio_to_resident")
+    names += ("enter_s", "exit_s", "peak_reserved_bytes", "peak_allocated_bytes", "host_peak_rss_bytes", "locked_bytes")
+    record: Record = dict.fromkeys((*names, *FACTS, "predicted_ms_per_pass", "equal", "error"))
+    record |= {
+        "case": cell.case if cell.scale == "full" else f"{cell.case} (tiny)",
+        "form": cell.form,
+        "guidance": cases.GUIDANCE[cell.case],
+        "method": cell.method,
+        "vram_budget": cell.vram_budget,
+        "is_mapped": cell.is_mapped,
+        "command": command,
+    }
+    if cell.vram_budget is not None:
+        with contextlib.suppress(BudgetError):  # "auto", "min"
+            record["vram_budget_bytes"] = parse_bytes(cell.vram_budget)
+    return record
+
+
+def _measure(cell: Cell, work: Work, device: torch.device, record: Record) -> None:
+    method = METHODS[cell.method]
+    memory = _Memory(device)
+    with method.mode() if cell.form == "denoiser" else contextlib.nullcontext(), contextlib.ExitStack() as undo:
+        setup = Setup(work, device, cell.vram_budget, undo)
+        started = time.perf_counter()
+        method.apply(setup)
+        memory.synchronize()
+        record["enter_s"] = round(time.perf_counter() - started, 4)
+        record["enter_gb_per_s"] = round(record["weights_bytes"] / record["enter_s"] / 1e9, 2)
+        record["locked_bytes"] = locked_bytes()
+        try:
+            run = _passes if cell.form == "denoiser" else _calls
+            outputs = run(cell, setup, memory, record)
+            _compare(outputs, Path(cell.folder) / f"expected_{cell.form}.pt", cell.method, record)
+            del outputs
+        finally:
+            record |= setup.tell()
+            memory.read(record)
+            started = time.perf_counter()
+    memory.synchronize()
+    record["exit_s"] = round(time.perf_counter() - started, 4)
+    setup.tell = dict
+    gc.collect()
+    record["left_on_device_bytes"] = memory.left_bytes()
+
+
+def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> list[torch.Tensor]:
+    """Time passes, and return the output for each text."""
+    work, device = setup.work, setup.device
+    inputs = work.inputs(device)
+    turns = itertools.cycle(inputs)
+
+    def step() -> torch.Tensor:
+        output: torch.Tensor = work.denoiser(**next(turns))[0]
+        return output
+
+    # The weights of the plan are settled after two passes; an even number, so that each text has its turn.
+    for _ in range(2 * -(-METHODS[cell.method].num_warm_ups // 2) + 2):
+        step()
+    memory.read(record)
+    loaded = setup.tell().get("stats_loaded_bytes")
+    times = _timed(step, cell.passes, device, record)
+    record["ms_per_pass"] = round(statistics.median(times), 3)
+    record["ms_per_pass_range"] = [round(min(times), 3), round(max(times), 3)]
+    if loaded is not None:
+        record["loaded_bytes_per_pass"] = (setup.tell()["stats_loaded_bytes"] - loaded) // cell.passes
+    if cell.passes % len(inputs):
+        step()
+    return [step().cpu() for _ in inputs]
+
+
+def _timed(step: Any, count: int, device: torch.device, record: Record) -> list[float]:
+    """Milliseconds of each of `count` steps on the device."""
+    if device.type != "cuda":
+        times = []
+        for _ in range(count):
+            started = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - started))
+        return times
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    started = time.perf_counter()
+    for event in events[1:]:
+        step()
+        event.record()
+    record["host_ms_per_pass"] = round(1e3 * (time.perf_counter() - started) / count, 3)
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> list[torch.Tensor]:
+    """Time calls, and return their images."""
+    work = setup.work
+    outputs = []
+    record["seconds_all_calls"] = []
+    call = work.call()
+    record |= {"height": call["height"], "width": call["width"], "num_steps": call["num_inference_steps"]}
+    if METHODS[cell.method].num_warm_ups > 2:  # it profiles in its first passes
+        work.run_pipeline(num_inference_steps=METHODS[cell.method].num_warm_ups)
+    elif cell.method == "resident":  # kernels are chosen and loaded; others pay that in their first call
+        work.run_pipeline(num_inference_steps=_WARM_UP_STEPS)
+    for number in range(_CALLS):
+        loaded = setup.tell().get("stats_loaded_bytes")
+        memory.synchronize()
+        started = time.perf_counter()
+        outputs.append(work.run_pipeline())
+        memory.synchronize()
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        record["seconds_all_calls"].append(record["seconds"])
+        if loaded is not None:
+            record["loaded_bytes_per_call"] = setup.tell()["stats_loaded_bytes"] - loaded
+        if number == 0:
+            record["seconds_first_call"] = record["seconds"]
+        memory.read(record)
+    return outputs
+
+
+def _compare(outputs: list[torch.Tensor], path: Path, method: str, record: Record) -> None:
+    """With the outputs of the first resident measurement, which keeps them for the others."""
+    if method == "resident" and not path.exists():
+        torch.save(outputs, path)
+    record["is_finite"] = all(bool(output.isfinite().all()) for output in outputs)
+    if path.exists():
+        expected = torch.load(path)
+        record["equal"] = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+class _Memory:
+    """The highest readings of the allocator so far. Methods reset its counters, so they are read after each step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._peaks = {"peak_allocated_bytes": 0, "peak_reserved_bytes": 0}
+        self._before = 0
+        if self._is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+
+    def read(self, record: Record) -> None:
+        if self._is_cuda:
+            now = {
+                "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+                "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+            }
+            self._peaks = {name: max(self._peaks[name], now[name]) for name in now}
+        told = record.get("stats_peak_reserved_bytes") or 0  # what the method has seen before it reset the counters
+        self._peaks["peak_reserved_bytes"] = max(self._peaks["peak_reserved_bytes"], told)
+        record.update(self._peaks)
+
+    def left_bytes(self) -> int:
+        return torch.cuda.memory_allocated() - self._before if self._is_cuda else 0
+
+    def synchronize(self) -> None:
+        if self._is_cuda:
+            torch.cuda.synchronize()

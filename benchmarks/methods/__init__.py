@@ -1,0 +1,16 @@
+"""The ways of running a pipeline or a denoiser that are compared: ours, and every peer's."""
+
+from benchmarks.methods.base import Method, MissingPeerError, Setup
+from benchmarks.methods.diffusers_offload import BLOCK, LEAF, MODEL_OFFLOAD, SEQUENTIAL
+from benchmarks.methods.flextensor import FLEXTENSOR
+from benchmarks.methods.mmgp import MMGP
+from benchmarks.methods.ours import LAYERSTREAM
+from benchmarks.methods.resident import RESIDENT
+from benchmarks.methods.vllm_omni import VLLM_OMNI
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (RESIDENT, LAYERSTREAM, LEAF, BLOCK, MODEL_OFFLOAD, SEQUENTIAL, VLLM_OMNI, FLEXTENSOR, MMGP)
+}
+
+__all__ = ["METHODS", "Method", "MissingPeerError", "Setup"]

@@ -1,0 +1,35 @@
+"""layerstream."""
+
+from __future__ import annotations
+
+import layerstream
+from benchmarks.methods.base import Method, Setup
+from benchmarks.records import Record
+from layerstream.simulated import SimulatedDevice
+
+
+def _apply(setup: Setup) -> None:
+    work = setup.work
+    target = work.pipe if work.pipe is not None else work.denoiser
+    # On the simulated device activations count only while somebody looks at the operators that make them.
+    device = SimulatedDevice() if setup.device.type == "cpu" else setup.device
+    streamer = layerstream.offload(target, vram_budget=setup.vram_budget or "auto", device=device)
+    setup.undo.enter_context(streamer)
+    if isinstance(device, SimulatedDevice):
+        setup.undo.enter_context(device.accounting())
+
+    def tell() -> Record:
+        stats = streamer.stats()
+        predicted = [p.prediction for p in streamer.plan.phases if p.prediction is not None and p.phase.is_repeated]
+        return {
+            **{f"stats_{name}": value for name, value in stats.as_dict().items()},
+            "predicted_ms_per_pass": round(predicted[0].ms_per_pass, 3) if predicted else None,
+            "predicted_bound": predicted[0].bound if predicted else None,
+            "plan": str(streamer),
+            "report": streamer.report(),
+        }
+
+    setup.tell = tell
+
+
+LAYERSTREAM = Method("layerstream", _apply, takes_budget=True)

@@ -1,0 +1,126 @@
+"""Pictures of time against memory, and the headline table that the README includes, made from the result files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.records import Record
+
+START, END = "<!-- headline: made by `make bench-plots` -->", "<!-- end of headline -->"
+_COLOURS = {
+    "resident": "black",
+    "layerstream": "tab:red",
+    "diffusers_leaf": "tab:blue",
+    "diffusers_block": "tab:cyan",
+    "model_offload": "tab:green",
+    "sequential": "tab:olive",
+    "vllm_omni": "tab:orange",
+    "flextensor": "tab:purple",
+    "mmgp": "tab:brown",
+}
+_LABELS = {
+    "diffusers_leaf": "diffusers, leaf level with streams",
+    "diffusers_block": "diffusers, block level with streams",
+    "model_offload": "diffusers, model offload",
+    "sequential": "accelerate, sequential offload",
+    "vllm_omni": "vllm-omni, layerwise",
+    "flextensor": "FlexTensor",
+}
+
+
+class NoResultsError(Exception):
+    """There is nothing to draw."""
+
+
+def make(results: Path, readme: Path) -> list[Path]:
+    """Draw a picture for each case and form, and put the table into the README; returns the pictures.
+
+    Raises:
+        NoResultsError: no result files of the harness at true size, or a README without a place for the table.
+    """
+    records = read(results)
+    text = readme.read_text() if readme.exists() else ""
+    if START not in text or END not in text:
+        raise NoResultsError(f"{readme} has no lines {START!r} and {END!r}, between which the table goes")
+    pictures = [_draw(records, case, form, results) for case, form in _pairs(records)]
+    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+    readme.write_text(pattern.sub(lambda _: "\n".join([START, "", *table(records), "", END]), text))
+    return pictures
+
+
+def read(results: Path) -> list[Record]:
+    """What was measured at true size, the newest of each cell; files from before the harness have other fields."""
+    found: dict[tuple[object, ...], Record] = {}
+    for path in sorted(results.glob("*.json"), key=lambda p: p.stem.rsplit("_", 1)[-1]):
+        for record in json.loads(path.read_text()):
+            if "is_mapped" in record and not record["is_mapped"] and not record["case"].endswith("(tiny)"):
+                key = tuple(record.get(name) for name in ("case", "form", "method", "vram_budget", "gpu"))
+                found[key] = {**record, "file": path.stem}
+    if not found:
+        raise NoResultsError(f"no results of `python -m benchmarks` at true size in {results}")
+    return list(found.values())
+
+
+def table(records: Sequence[Record]) -> list[str]:
+    """Lines of Markdown: for each case and form ours beside each peer that ran, by memory."""
+    lines = [
+        "| case | method | budget | time | to resident | peak reserved GB | same bits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, form in _pairs(records):
+        alike = [r for r in records if (r["case"], r["form"]) == (case, form) and _time(r) is not None]
+        for record in sorted(alike, key=lambda r: -(r["peak_reserved_bytes"] or 0)):
+            amount = f"{record['ms_per_pass']} ms a pass" if form == "denoiser" else f"{record['seconds']} s a call"
+            peak = "" if record["peak_reserved_bytes"] is None else f"{record['peak_reserved_bytes'] / 1e9:.1f}"
+            cells = [
+                f"{case}, {form}",
+                _LABELS.get(record["method"], record["method"]),
+                record["vram_budget"] or "",
+                amount,
+                f"{record['ratio_to_resident']:.2f} x" if record["ratio_to_resident"] else "",
+                peak,
+                "yes" if record["equal"] else "no",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    alike = [r for r in records if (r["case"], r["form"]) == (case, form)]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in dict.fromkeys(r["method"] for r in alike):
+        points = sorted(
+            (r["peak_reserved_bytes"] / 1e9, _time(r))
+            for r in alike
+            if r["method"] == method and _time(r) is not None and r["peak_reserved_bytes"]
+        )
+        if points:
+            line = "o-" if method == "layerstream" else "o"
+            axes.plot(*zip(*points, strict=True), line, color=_COLOURS[method], label=_LABELS.get(method, method))
+    axes.set_xlabel("peak of reserved device memory, GB")
+    axes.set_ylabel("ms a pass" if form == "denoiser" else "s a call")
+    axes.set_yscale("log")
+    axes.set_title(f"{case}, {form}, {alike[0]['gpu']}")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    path = folder / f"{case}_{form}.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _pairs(records: Sequence[Record]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((r["case"], r["form"]) for r in records))
+
+
+def _time(record: Record) -> float | None:
+    time: float | None = record["ms_per_pass"] if record["form"] == "denoiser" else record["seconds"]
+    return time

@@ -1,0 +1,224 @@
+"""Named sets of measurements, each in a process of its own, with results written as they come.
+
+A worker process is forked from a server that has imported the libraries and has not touched the GPU, so that a
+measurement begins in a second rather than in ten. What a worker does not give back in time is a record with the error,
+and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cell as measuring
+from benchmarks.cases import CASES, FORMS, Form
+from benchmarks.cell import Cell
+from benchmarks.methods import METHODS
+from benchmarks.records import FACTS, Record, are_good
+from benchmarks.results import write
+
+# What the server imports before it forks; none of these touches the GPU.
+_PRELOADED = ["torch", "diffusers", "transformers", "benchmarks.cell"]
+_SWEEP = ("min", "4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "auto")
+# Where peers take a budget: what ours is compared with at like memory.
+_PEER_BUDGETS = {"sd35m": ("2GiB",), "ovis": ("5GiB", "10GiB"), "longcat": ("4GiB", "10GiB")}
+_PEERS = ("diffusers_leaf", "diffusers_block", "model_offload", "sequential", "vllm_omni", "flextensor", "mmgp")
+
+
+def suites() -> dict[str, list[tuple[str, Form, str, str | None]]]:
+    """(case, form, method, budget) by the name of the suite. Resident comes first and last in each."""
+    found: dict[str, list[tuple[str, Form, str, str | None]]] = {}
+    for case in CASES:
+        for form in FORMS:
+            ours = [(case, form, "layerstream", budget) for budget in _SWEEP]
+            peers = [
+                (case, form, name, budget)
+                for name in _PEERS
+                if form in METHODS[name].forms
+                for budget in (_PEER_BUDGETS[case] if METHODS[name].takes_budget else (None,))
+            ]
+            same = [(case, form, "layerstream", budget) for budget in _PEER_BUDGETS[case]]
+            resident = [(case, form, "resident", None)]
+            found[f"{case}-{form}-sweep"] = [*resident, *ours, *resident]
+            found[f"{case}-{form}-peers"] = [*resident, *same, *peers, *resident]
+        found[f"{case}-quick"] = [
+            entry
+            for form in FORMS
+            for entry in (
+                (case, form, "resident", None),
+                (case, form, "layerstream", "6GiB"),
+                (case, form, "resident", None),
+            )
+        ]
+    return found
+
+
+def run(
+    cells: Sequence[Cell],
+    *,
+    topic: str,
+    command: str,
+    output: Path,
+    cell_seconds: float,
+    seconds: float | None = None,
+    tell: Callable[[str], None] = print,
+) -> list[Record]:
+    """Measure the cells one after another; the files in `output` are whole after each.
+
+    Args:
+        cell_seconds: after so long a measurement is ended, and is a record with that error.
+        seconds: for all of them; what would begin later is a record with that error.
+    """
+    started = time.monotonic()
+    done: list[Record] = []
+    context = _server()
+    with contextlib.ExitStack() as folders:
+        homes: dict[tuple[str, Form], str] = {}
+        for each in cells:
+            key = (each.case, each.form)
+            if key not in homes:
+                for other in homes.values():  # one case's weights at a time are large enough
+                    shutil.rmtree(other, ignore_errors=True)
+                homes[key] = folders.enter_context(tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="bench-"))
+                _in_process(context, measuring.prepare, (replace(each, folder=homes[key]),), cell_seconds)
+            placed = replace(each, folder=homes[key])
+            left = None if seconds is None else seconds - (time.monotonic() - started)
+            if left is not None and left <= 0:
+                record = _failed(placed, command, f"not begun: the suite's {seconds:.0f} s were over", done)
+            else:
+                limit = cell_seconds if left is None else min(cell_seconds, left)
+                record = _one(context, placed, command, limit, done)
+            done.append(record)
+            rate(done)
+            write(done, output, topic)
+            tell(summary(record))
+    return done
+
+
+def rate(done: Sequence[Record]) -> None:
+    """Give each record its ratio to the mean of the resident measurements of its case and form."""
+    for each in done:
+        alike = [r for r in done if (r["case"], r["form"], r["method"]) == (each["case"], each["form"], "resident")]
+        for name, ratio in (
+            ("ms_per_pass", "ratio_to_resident"),
+            ("seconds", "ratio_to_resident"),
+            ("seconds_first_call", "ratio_first_call"),
+        ):
+            known = [r[name] for r in alike if r.get(name)]
+            if known and each.get(name):
+                each[ratio] = round(each[name] / (sum(known) / len(known)), 4)
+
+
+def summary(record: Record) -> str:
+    """A line for the terminal."""
+    budget = f" {record['vram_budget']}" if record.get("vram_budget") else ""
+    head = f"{record['case']} {record['form']} {record['method']}{budget}:"
+    if record.get("error"):
+        return f"{head} {record['error']}"
+    amount = f"{record['ms_per_pass']} ms a pass" if record["ms_per_pass"] else f"{record['seconds']} s a call"
+    ratio = f", {record['ratio_to_resident']} x" if record.get("ratio_to_resident") else ""
+    peak = f", {record['peak_reserved_bytes'] / 1e9:.2f} GB reserved" if record.get("peak_reserved_bytes") else ""
+    return f"{head} {amount}{ratio}{peak}, enter {record['enter_s']} s, equal {record['equal']}"
+
+
+def are_all_good(records: Sequence[Record]) -> bool:
+    """Whether all ran and nothing differed. A peer that cannot run here is no failure of the harness."""
+    return are_good([r for r in records if r["method"] in ("resident", "layerstream")]) and all(
+        r["equal"] is not False for r in records
+    )
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why our plan for this cell does not fit its budget; None if it does, as far as it can be known before it runs."""
+    answer: str | None = _in_process(_server(), measuring.refusal, (cell,), seconds=120)
+    return answer
+
+
+# ---- processes
+
+
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _one(context: Any, each: Cell, command: str, seconds: float, done: Sequence[Record]) -> Record:
+    try:
+        record: Record = _in_process(context, measuring.measure, (each, command), seconds)
+    except _WorkerError as exc:
+        record = _failed(each, command, str(exc), done)
+    return record
+
+
+class _WorkerError(Exception):
+    """A worker gave nothing back."""
+
+
+def _in_process(context: Any, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> Any:
+    """`function(*arguments)` in a process of its own.
+
+    Raises:
+        _WorkerError: it took longer than `seconds`, or the process died.
+    """
+    answers = context.Queue()
+    worker = context.Process(target=_work, args=(answers, function, arguments))
+    worker.start()
+    end = time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                kind, answer = answers.get(timeout=0.1)
+                break
+            except queue.Empty:
+                if time.monotonic() > end:
+                    raise _WorkerError(f"ended after {seconds:.0f} s") from None
+                if not worker.is_alive() and answers.empty():
+                    raise _WorkerError(f"the process died (exit code {worker.exitcode})") from None
+    finally:
+        worker.join(timeout=5)  # it also gives its memory back
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+    if kind == "error":
+        raise _WorkerError(answer)
+    return answer
+
+
+def _work(answers: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        answers.put(("answer", function(*arguments)))
+    except Exception as exc:
+        answers.put(("error", repr(exc)[:1000]))
+
+
+def _failed(each: Cell, command: str, error: str, done: Sequence[Record]) -> Record:
+    """The record of a measurement that gave none; what is known of the machine is taken from those before it."""
+    known = {name: done[0][name] for name in FACTS if name in done[0]} if done else {}
+    return {**measuring.empty_record(each, command), **known, "error": error}
+
+
+def _fast_folder() -> str | None:
+    """Memory, where there is enough for a case; else where temporary files are."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 40e9 else None
+
+
+def expand(name: str, **common: Any) -> Iterator[Cell]:
+    """The cells of the suite `name`."""
+    for case, form, method, budget in suites()[name]:
+        yield Cell(case, form, method, "", budget, **common)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

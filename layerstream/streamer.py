@@ -250,8 +250,8 @@ class Streamer:
                     self._units[index], self._bindings[index] = unit, unit.binding
                     self._stored[index] = attachment.store.add(unit.binding)
                     unit.binding.prepare(index, nans, self.load_absent)
-                    if unit.module is not None:
-                        self._unit_of[id(unit.module)] = index
+                    for module in unit.called:
+                        self._unit_of[id(module)] = index
                 attachment.store.pin()
                 for unit in part.units:
                     unit.binding.absent()
@@ -305,8 +305,7 @@ class Streamer:
                 getattr(place.module, place.kind)[place.name] = original
             attachment.moved_others = []
             for index in attachment.units:
-                unit = self._units.pop(index)
-                unit.binding.restore()
+                self._units[index].binding.restore()
                 attempt(functools.partial(self._forget_slots, index), "free device memory")
             for place, stand_in in attachment.division.stand_ins:
                 if getattr(place.module, place.kind).get(place.name) is stand_in:
@@ -321,6 +320,7 @@ class Streamer:
         gone = {index for attachment in taken for index in attachment.units}
         self._unit_of = {block: unit for block, unit in self._unit_of.items() if unit not in gone}
         for index in gone:
+            self._units.pop(index, None)
             self._stored.pop(index, None)
             self._bindings.pop(index, None)
 
@@ -344,7 +344,7 @@ class Streamer:
         roots = []
         for layout in attachment.layouts:
             own = [self._units[i] for i in attachment.units if self._units[i].spec.component == layout.name]
-            streamed = [unit.module for unit in own if unit.module is not None]
+            streamed = [module for unit in own for module in unit.called]
             if compiled.describe_compiled(layout.outermost) is not None and streamed:
                 warnings.warn(
                     f"`{layout.name}` is compiled as a whole; while it streams, its blocks are compiled one by one "
@@ -717,7 +717,7 @@ class Streamer:
     def _held(self) -> list[int]:
         """Units that compute is reading, or may read without asking again."""
         loaded = [s.unit for s in [*self._transfer.ring, *self._transfer.extra] if s.unit is not None]
-        return [u for u in loaded if (m := self._units[u].module) is not None and self._calls.is_running(m)]
+        return [u for u in loaded if any(self._calls.is_running(m) for m in self._units[u].called)]
 
     def _prefetch(self, held: Sequence[int]) -> None:
         """Start loading the units expected next, in their order, as far as there are slots that nobody holds."""
@@ -753,8 +753,8 @@ class Streamer:
         return slot or self._add_extra(unit, held)
 
     def _add_extra(self, unit: int, held: Sequence[int]) -> Slot:
-        """A slot beyond the plan. Residents pay for it, since activations were given what the plan leaves: first those of
-        other phases, then what is needed last."""
+        """A slot beyond the plan. Residents pay for it, since activations were given what the plan leaves: first those
+        of other phases, then what is needed last."""
         transfer, phase = self._transfer, self._applied
         if phase is not None and self.stats.budget_bytes:
             taken = transfer.weights_bytes + self._device.rounded_bytes(self._stored[unit].num_bytes)

@@ -51,11 +51,22 @@ class ComponentLayout:
 
 @dataclass(eq=False)
 class Unit:
-    """A unit with its tensors; `module` is the block, None for a base."""
+    """A unit with its tensors.
+
+    Attributes:
+        module: the block; None for a base.
+        twins: other modules that have the same weights, of which each may be called in its place.
+    """
 
     spec: UnitSpec
     binding: UnitBinding
     module: nn.Module | None
+    twins: tuple[nn.Module, ...] = ()
+
+    @property
+    def called(self) -> tuple[nn.Module, ...]:
+        """Modules whose forward needs the unit; none of a base."""
+        return () if self.module is None else (self.module, *self.twins)
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
                 name = ".".join(part for part in (layout.name, path, place.name) if part)
                 if id(module) in seen:
                     if id(place.tensor) in uses:
-                        uses[id(place.tensor)].users.append(draft)
+                        uses[id(place.tensor)].used_by(draft, module)
                     continue
                 if not _moves(place.tensor):
                     division.others.append(place)
@@ -128,7 +139,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
                 if use is None:
                     tensor = _ordinary(place.tensor) if place.tensor.is_inference() else place.tensor
                     use = uses[id(place.tensor)] = _Use(name, place.tensor, tensor)
-                use.users.append(draft)
+                use.used_by(draft, module)
                 if place.tensor.is_inference():
                     division.stand_ins.append((place, use.tensor))
             seen.add(id(module))
@@ -136,9 +147,10 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
     also: dict[int, set[str]] = {}  # by base: other components that use what it holds
     for group in _sharing_bytes(uses.values()):
         users = [user for use in group for user in use.users]
-        is_shared = any(user is not users[0] for user in users)
+        leaf = _leaf_of(group)
+        is_shared = leaf is None and any(user is not users[0] for user in users)
         for use in group:
-            use.owner = owner = bases[id(users[0].layout)] if is_shared else users[0]
+            use.owner = owner = leaf or (bases[id(users[0].layout)] if is_shared else users[0])
             also.setdefault(id(owner), set()).update(u.layout.name for u in users if u.layout is not owner.layout)
     for use in uses.values():  # in the order of the modules
         assert use.owner is not None
@@ -154,7 +166,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
                 is_repeated=draft.layout.is_repeated,
                 also=tuple(sorted(also[id(draft)])),
             )
-            division.units.append(Unit(spec, UnitBinding(draft.tensors), draft.module))
+            division.units.append(Unit(spec, UnitBinding(draft.tensors), draft.module, tuple(draft.twins)))
     return division
 
 
@@ -169,6 +181,7 @@ class _Draft:
 
     def __post_init__(self) -> None:
         self.tensors: list[BoundTensor] = []
+        self.twins: list[nn.Module] = []
 
 
 @dataclass(eq=False)
@@ -181,7 +194,34 @@ class _Use:
 
     def __post_init__(self) -> None:
         self.users: list[_Draft] = []
+        self.modules: list[nn.Module] = []  # of each user, the one that the tensor hangs in
         self.owner: _Draft | None = None
+
+    def used_by(self, user: _Draft, module: nn.Module) -> None:
+        self.users.append(user)
+        self.modules.append(module)
+
+
+def _leaf_of(group: Sequence[_Use]) -> _Draft | None:
+    """The unit of a single layer whose weight hangs in like layers outside the stacks, too: T5 has its embedding twice,
+    as `shared` and as `encoder.embed_tokens`. All of them are that unit."""
+    pairs = [pair for use in group for pair in zip(use.users, use.modules, strict=True)]
+    owners = {id(user): user for user, _ in pairs if user.module is not None}
+    if len(owners) != 1 or len(pairs) == 1:
+        return None
+    (owner,) = owners.values()
+    assert owner.module is not None
+    weights = {id(place.tensor) for place in _places(owner.module)}
+    others = [module for user, module in pairs if user.module is None]
+    are_alike = all(
+        type(module) is type(owner.module) and {id(place.tensor) for place in _places(module)} == weights
+        for module in others
+    )
+    is_leaf = next(owner.module.children(), None) is None
+    if not is_leaf or not are_alike or any(user.layout is not owner.layout for user, _ in pairs):
+        return None
+    owner.twins += [module for module in others if module not in owner.twins]
+    return owner
 
 
 def _walk(

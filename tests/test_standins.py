@@ -39,12 +39,20 @@ pytest.importorskip("transformers", reason="the text encoders of the stand-ins a
 MB = 1_000_000
 # What a call returns behind the batch and frames, where it is no image of 32 x 32.
 SHAPES = {"glm_image": (3, 64, 64), "stable_cascade": (3, 128, 128), "audioldm2": (512,)}
-DENOISERS_OF = {"wan22": 2, "stable_cascade": 2}
-STACKS_OF = {"flux": 2, "ovis": 2, "longcat": 2, "flux_controlnet": 2, "hunyuan_video": 2, "aura_flow": 2}
-WITH_UNETS = ("sd15", "sd15_controlnet", "sdxl_img2img", "stable_cascade", "audioldm2")
+DENOISERS_OF = {"wan22": 2, "stable_cascade": 2, "ideogram4": 2}
+WITH_TWO_STACKS = (
+    *("flux", "ovis", "longcat", "flux_controlnet", "hunyuan_video", "aura_flow"),
+    *("wan_vace", "latte", "flux2_klein"),
+)
+WITH_UNETS = (
+    *("sd15", "sd15_controlnet", "sd15_ip_adapter", "sdxl_img2img", "animatediff_sdxl"),
+    *("stable_cascade", "audioldm2"),
+)
+WITHOUT_NEGATIVE_PROMPT = ("glm_image", "flux2_klein", "ideogram4")
 # The last so many layers of a text encoder run, and nothing reads what they return.
 UNREAD_LAYERS = {
     ("sdxl_img2img", "text_encoder"): 1,
+    ("animatediff_sdxl", "text_encoder"): 1,
     ("hunyuan_video", "text_encoder"): 2,
     ("lumina2", "text_encoder"): 1,
 }
@@ -88,6 +96,8 @@ def takes_part(name: str, key: str, stack_name: str) -> bool:
     """Whether the stack of a component serves a call of the pipeline."""
     if key in ("vae", "vqgan"):  # half of them
         return False
+    if key == "motion_adapter":  # what was copied of it runs
+        return False
     if (name, key) == ("stable_cascade", "text_encoder"):  # the prior has one of its own, whose states serve both
         return False
     if "visual" in stack_name:  # the vision tower
@@ -110,7 +120,7 @@ def test_tiny_pipeline_repeats_to_the_bit(name: str) -> None:
     assert torch.equal(first, run_tiny(tiny(name), name))
     assert not torch.equal(first, run_tiny(tiny(name), name, seed=1))
     assert not torch.equal(first, run_tiny(tiny(name), name, prompt="a blue boat"))
-    if name == "glm_image":  # has no negative prompt
+    if name in WITHOUT_NEGATIVE_PROMPT:
         assert not torch.equal(first, run_tiny(tiny(name), name, guidance_scale=1.0)), "guidance is off"
     else:
         assert not torch.equal(first, run_tiny(tiny(name), name, negative_prompt="a fox")), "guidance is off"
@@ -130,7 +140,9 @@ def test_tiny_sizes(name: str) -> None:
     parts = modules_of(tiny(name))
     assert stored_bytes(*parts.values()) < 3 * MB
     denoisers = [
-        part for key, part in parts.items() if key.startswith(("transformer", "unet", "prior_prior", "decoder"))
+        part
+        for key, part in parts.items()
+        if key.startswith(("transformer", "unet", "unconditional", "prior_prior", "decoder"))
     ]
     encoders = [part for key, part in parts.items() if "encoder" in key or key == "language_model"]
     assert len(denoisers) == DENOISERS_OF.get(name, 1)
@@ -140,7 +152,7 @@ def test_tiny_sizes(name: str) -> None:
         if name in WITH_UNETS:
             assert stacks
         else:
-            assert len(stacks) == STACKS_OF.get(name, 1)
+            assert len(stacks) == 1 + (name in WITH_TWO_STACKS)
             assert all(len(stack) >= 4 for stack in stacks.values())
     for encoder in encoders:
         assert any(len(stack) >= 3 for stack in stacks_of(encoder).values())
@@ -213,6 +225,29 @@ def test_tiny_sdxl_casts_its_vae_in_the_call(dtype: torch.dtype) -> None:
     # It casts up for the encoder always, and for the decoder from float16 only.
     assert found == [torch.float32, torch.float32 if dtype == torch.float16 else dtype]
     assert {parameter.dtype for parameter in pipe.vae.parameters()} == {dtype}
+
+
+def test_tiny_animatediff_casts_single_layers_of_its_vae() -> None:
+    pipe = tiny_or_skip("animatediff_sdxl", dtype=torch.float16)
+    found: list[torch.dtype] = []
+    for part in (pipe.vae.post_quant_conv, pipe.vae.decoder.mid_block, pipe.vae.decoder.up_blocks[0]):
+        part.register_forward_pre_hook(lambda module, args: found.append(next(module.parameters()).dtype))
+    run_tiny(pipe, "animatediff_sdxl")
+    assert found == [torch.float16, torch.float16, torch.float32]
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float16}
+
+
+def test_tiny_ideogram_asks_both_networks_in_turns() -> None:
+    pipe = tiny("ideogram4")
+    calls: list[str] = []
+    handles = [
+        getattr(pipe, key).register_forward_pre_hook(lambda module, args, key=key: calls.append(key))
+        for key in ("text_encoder", "transformer", "unconditional_transformer")
+    ]
+    run_tiny(pipe, "ideogram4")
+    for handle in handles:
+        handle.remove()
+    assert calls == ["transformer", "unconditional_transformer"] * 4, "the text encoder itself is not called"
 
 
 def test_tiny_edit_leaves_diffusers_as_it_was() -> None:

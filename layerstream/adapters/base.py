@@ -102,10 +102,15 @@ def _with_large_leaves(component: nn.Module, stacks: Sequence[StackLayout]) -> l
     inside = {id(m) for block in blocks for m in block.modules()}
     before: list[StackLayout] = []
     after: list[StackLayout] = []
+    taken: set[tuple[type, frozenset[int]]] = set()  # layers that share their weights with one like it are one unit
     for path, module in component.named_modules():
         # Not subclasses of Linear: attention modules have some that they never call.
         is_leaf = isinstance(module, nn.Embedding) or type(module) is nn.Linear
         if path and is_leaf and id(module) not in inside and _num_bytes(module) > largest:
+            weights = type(module), frozenset(id(t) for t in _weights(module))
+            if weights in taken:
+                continue
+            taken.add(weights)
             stack = StackLayout(path, ((path, module),))
             (before if isinstance(module, nn.Embedding) else after).append(stack)
     return [*before, *stacks, *after]

@@ -414,3 +414,59 @@ def test_fused_lora_is_what_the_gpu_computes() -> None:
             pipe.transformer.fuse_lora()
             images.append(run_tiny(pipe, "sd3").cpu())
     assert torch.equal(images[0], images[1])
+
+
+def test_two_streamers_share_the_smallest_budget_and_end_in_any_order() -> None:
+    first, second, x = stack(num_blocks=4), stack(num_blocks=5), wide_input()
+    expected = resident(first, x), resident(second, x)
+    torch.cuda.empty_cache()
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: None)
+    before = read()
+    base = torch.cuda.memory_allocated()
+    one = layerstream.offload(first, vram_budget=base + 300 * 2**20).start()
+    two = layerstream.offload(second, vram_budget=base + 400 * 2**20).start()
+    with torch.no_grad():
+        assert_equal([second(x)], expected[1])
+        one.close()
+        assert_equal([second(x)], expected[1])
+        one.start()
+        two.close()
+        assert_equal([first(x)], expected[0])
+        assert torch.cuda.memory_reserved() <= base + 300 * 2**20
+        one.close()
+    assert read() == before
+
+
+def test_a_refused_call_leaves_nothing_on_the_device() -> None:
+    """Whoever catches the error and makes the batch smaller needs the room now."""
+    model, x = stack(), wide_input()
+    expected = resident(model, x)
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    budget = base + 256 * 2**20
+    try:
+        with layerstream.offload(model, vram_budget=budget), torch.no_grad():
+            model(wide_input(rows=2**16))
+        pytest.fail("it fits")
+    except layerstream.BudgetError as error:
+        assert error.needed_bytes is not None
+        assert error.needed_bytes > budget
+        assert torch.cuda.memory_allocated() <= base + 2**25  # a workspace of cuBLAS, perhaps
+        with layerstream.offload(model, vram_budget=budget), torch.no_grad():
+            assert_equal([model(x)], expected)
+
+
+def test_layers_cast_inside_each_forward() -> None:
+    """Layerwise casting: every layer is kept in 8 bits, and cast up while it runs."""
+    images = []
+    for is_streamed in (False, True):
+        pipe = build_tiny("flux", dtype=torch.bfloat16)
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+        if is_streamed:
+            with layerstream.offload(pipe, vram_budget="min"):
+                images += [run_tiny(pipe, "flux").cpu() for _ in range(2)]
+        else:
+            pipe.to("cuda")
+            images.append(run_tiny(pipe, "flux").cpu())
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])

@@ -53,10 +53,10 @@ def peak_rss_bytes() -> int:
 
 
 def locked_bytes() -> int | None:
-    """Host memory that is page-locked for this process; None where the system does not say."""
+    """Host memory that the system has locked for this process; None where it does not say, as of what CUDA locks."""
     fields = dict(line.split(":", 1) for line in _lines("/proc/self/status") if ":" in line)
     known = [int(fields[name].split()[0]) * 1024 for name in ("VmLck", "VmPin") if name in fields]
-    return max(known, default=None)
+    return max(known, default=0) or None
 
 
 def are_good(records: Sequence[Record]) -> bool:

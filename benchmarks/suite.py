@@ -1,8 +1,7 @@
 """Named sets of measurements, each in a process of its own, with results written as they come.
 
-A worker process is forked from a server that has imported the libraries and has not touched the GPU, so that a
-measurement begins in a second rather than in ten. What a worker does not give back in time is a record with the error,
-and the others go on.
+What a worker process does not give back in time is a record with the error, and the others go on. Where there is no GPU
+workers are forked from a server that has imported the libraries, so that each begins in a second rather than in ten.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from benchmarks.methods import METHODS
 from benchmarks.records import FACTS, Record, are_good
 from benchmarks.results import write
 
-# What the server imports before it forks; none of these touches the GPU.
+# What the server imports before it forks.
 _PRELOADED = ["torch", "diffusers", "transformers", "benchmarks.cell"]
 _SWEEP = ("min", "4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "auto")
 # Where peers take a budget: what ours is compared with at like memory.
@@ -148,6 +147,8 @@ def refusal(cell: Cell) -> str | None:
 
 
 def _server() -> Any:
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")  # importing diffusers initialises CUDA, which no fork survives
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context

@@ -23,6 +23,7 @@ def _apply(setup: Setup) -> None:
         predicted = [p.prediction for p in streamer.plan.phases if p.prediction is not None and p.phase.is_repeated]
         return {
             **{f"stats_{name}": value for name, value in stats.as_dict().items()},
+            "locked_bytes": stats.pinned_bytes,  # what CUDA page-locks does not show in the system's own count
             "predicted_ms_per_pass": round(predicted[0].ms_per_pass, 3) if predicted else None,
             "predicted_bound": predicted[0].bound if predicted else None,
             "plan": str(streamer),

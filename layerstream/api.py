@@ -114,11 +114,12 @@ class LayerStreamer:
     def _watch(self) -> None:
         """Mark the components as ours, and pause around the calls that change them."""
         self._called = _components(self._pipe)
-        components = [uncompiled(m) for m in _components(self._pipe).values()]
-        for layer in (layer for component in components for layer in adapter_layers(component)):
-            for name in MERGING_METHODS:
-                self._changes.watch_change(layer, name, self.paused)
-        for owner in [self._pipe, *components]:
+        components = {name: uncompiled(module) for name, module in self._called.items()}
+        for component, module in components.items():
+            for layer in adapter_layers(module):
+                for name in MERGING_METHODS:  # of one component only: there is a call for each layer
+                    self._changes.watch_change(layer, name, functools.partial(self._paused, component))
+        for owner in [self._pipe, *components.values()]:
             if isinstance(owner, nn.Module):
                 _ACTIVE[owner] = weakref.ref(self)
             if not isinstance(owner, Mapping):
@@ -176,13 +177,19 @@ class LayerStreamer:
             StreamerStateError: a component is in the middle of its forward.
             BudgetError: what was made of the pipeline does not fit the budget; streaming has ended then.
         """
+        with self._paused(None):
+            yield
+
+    @contextlib.contextmanager
+    def _paused(self, component: str | None) -> Iterator[None]:
+        """Pause one component, and those that share weights with it, or all."""
         streamer = self._streamer
         if streamer is None or streamer.is_paused:
             yield
             return
         components = [uncompiled(m) for m in _components(self._pipe).values()]
         try:
-            with streamer.paused(), merging_on(streamer.device.torch_device, components):
+            with streamer.paused(component), merging_on(streamer.device.torch_device, components):
                 self._changes.remove()
                 yield
         finally:

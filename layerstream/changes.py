@@ -49,8 +49,8 @@ CHANGING_METHODS = (
     "unmerge_adapter",
 )
 
-# What these return is kept and saved: it shares memory with the weights at home, as it would with a resident model's,
-# and takes none on the device. In the middle of a call they give what is on the device.
+# What these return is kept and saved: it is given the weights at home, so that it takes no memory on the device. In the
+# middle of a call they give what is on the device.
 READING_METHODS = ("state_dict",)
 
 

@@ -138,8 +138,9 @@ class Search:
     something faster. So more room is never slower.
 
     In a cell, it starts from evenly spread residents and from blocks that stream wherever they are there in time, and
-    goes on to what differs by a block or two, as long as that is better for the room it takes. Up to nine blocks that
-    found the best of all in each of 400 random trials; beyond, see `tests/test_plan.py`.
+    goes on to what differs by a block or two, as long as that is better for the room it takes. Of random instances of
+    3 to 8 blocks that found the best of all in 99.7 %, and was at most 1.3 times slower in the rest
+    (`tests/test_pace.py`).
 
     Args:
         sizes: bytes that each block takes on the device, in a buffer of its own or as a slot; 0 if it does not stream.

@@ -234,7 +234,9 @@ class PhaseTracker:
         if key.entry == READ:  # a call of the component is to follow, perhaps of a part that nobody knows of
             measured = [r for k, r in self._reserves.items() if k.component == key.component and r.is_measured]
             return max(measured, key=lambda r: r.over_bytes or 0, default=Reserve(key, num_missing=_MOST_KEYS))
-        known = self._reserves.get(key)
+        known = self._reserves.pop(key, None)
+        if known is not None:
+            self._reserves[key] = known  # the first in line is the one not used for longest
         entry = (key.component, key.entry)
         last_key, self._last_key[entry] = self._last_key.get(entry), key
         if known is not None and (known.key == key or known.is_growing):

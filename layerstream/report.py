@@ -24,14 +24,16 @@ def report(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats]) -> str:
         "room to another phase",
     ]
     rows = []
-    for phase_plan in plan.phases:
-        done = phases.get(phase_plan.phase.name)
+    predictions = {phase_plan.phase.name: phase_plan.prediction for phase_plan in plan.phases}
+    # First by the plan; then phases that are no more, since components came to share one: what they did counts.
+    for name in dict.fromkeys([*predictions, *phases]):
+        done = phases.get(name)
         if done is None:
             continue
-        prediction = phase_plan.prediction
+        prediction = predictions.get(name)
         rows.append(
             [
-                phase_plan.phase.name,
+                name,
                 str(done.num_passes),
                 format_bytes(done.loaded_bytes),
                 f"{done.num_stalls} ({done.stall_ms:.1f} ms)",
@@ -42,7 +44,7 @@ def report(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats]) -> str:
         )
     headers = ["phase", "passes", "loaded", "stalls", "beside weights", "peak reserved", "predicted pass"]
     lines += ["", *table(headers, rows).splitlines()] if rows else ["nothing has run yet"]
-    lines += [_waits(plan, name, done) for name, done in phases.items() if done.stall_ms >= _LEAST_TOLD_MS]
+    lines += [line for name, done in phases.items() if (line := _waits(plan, name, done)) is not None]
     gains = next_gib(plan)
     for name, gain_ms in (gains or {}).items():
         if gain_ms >= 0.05:
@@ -50,7 +52,7 @@ def report(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats]) -> str:
     return "\n".join(lines)
 
 
-def _waits(plan: Plan, name: str, done: PhaseStats) -> str:
+def _waits(plan: Plan, name: str, done: PhaseStats) -> str | None:
     """Where a phase's compute waited: by stack, and the block that it waited for longest."""
     units = {unit.index: unit for unit in plan.units}
     known = {units[index]: ms for index, ms in done.stall_ms_by_unit.items() if index in units}
@@ -62,6 +64,8 @@ def _waits(plan: Plan, name: str, done: PhaseStats) -> str:
     parts = [
         f"{ms:.1f} ms for `{place}`" for place, ms in sorted(stacks.items(), key=lambda item: -item[1]) if ms >= least
     ]
+    if not parts:
+        return None  # too short to tell, or for units that are no more
     longest = max(known, key=lambda unit: known[unit], default=None)
     told = "" if longest is None or len(known) == 1 else f"; longest for `{longest.name}`, {known[longest]:.1f} ms"
     return f"`{name}` waited {', '.join(parts)}{told}"

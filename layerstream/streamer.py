@@ -434,8 +434,6 @@ class Streamer:
                     if slot is not None:
                         self._evict(slot)
                 self._cloned.clear()
-        if self._cast_inside:
-            self._lay_out_what_was_cast()
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         is_known = begun == self._begun and self._ledger.is_settled and not self._timed
         if is_known and not self._ledger.has_grown(self._transfer.weights_bytes):
@@ -565,6 +563,8 @@ class Streamer:
         is_grad = _is_grad_enabled()
         with self._mutex:
             is_outermost = self._is_outermost()
+            if is_outermost:
+                self._lay_out_what_was_cast()
             self._calls.enter(root, is_root=True)
             if is_outermost:
                 try:
@@ -590,7 +590,10 @@ class Streamer:
             self._calls.check_thread()
             if not self._is_outermost():
                 return False
-            self._begin(component, name, args, kwargs, is_grad)
+            self._lay_out_what_was_cast()
+            # In tiles and slices a VAE takes less.
+            ways = [way for way in ("use_tiling", "use_slicing") if getattr(root, way, False)]
+            self._begin(component, " ".join([name, *ways]), args, kwargs, is_grad)
             self._in_method = id(root)
         return True
 
@@ -627,6 +630,8 @@ class Streamer:
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         with self._mutex:
             is_outermost = self._is_outermost()
+            if is_outermost:
+                self._lay_out_what_was_cast()
             self._calls.enter(block, is_root=False)
             if is_outermost:  # by a method that nobody watches
                 try:
@@ -662,6 +667,7 @@ class Streamer:
         with self._mutex:
             self._calls.check_thread()
             if self._is_outermost():
+                self._lay_out_what_was_cast()
                 self._begin_by_touch(units, is_grad)
             with engine_tensors():
                 self._use(units, is_touch=True, is_grad=is_grad)
@@ -670,7 +676,8 @@ class Streamer:
         """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards.
 
         In the middle of a call it is cast where it is (layerwise casting keeps layers in 8 bits, and casts each while
-        it runs), and laid out anew before the next call if it stayed so.
+        it runs), and laid out anew before the next call if it stayed so. A block that leaves its slot as it was not
+        found cannot be: its host bytes have another form.
         """
         if self._is_outermost():
             return self.paused(component)
@@ -679,12 +686,12 @@ class Streamer:
 
     def _lay_out_what_was_cast(self) -> None:
         """What calls cast while they ran and left so."""
-        cast, self._cast_inside = self._cast_inside, set()
-        for component in cast:
+        for component in list(self._cast_inside):
             bindings = [self._bindings[i] for i in self._attachment_of[component].units if self._bindings[i].is_present]
             if any(b.tensor.dtype != b.dtype for binding in bindings for b in binding.tensors):
                 with self.paused(component):
                     pass
+            self._cast_inside.discard(component)
 
     # ---- up and down
 

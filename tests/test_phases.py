@@ -215,6 +215,20 @@ def test_a_long_loop_is_measured_a_few_times() -> None:
     assert 20 <= num_measured <= 23
 
 
+def test_a_margin_is_kept_and_grows_with_the_rest() -> None:
+    reserve = Reserve(key())
+    assert reserve.kept_bytes(5) is reserve.needed_bytes(5) is None
+    reserve.measured(100, 8)
+    assert (reserve.over_bytes, reserve.kept_bytes(20), reserve.needed_bytes(20)) == (100, 128, 128)
+    reserve.is_growing = True
+    assert reserve.kept_bytes(20) == int(GROWTH * 128), "for a new plan"
+    assert reserve.needed_bytes(20) == int(GROWTH * 108) + 20, "an old one holds until its room is filled"
+    reserve.forget()
+    assert reserve.needed_bytes(0) is None
+    reserve.measured(90)
+    assert reserve.needed_bytes(0) == int(GROWTH * 90), "no margin is left of what was forgotten"
+
+
 def test_a_jump_is_no_token() -> None:
     found = tracker()
     measure(found, key("net", (1, 1), (2, 100, 4)), 800, 800)

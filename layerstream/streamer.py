@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,16 +36,17 @@ from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import Placement, UnitSpec
 from layerstream.calls import RunningCalls, shapes_of
 from layerstream.device import Device, engine_tensors
-from layerstream.errors import BackwardError, BudgetError, LayerstreamWarning, StreamerStateError
+from layerstream.errors import BudgetError, LayerstreamWarning, StreamerStateError
 from layerstream.host_store import HostStore, StoredUnit
 from layerstream.intercept import Interception
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
+from layerstream.outputs import refuse_backward, without_aliases
 from layerstream.phases import READ
 from layerstream.plan import PhasePlan, Plan
 from layerstream.stats import PhaseStats, Stats
 from layerstream.transfer import Slot, TransferEngine
-from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, divide
+from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, divide
 
 # Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
 _OWN_AHEAD = 8
@@ -237,7 +238,7 @@ class Streamer:
         """Take hold of components: host memory, absent tensors, hooks. Failing half-way leaves it to `close`."""
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         with engine_tensors():
-            for group in _connected(layouts, division):
+            for group in connected(layouts, division):
                 part = division if len(group) == len(layouts) else divide(group)
                 attachment = _Attachment(tuple(group), part, HostStore(self._device))
                 self._attachments.append(attachment)
@@ -656,9 +657,9 @@ class Streamer:
                 end = self._device.mark(self._device.compute_stream())
                 self._timed.append((unit, self._timing.pop(unit), end))
             slot = self._transfer.slot_of(unit)
-            replaced = output if slot is None else _without_aliases(output, slot.buffer)
+            replaced = output if slot is None else without_aliases(output, slot.buffer)
             if unit in self._seen_grad:
-                _refuse_backward(replaced, self._units[unit].spec.name)
+                refuse_backward(replaced, self._units[unit].spec.name)
             return None if replaced is output else replaced
 
     def load_absent(self, units: Sequence[int]) -> None:
@@ -871,18 +872,6 @@ def _is_hookable(layout: ComponentLayout) -> bool:
     return has_blocks or layout.outermost is not layout.root or compiled.describe_compiled(layout.root) is None
 
 
-def _connected(layouts: Sequence[ComponentLayout], division: Division) -> list[list[ComponentLayout]]:
-    """The components in groups that share weights; most stand alone."""
-    groups = {layout.name: {layout.name} for layout in layouts}
-    for unit in division.units:
-        for other in unit.spec.also:
-            joined = groups[unit.spec.component] | groups[other]
-            for name in joined:
-                groups[name] = joined
-    found = [[layout for layout in layouts if layout.name in groups[first.name]] for first in layouts]
-    return [group for position, group in enumerate(found) if group[0] is layouts[position]]
-
-
 def _raise(error: BaseException) -> None:
     raise error
 
@@ -896,47 +885,3 @@ def _changed(bound: BoundTensor, now: torch.Tensor) -> str:
 
 def _is_grad_enabled() -> bool:
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-
-
-def _without_aliases(output: Any, buffer: torch.Tensor) -> Any:
-    """`output` with tensors that lie inside a slot replaced by copies; itself if there are none."""
-    if isinstance(output, torch.Tensor):
-        if output.layout is not torch.strided or not output.numel():
-            return output
-        start = buffer.data_ptr()
-        with contextlib.suppress(RuntimeError):  # a tensor without storage (a subclass) cannot lie in a slot
-            if start <= output.data_ptr() < start + buffer.numel():
-                return output.clone()
-        return output
-    if type(output) in (tuple, list):
-        items = [_without_aliases(item, buffer) for item in output]
-        return output if all(a is b for a, b in zip(items, output, strict=True)) else type(output)(items)
-    if type(output) is dict:
-        values = {key: _without_aliases(item, buffer) for key, item in output.items()}
-        return output if all(values[key] is output[key] for key in output) else values
-    return output
-
-
-def _tensors(output: Any) -> Iterable[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, tuple | list):
-        for item in output:
-            yield from _tensors(item)
-    elif isinstance(output, dict):
-        for item in output.values():
-            yield from _tensors(item)
-
-
-def _refuse_backward(output: Any, name: str) -> None:
-    """Let a backward pass that reaches the block's output say what is wrong, before autograd says it in its words."""
-
-    def refuse(gradient: torch.Tensor) -> None:
-        raise BackwardError(
-            f"a backward pass reached `{name}`, whose weights were streamed: their bytes have been replaced since the "
-            "forward pass. Run under torch.no_grad() or torch.inference_mode(), or train without offloading."
-        )
-
-    for tensor in _tensors(output):
-        if tensor.requires_grad and not tensor.is_leaf:
-            tensor.register_hook(refuse)

@@ -170,6 +170,18 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
     return division
 
 
+def connected(layouts: Sequence[ComponentLayout], division: Division) -> list[list[ComponentLayout]]:
+    """The components in groups that share weights; most stand alone."""
+    groups = {layout.name: {layout.name} for layout in layouts}
+    for unit in division.units:
+        for other in unit.spec.also:
+            joined = groups[unit.spec.component] | groups[other]
+            for name in joined:
+                groups[name] = joined
+    found = [[layout for layout in layouts if layout.name in groups[first.name]] for first in layouts]
+    return [group for position, group in enumerate(found) if group[0] is layouts[position]]
+
+
 @dataclass(eq=False)
 class _Draft:
     """A unit while its tensors are being collected."""

@@ -22,6 +22,7 @@ RANKS = {
     "tables": 1,
     "pace": 1,
     "device": 1,
+    "outputs": 1,
     "standins": 1,
     "absent": 2,
     "calls": 2,

@@ -116,29 +116,29 @@ def test_an_interrupt_leaves_the_context(named: tuple[Any, str]) -> None:
 
 
 def test_the_budget_holds(named: tuple[Any, str]) -> None:
-    """Budgets between what "min" takes and what everything takes: activations are part of them."""
+    """Everything fits, and two budgets between that and the least: activations are part of them."""
     pipe, name = named
-    if name == "ltx":
-        pytest.xfail("a later pass of its transformer takes 4 % more than the measured ones, in the same shapes")
     expected = run_tiny(pipe, name)
     peaks = []
-    for budget in ("min", "auto"):
+    for budget, num_calls in (("min", 1), ("auto", 2)):
         device = adversary(copies="at_once")
         with layerstream.offload(pipe, vram_budget=budget, device=device) as streamer, device.checking():
-            for _ in range(1 if budget == "min" else 3):
+            for _ in range(num_calls):
                 assert torch.equal(run_tiny(pipe, name), expected)
             peaks.append(streamer.stats().peak_reserved_bytes)
-    limit = int(peaks[0] + 0.3 * (peaks[1] - peaks[0])) + 2**14
-    device = adversary(copies="random")
-    with layerstream.offload(pipe, vram_budget=limit, device=device) as streamer, device.checking():
-        for _ in range(3):
-            assert torch.equal(run_tiny(pipe, name), expected)
-            assert device.reserved_bytes() <= limit
-        stats = streamer.stats()
-        assert stats.peak_reserved_bytes <= limit
-        assert streamer.plan.peak_bytes <= limit
-        assert device.num_ooms() == 0
-    assert device.buffer_bytes == 0
+        assert device.num_ooms() == device.buffer_bytes == 0
+    for share, num_calls in ((0.3, 3), (0.7, 2)):
+        limit = int(peaks[0] + share * (peaks[1] - peaks[0])) + 2**14
+        device = adversary(copies="random")
+        with layerstream.offload(pipe, vram_budget=limit, device=device) as streamer, device.checking():
+            for _ in range(num_calls):
+                assert torch.equal(run_tiny(pipe, name), expected)
+                assert device.reserved_bytes() <= limit
+            stats = streamer.stats()
+            assert stats.peak_reserved_bytes <= limit
+            assert streamer.plan.peak_bytes <= limit
+            assert device.num_ooms() == 0
+        assert device.buffer_bytes == 0
 
 
 def test_low_precision(named: tuple[Any, str]) -> None:

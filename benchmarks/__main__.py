@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -18,17 +17,9 @@ from benchmarks.cases import CASES, FORMS
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, MissingPeerError
 from benchmarks.records import command_line
-from layerstream.budget import parse_bytes
-from layerstream.errors import LayerstreamError
+from layerstream.arguments import Parser, budget, positive
 
 RESULTS = Path("benchmarks/results")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="one measurement, and the resident one it is compared with")
     run.add_argument("--case", choices=CASES, required=True)
     run.add_argument("--form", choices=FORMS, default="denoiser")
     run.add_argument("--method", choices=METHODS, default="layerstream")
-    run.add_argument("--vram-budget", type=_budget, metavar="SIZE", help='"5GiB", "auto" or "min"')
+    run.add_argument("--vram-budget", type=budget, metavar="SIZE", help='"5GiB", "auto" or "min"')
     run.add_argument(
         "--mapped", dest="is_mapped", action="store_true", help="the weights stay in the mapped file they are read from"
     )
@@ -103,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     for each in (run, named):
         each.add_argument("--scale", choices=["full", "tiny"], default="full")
         each.add_argument("--device", choices=["cuda", "cpu"], help="cpu: the simulated one (default: the GPU)")
-        each.add_argument("--passes", type=_positive, default=10, metavar="N", help="timed passes of a denoiser")
-        each.add_argument("--steps", type=_positive, metavar="N", help="of a pipeline's call (default: the case's)")
+        each.add_argument("--passes", type=positive, default=10, metavar="N", help="timed passes of a denoiser")
+        each.add_argument("--steps", type=positive, metavar="N", help="of a pipeline's call (default: the case's)")
         each.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
         each.add_argument("--cell-seconds", type=float, default=240, metavar="S", help="limit of each measurement")
         each.add_argument("--seconds", type=float, metavar="S", help="limit of all of them")
@@ -113,25 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     plots.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     plots.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-_positive.__name__ = "number"  # argparse says "invalid number value"
-
-
-def _budget(text: str) -> str:
-    if text not in ("auto", "min"):
-        try:
-            parse_bytes(text)
-        except LayerstreamError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from exc
-    return text
 
 
 def _list() -> None:

@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 import traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +42,15 @@ class Cell:
     form: Form
     method: str
     folder: str
-    vram_budget: str | None = None
+    vram_budget: int | str | None = None
     scale: Scale = "full"
     device: str = "cuda"
     passes: int = 10
     steps: int | None = None
     is_mapped: bool = False
 
-    @property
-    def title(self) -> str:
-        words = [self.case, self.form, self.method, self.vram_budget or "", "mapped" if self.is_mapped else ""]
-        return " ".join(word for word in words if word)
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Cell:
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 def prepare(cell: Cell) -> None:
@@ -116,7 +107,9 @@ def empty_record(cell: Cell, command: str) -> Record:
         "is_mapped": cell.is_mapped,
         "command": command,
     }
-    if cell.vram_budget is not None:
+    if isinstance(cell.vram_budget, int):
+        record["vram_budget_bytes"] = cell.vram_budget
+    elif cell.vram_budget is not None:
         with contextlib.suppress(BudgetError):  # "auto", "min"
             record["vram_budget_bytes"] = parse_bytes(cell.vram_budget)
     return record

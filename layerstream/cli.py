@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from layerstream import demo
 from layerstream._version import __version__
-from layerstream.budget import format_bytes, parse_bytes
+from layerstream.arguments import Parser, budget, positive
+from layerstream.budget import format_bytes
 from layerstream.device import find_device
 from layerstream.errors import LayerstreamError
 
@@ -40,17 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="layerstream", description="Run diffusion pipelines on GPUs too small for them.")
+    parser = Parser(prog="layerstream", description="Run diffusion pipelines on GPUs too small for them.")
     parser.add_argument("--version", action="version", version=f"layerstream {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     command = commands.add_parser(
         "demo",
         help="run a pipeline resident and streamed, and compare the images bit by bit",
@@ -62,42 +55,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="ID_OR_PATH", help="a diffusers model: a folder, or an id on the hub")
     add("--dtype", choices=_DTYPES, help="of the weights (default: bfloat16 for --model, float32 for the stand-in)")
     add("--prompt", metavar="TEXT", help="(default: a lighthouse)")
-    add("--steps", type=_positive, metavar="N", help="denoising steps (default: the pipeline's own)")
-    add("--height", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
-    add("--width", type=_positive, metavar="PIXELS", help="(default: the pipeline's own)")
+    add("--steps", type=positive, metavar="N", help="denoising steps (default: the pipeline's own)")
+    add("--height", type=positive, metavar="PIXELS", help="(default: the pipeline's own)")
+    add("--width", type=positive, metavar="PIXELS", help="(default: the pipeline's own)")
     add("--seed", type=int, default=0, help="of the image (default: 0)")
     add("--device", help='"cuda:0", or "cpu" for the simulated device (default: the GPU, if there is one)')
     add(
         "--vram-budget",
-        type=_budget,
+        type=budget,
         metavar="SIZE",
         help='"8GiB", "auto" or "min" (default: a third of the weights\' size)',
     )
     add("--skip-resident", action="store_true", help="run streamed only; nothing is compared")
     add("--output", type=_writable, metavar="FILE", help="where to save the image (default: demo-NAME.png)")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-_positive.__name__ = "number"  # argparse says "invalid number value"
-
-
-def _budget(text: str) -> int | str:
-    """A bare number is an int of bytes; anything else is left to `offload`, once it is known to be a size."""
-    if text.isdecimal():
-        return int(text)
-    if text not in ("auto", "min"):
-        try:
-            parse_bytes(text)
-        except LayerstreamError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from exc
-    return text
 
 
 def _writable(text: str) -> Path:
@@ -162,10 +133,10 @@ def _print_parts(parts: Sequence[demo.Part]) -> None:
 
 def _print_runs(resident: demo.Run | None, streamed: demo.StreamedRun, *, is_simulated: bool) -> None:
     stats = streamed.stats
-    budget = format_bytes(streamed.budget) if isinstance(streamed.budget, int) else streamed.budget
+    size = format_bytes(streamed.budget) if isinstance(streamed.budget, int) else streamed.budget
     if resident is not None:
         print(f"resident    {resident.seconds:.2f} s, all weights on the device")
-    print(f"streamed    {streamed.seconds:.2f} s, vram_budget {budget}")
+    print(f"streamed    {streamed.seconds:.2f} s, vram_budget {size}")
     print(f"  loads     {stats.num_loads} ({format_bytes(stats.loaded_bytes)}), {stats.num_demand_loads} not foreseen")
     print(f"  stalls    {stats.num_stalls} ({stats.stall_ms:.1f} ms{', simulated' if is_simulated else ''})")
     print(f"  enter     {stats.enter_s:.2f} s, exit {stats.exit_s:.2f} s")

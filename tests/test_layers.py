@@ -34,6 +34,7 @@ RANKS = {
     "intercept": 3,
     "phases": 3,
     "report": 3,
+    "arguments": 3,
     "units": 4,
     "host_store": 4,
     "changes": 4,

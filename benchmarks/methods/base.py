@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.cases import FORMS, Form, Work
 from benchmarks.records import Record
 from layerstream.adapters.registry import adapter_for
+from layerstream.budget import parse_bytes
 
 
 class MissingPeerError(Exception):
@@ -26,15 +27,19 @@ class Setup:
 
     Attributes:
         undo: what is pushed here runs when the measurement is over, last first.
-        told: fields of the record that only the method knows; filled when asked for by `tell`.
+        tell: fields of the record that only the method knows.
     """
 
     work: Work
     device: torch.device
-    vram_budget: str | None
+    vram_budget: int | str | None
     undo: contextlib.ExitStack
     tell: Callable[[], Record] = dict
-    told: Record = field(default_factory=dict)
+
+    @property
+    def budget_bytes(self) -> int:
+        """For peers, which take a number."""
+        return self.vram_budget if isinstance(self.vram_budget, int) else parse_bytes(self.vram_budget or "")
 
 
 @dataclass(frozen=True)

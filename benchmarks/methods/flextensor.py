@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from benchmarks.methods.base import Method, Setup, move_all_but_blocks, need, stacks
-from layerstream.budget import parse_bytes
 
 
 def _apply(setup: Setup) -> None:
@@ -14,7 +13,7 @@ def _apply(setup: Setup) -> None:
     total = torch.cuda.get_device_properties(setup.device).total_memory
     config = flextensor.OffloadConfig(
         include_patterns=[f"{name}.*" for name in stacks(setup.work.denoiser)],
-        max_gpu_mem_fraction=parse_bytes(setup.vram_budget or "") / total,
+        max_gpu_mem_fraction=setup.budget_bytes / total,
     )
     offloaded = flextensor.offload(setup.work.denoiser, config=config)
     setup.work.modules["transformer"] = offloaded

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from benchmarks.methods.base import Method, Setup, need
-from layerstream.budget import parse_bytes
 
 
 def _apply(setup: Setup) -> None:
     offload = need("mmgp", "mmgp").offload
-    megabytes = parse_bytes(setup.vram_budget or "") // 10**6
+    megabytes = setup.budget_bytes // 10**6
     offload.all(
         dict(setup.work.modules),
         pinnedMemory=True,

@@ -1,0 +1,39 @@
+"""What the command lines of this project have in common: errors in one line, and types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from layerstream.budget import parse_bytes
+from layerstream.errors import BudgetError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def positive(text: str) -> int:
+    """A number of things, at least one."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+positive.__name__ = "number"  # argparse says "invalid number value"
+
+
+def budget(text: str) -> int | str:
+    """A bare number is an int of bytes; anything else is left to `offload`, once it is known to be a size."""
+    if text.isdecimal():
+        return int(text)
+    if text not in ("auto", "min"):
+        try:
+            parse_bytes(text)
+        except BudgetError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+    return text

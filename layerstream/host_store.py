@@ -411,11 +411,10 @@ class _PageLocks:
     def release(self, lock: Range) -> None:
         """Give up one lock that `acquire` returned; the pages are unlocked with the last."""
         with self._mutex:
-            if self._locks[lock] == 1:
+            self._locks[lock] -= 1
+            if not self._locks[lock]:
+                del self._locks[lock]  # first: whatever becomes of it, nobody must count on it
                 self._unregister(lock[0])
-                del self._locks[lock]
-            else:
-                self._locks[lock] -= 1
 
     def _register(self, spans: Sequence[Range], made: list[Range]) -> None:
         device = self._device()

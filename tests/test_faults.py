@@ -36,7 +36,7 @@ def test_a_failing_enter_restores_everything(error: BaseException) -> None:
         assert device.buffer_bytes == 0, operation
         assert not device.registered, operation
     streamer.close()
-    assert operation >= 2  # page locks and the cleaning up; weights are loaded when they are used
+    assert operation >= 1  # page locks, of which neighbours are one; weights are loaded when they are used
     assert_equal(run(model), expected)
 
 

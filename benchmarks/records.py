@@ -1,4 +1,4 @@
-"""What the benchmark programs share: facts of the machine, records and their files, and weights placed whole."""
+"""Facts of the machine, and records with their files."""
 
 from __future__ import annotations
 

@@ -53,7 +53,6 @@ CHANGING_METHODS = (
 # middle of a call they give what is on the device.
 READING_METHODS = ("state_dict",)
 
-
 # Of adapter layers, which another pipeline of the same components calls by itself.
 MERGING_METHODS = ("merge", "unmerge")
 

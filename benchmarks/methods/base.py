@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.cases import FORMS, Form, Work
-from benchmarks.records import Record
+from benchmarks.records import Record, tensors_of
 from layerstream.adapters.registry import adapter_for
 from layerstream.budget import parse_bytes
 
@@ -100,14 +100,8 @@ def move(tensors: Iterable[torch.Tensor], setup: Setup) -> None:
         tensor.data = home.to(setup.device)
 
 
-def tensors_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
-    """Each parameter and buffer once, however many modules share it."""
-    found = [t for module in modules for t in [*module.parameters(), *module.buffers()]]
-    return list({id(t): t for t in found}.values())
-
-
 def move_all_but_blocks(setup: Setup) -> None:
     """What a method that streams the denoiser's blocks leaves on the device: the rest of it, and all other parts."""
     blocks = [block for stack in stacks(setup.work.denoiser).values() for block in stack]
     inside = {id(t) for t in tensors_of(blocks)}
-    move((t for t in tensors_of(setup.work.modules.values()) if id(t) not in inside), setup)
+    move((t for t in tensors_of(list(setup.work.modules.values())) if id(t) not in inside), setup)

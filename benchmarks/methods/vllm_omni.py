@@ -87,4 +87,4 @@ def _stand_in(name: str, *, path: Path | None = None, **names: Any) -> Any:
     return module
 
 
-VLLM_OMNI = Method("vllm_omni", _apply, packages=())
+VLLM_OMNI = Method("vllm_omni", _apply)

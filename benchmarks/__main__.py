@@ -41,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --scale tiny --device cpu tries the harness on the simulated device")
     command = command_line(arguments)
-    common = {"scale": options.scale, "device": device, "passes": options.passes, "steps": options.steps}
+    common = {
+        "scale": options.scale,
+        "device": device,
+        "passes": options.passes,
+        "steps": options.steps,
+        "call_seconds": options.call_seconds,
+    }
     if options.command == "run":
         method = METHODS[options.method]
         if options.form not in method.forms:
@@ -96,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--device", choices=["cuda", "cpu"], help="cpu: the simulated one (default: the GPU)")
         each.add_argument("--passes", type=positive, default=10, metavar="N", help="timed passes of a denoiser")
         each.add_argument("--steps", type=positive, metavar="N", help="of a pipeline's call (default: the case's)")
+        each.add_argument(
+            "--call-seconds", type=float, default=120, metavar="S", help="longer calls of peers are extrapolated"
+        )
         each.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
         each.add_argument("--cell-seconds", type=float, default=240, metavar="S", help="limit of each measurement")
         each.add_argument("--seconds", type=float, metavar="S", help="limit of all of them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import statistics
 import time
 import traceback
@@ -23,8 +24,9 @@ from layerstream.budget import parse_bytes
 from layerstream.errors import BudgetError
 from layerstream.standins.full_size import Scale
 
-_WARM_UP_STEPS = 2  # of a call that only warms up
-_CALLS = 2  # timed calls of a pipeline: the first one, and one that knows
+_SLOW_PASS_MS = 1000  # what takes longer is timed fewer times
+_SLOW_PASSES = 4
+_FEW_STEPS = (1, 3)  # of calls that warm up, and from which a call that would take too long is extrapolated
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Cell:
     Attributes:
         passes: timed passes of a denoiser.
         steps: of a pipeline's call; None: what the case is defined with.
+        call_seconds: a peer's call that would take longer is extrapolated from calls of a few steps.
         is_mapped: the weights lie in a mapped file, as a checkpoint's do, rather than in memory of their own.
         folder: where the case's weights are, and the output of the first resident measurement.
     """
@@ -47,6 +50,7 @@ class Cell:
     device: str = "cuda"
     passes: int = 10
     steps: int | None = None
+    call_seconds: float = 120
     is_mapped: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,9 +132,7 @@ def _measure(cell: Cell, work: Work, device: torch.device, record: Record) -> No
         record["locked_bytes"] = locked_bytes()
         try:
             run = _passes if cell.form == "denoiser" else _calls
-            outputs = run(cell, setup, memory, record)
-            _compare(outputs, Path(cell.folder) / f"expected_{cell.form}.pt", cell.method, record)
-            del outputs
+            run(cell, setup, memory, record)
         finally:
             record |= setup.tell()
             memory.read(record)
@@ -142,8 +144,8 @@ def _measure(cell: Cell, work: Work, device: torch.device, record: Record) -> No
     record["left_on_device_bytes"] = memory.left_bytes()
 
 
-def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> list[torch.Tensor]:
-    """Time passes, and return the output for each text."""
+def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
+    """Time passes, and compare the output for each text."""
     work, device = setup.work, setup.device
     inputs = work.inputs(device)
     turns = itertools.cycle(inputs)
@@ -152,19 +154,29 @@ def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> list[t
         output: torch.Tensor = work.denoiser(**next(turns))[0]
         return output
 
-    # The weights of the plan are settled after two passes; an even number, so that each text has its turn.
-    for _ in range(2 * -(-METHODS[cell.method].num_warm_ups // 2) + 2):
+    for _ in range(_even(METHODS[cell.method].num_warm_ups)):
+        started = time.perf_counter()
         step()
+        memory.synchronize()
+        seconds = time.perf_counter() - started
     memory.read(record)
+    count = cell.passes if seconds < _SLOW_PASS_MS / 1e3 else min(cell.passes, _SLOW_PASSES)
     loaded = setup.tell().get("stats_loaded_bytes")
-    times = _timed(step, cell.passes, device, record)
+    times = _timed(step, count, device, record)
+    record["num_passes"] = count
     record["ms_per_pass"] = round(statistics.median(times), 3)
     record["ms_per_pass_range"] = [round(min(times), 3), round(max(times), 3)]
     if loaded is not None:
-        record["loaded_bytes_per_pass"] = (setup.tell()["stats_loaded_bytes"] - loaded) // cell.passes
-    if cell.passes % len(inputs):
+        record["loaded_bytes_per_pass"] = (setup.tell()["stats_loaded_bytes"] - loaded) // count
+    if count % len(inputs):
         step()
-    return [step().cpu() for _ in inputs]
+    outputs = [step().cpu() for _ in inputs]
+    _compare({"pass": outputs}, Path(cell.folder) / "expected_denoiser.pt", cell.method, record)
+
+
+def _even(count: int) -> int:
+    """So that each text has its turn, and the first comes first again."""
+    return count + count % 2
 
 
 def _timed(step: Any, count: int, device: torch.device, record: Record) -> list[float]:
@@ -188,41 +200,66 @@ def _timed(step: Any, count: int, device: torch.device, record: Record) -> list[
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> list[torch.Tensor]:
-    """Time calls, and return their images."""
-    work = setup.work
-    outputs = []
-    record["seconds_all_calls"] = []
+def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
+    """Time calls, and compare their images."""
+    work, method = setup.work, METHODS[cell.method]
     call = work.call()
-    record |= {"height": call["height"], "width": call["width"], "num_steps": call["num_inference_steps"]}
-    if METHODS[cell.method].num_warm_ups > 2:  # it profiles in its first passes
-        work.run_pipeline(num_inference_steps=METHODS[cell.method].num_warm_ups)
-    elif cell.method == "resident":  # kernels are chosen and loaded; others pay that in their first call
-        work.run_pipeline(num_inference_steps=_WARM_UP_STEPS)
-    for number in range(_CALLS):
-        loaded = setup.tell().get("stats_loaded_bytes")
+    steps = call["num_inference_steps"]
+    record |= {"height": call["height"], "width": call["width"], "num_steps": steps, "seconds_all_calls": []}
+    outputs: dict[str, list[torch.Tensor]] = {}
+
+    def timed(count: int) -> float:
         memory.synchronize()
         started = time.perf_counter()
-        outputs.append(work.run_pipeline())
+        images = work.run_pipeline(num_inference_steps=count)
         memory.synchronize()
-        record["seconds"] = round(time.perf_counter() - started, 3)
-        record["seconds_all_calls"].append(record["seconds"])
+        seconds = round(time.perf_counter() - started, 3)
+        memory.read(record)
+        outputs[f"{count} steps"] = [images]
+        return seconds
+
+    if cell.method == "layerstream":  # a script that calls once is told what it gets, and one that goes on
+        record["seconds_all_calls"].append(timed(steps))
+        record["seconds_first_call"] = record["seconds_all_calls"][0]
+    else:
+        limit = math.inf if cell.method == "resident" else cell.call_seconds
+        record["seconds"] = _extrapolated(timed, steps, limit, _even(method.num_warm_ups) // 2)
+        record["is_extrapolated"] = record["seconds"] is not None
+    if not record.get("is_extrapolated") and (record["seconds_first_call"] or 0) < cell.call_seconds:
+        loaded = setup.tell().get("stats_loaded_bytes")
+        record["seconds_all_calls"].append(timed(steps))
         if loaded is not None:
             record["loaded_bytes_per_call"] = setup.tell()["stats_loaded_bytes"] - loaded
-        if number == 0:
-            record["seconds_first_call"] = record["seconds"]
-        memory.read(record)
-    return outputs
+    if record["seconds_all_calls"]:
+        record["seconds"] = record["seconds_all_calls"][-1]
+    if cell.method == "resident":
+        record["seconds_first_call"] = record["seconds"]  # what first calls are compared with has its kernels loaded
+    _compare(outputs, Path(cell.folder) / "expected_pipeline.pt", cell.method, record)
 
 
-def _compare(outputs: list[torch.Tensor], path: Path, method: str, record: Record) -> None:
+def _extrapolated(timed: Any, steps: int, limit: float, num_warm_up_steps: int) -> float | None:
+    """Warm up; seconds of a call if that is more than `limit`, from calls of few steps, else None."""
+    few, more = _FEW_STEPS
+    timed(few)
+    if num_warm_up_steps > few:  # it profiles in its first passes
+        timed(num_warm_up_steps)
+    least = timed(few)
+    if least * steps <= limit or steps <= more:
+        return None
+    per_step = (timed(more) - least) / (more - few)
+    seconds: float = round(least + per_step * (steps - few), 3)
+    return seconds if seconds > limit else None
+
+
+def _compare(outputs: dict[str, list[torch.Tensor]], path: Path, method: str, record: Record) -> None:
     """With the outputs of the first resident measurement, which keeps them for the others."""
     if method == "resident" and not path.exists():
         torch.save(outputs, path)
-    record["is_finite"] = all(bool(output.isfinite().all()) for output in outputs)
+    record["is_finite"] = all(bool(output.isfinite().all()) for each in outputs.values() for output in each)
     if path.exists():
         expected = torch.load(path)
-        record["equal"] = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        pairs = [pair for key in outputs for pair in zip(outputs[key], expected.get(key, ()), strict=False)]
+        record["equal"] = bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
 
 
 class _Memory:

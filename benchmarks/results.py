@@ -12,7 +12,7 @@ _SHARED = {
     "case": field("case"),
     "form": field("form"),
     "method": field("method"),
-    "budget": field("vram_budget"),
+    "budget": lambda record: f"{record['vram_budget']}, mapped" if record.get("is_mapped") else record["vram_budget"],
 }
 _PASSES = {
     "ms/pass": field("ms_per_pass"),
@@ -22,7 +22,7 @@ _PASSES = {
     "GB/pass": gigabytes("loaded_bytes_per_pass"),
 }
 _CALLS = {
-    "s/call": field("seconds"),
+    "s/call": lambda record: f"~{record['seconds']}" if record.get("is_extrapolated") else record.get("seconds"),
     "ratio": field("ratio_to_resident"),
     "s first call": field("seconds_first_call"),
     "its ratio": field("ratio_first_call"),
@@ -43,10 +43,12 @@ _COSTS = {
 _NOTES = [
     "Each row was measured in a process of its own, resident first and last; ratios are to the mean of both. A "
     "denoiser's time is the median of its passes, which take turns between the texts of guidance, after all warm-ups. "
-    "A pipeline's is its second call; other methods than resident have no warm-up before the first, except those that "
-    "profile first. Peaks are of the whole process, activations and warm-ups included. Stall ms is the sum over all "
-    "passes of the process. Host RSS includes the libraries and, where weights are read into memory of their own, not "
-    "the file that they came from.",
+    "A pipeline's is a whole call after calls of a step (after those in which a method profiles); of layerstream the "
+    "first call of the process is told as well, and the time is the second's. `~`: extrapolated from calls of one and "
+    "three steps, because a whole one would take too long. `mapped`: the weights lie in a mapped file when streaming "
+    "begins. Peaks are of the whole process, activations and warm-ups included. Stall ms is the sum over all passes of "
+    "the process. Host RSS includes the libraries and, where weights are read into memory of their own, not the file "
+    "that they came from.",
 ]
 
 

@@ -1,13 +1,15 @@
 """Named sets of measurements, each in a process of its own, with results written as they come.
 
-What a worker process does not give back in time is a record with the error, and the others go on. Where there is no GPU
-workers are forked from a server that has imported the libraries, so that each begins in a second rather than in ten.
+What a worker process does not give back in time is a record with the error, and the others go on. Workers are forked
+from a server that has imported the libraries, so that each begins in a second rather than in half a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
+import os
 import queue
 import shutil
 import tempfile
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,38 +29,54 @@ from benchmarks.records import FACTS, Record, are_good
 from benchmarks.results import write
 
 # What the server imports before it forks.
-_PRELOADED = ["torch", "diffusers", "transformers", "benchmarks.cell"]
+_PRELOADED = [
+    "benchmarks.cell",
+    "diffusers.hooks",
+    "diffusers.pipelines.longcat_image.pipeline_longcat_image",
+    "diffusers.pipelines.ovis_image.pipeline_ovis_image",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "transformers.models.t5.modeling_t5",
+]
 _SWEEP = ("min", "4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "auto")
 # Where peers take a budget: what ours is compared with at like memory.
 _PEER_BUDGETS = {"sd35m": ("2GiB",), "ovis": ("5GiB", "10GiB"), "longcat": ("4GiB", "10GiB")}
 _PEERS = ("diffusers_leaf", "diffusers_block", "model_offload", "sequential", "vllm_omni", "flextensor", "mmgp")
 
 
-def suites() -> dict[str, list[tuple[str, Form, str, str | None]]]:
-    """(case, form, method, budget) by the name of the suite. Resident comes first and last in each."""
-    found: dict[str, list[tuple[str, Form, str, str | None]]] = {}
+class Entry(NamedTuple):
+    """A measurement of a suite."""
+
+    case: str
+    form: Form
+    method: str
+    vram_budget: str | None = None
+    is_mapped: bool = False
+
+
+def suites() -> dict[str, list[Entry]]:
+    """Measurements by the name of the suite. Resident comes first and last of each case and form."""
+    found: dict[str, list[Entry]] = {}
     for case in CASES:
+        quick = []
         for form in FORMS:
-            ours = [(case, form, "layerstream", budget) for budget in _SWEEP]
+            resident = [Entry(case, form, "resident")]
+            sweep = [Entry(case, form, "layerstream", budget) for budget in _SWEEP]
+            like_peers = [Entry(case, form, "layerstream", budget) for budget in _PEER_BUDGETS[case]]
+            mapped = [Entry(case, form, "layerstream", "6GiB", is_mapped=True)]
             peers = [
-                (case, form, name, budget)
+                Entry(case, form, name, budget)
                 for name in _PEERS
                 if form in METHODS[name].forms
                 for budget in (_PEER_BUDGETS[case] if METHODS[name].takes_budget else (None,))
             ]
-            same = [(case, form, "layerstream", budget) for budget in _PEER_BUDGETS[case]]
-            resident = [(case, form, "resident", None)]
-            found[f"{case}-{form}-sweep"] = [*resident, *ours, *resident]
-            found[f"{case}-{form}-peers"] = [*resident, *same, *peers, *resident]
-        found[f"{case}-quick"] = [
-            entry
-            for form in FORMS
-            for entry in (
-                (case, form, "resident", None),
-                (case, form, "layerstream", "6GiB"),
-                (case, form, "resident", None),
-            )
-        ]
+            ours = [*sweep, *(entry for entry in like_peers if entry not in sweep), *mapped]
+            found[f"{case}-{form}"] = [*resident, *ours, *peers, *resident]
+            found[f"{case}-{form}-sweep"] = [*resident, *sweep, *resident]
+            found[f"{case}-{form}-peers"] = [*resident, *like_peers, *peers, *resident]
+            quick += [*resident, Entry(case, form, "layerstream", "6GiB"), *resident]
+        found[f"{case}-quick"] = quick
+    for form in FORMS:
+        found[f"{form}s"] = [entry for case in CASES for entry in found[f"{case}-{form}"]]
     return found
 
 
@@ -121,6 +139,7 @@ def rate(done: Sequence[Record]) -> None:
 def summary(record: Record) -> str:
     """A line for the terminal."""
     budget = f" {record['vram_budget']}" if record.get("vram_budget") else ""
+    budget += " mapped" if record.get("is_mapped") else ""
     head = f"{record['case']} {record['form']} {record['method']}{budget}:"
     if record.get("error"):
         return f"{head} {record['error']}"
@@ -146,12 +165,23 @@ def refusal(cell: Cell) -> str | None:
 # ---- processes
 
 
+@functools.cache
 def _server() -> Any:
-    if torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")  # importing diffusers initialises CUDA, which no fork survives
+    """Where workers come from: a fork server, unless a process forked from it cannot use the GPU."""
+    # To ask whether there is a GPU initialises CUDA, unless torch asks the management library; no fork survives that.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    if torch.cuda.is_available():
+        try:
+            _in_process(context, _touch_gpu, (), seconds=120)
+        except _WorkerError:
+            return multiprocessing.get_context("spawn")
     return context
+
+
+def _touch_gpu() -> None:
+    torch.zeros(1, device="cuda")
 
 
 def _one(context: Any, each: Cell, command: str, seconds: float, done: Sequence[Record]) -> Record:
@@ -217,8 +247,8 @@ def _fast_folder() -> str | None:
 
 def expand(name: str, **common: Any) -> Iterator[Cell]:
     """The cells of the suite `name`."""
-    for case, form, method, budget in suites()[name]:
-        yield Cell(case, form, method, "", budget, **common)
+    for entry in suites()[name]:
+        yield Cell(entry.case, entry.form, entry.method, "", entry.vram_budget, is_mapped=entry.is_mapped, **common)
 
 
 def default_device() -> str:

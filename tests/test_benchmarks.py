@@ -213,9 +213,23 @@ def test_outputs_are_compared_with_the_first_resident_ones(tmp_path: Path) -> No
     verdicts = []
     for method, value in (("layerstream", 1.0), ("resident", 0.0), ("resident", 1.0), ("layerstream", 0.0)):
         record: dict[str, Any] = {"equal": None}
-        cell._compare([torch.full((3,), value)], path, method, record)
+        cell._compare({"pass": [torch.full((3,), value)]}, path, method, record)
         verdicts.append(record["equal"])
     assert verdicts == [None, True, False, True], "before there is something to compare with, nothing is equal"
+    cell._compare({"another": [torch.zeros(3)]}, path, "layerstream", record)
+    assert record["equal"] is False, "nothing was compared"
+
+
+@pytest.mark.parametrize(("slow", "steps", "expected"), [(0.1, 50, None), (10.0, 50, 502.0), (10.0, 3, None)])
+def test_a_call_that_would_take_too_long_is_extrapolated(slow: float, steps: int, expected: float | None) -> None:
+    calls = []
+
+    def timed(count: int) -> float:
+        calls.append(count)
+        return 2.0 + slow * count
+
+    assert cell._extrapolated(timed, steps, 200, 1) == expected
+    assert calls == ([1, 1, 3] if expected else [1, 1])
 
 
 def test_ratios_are_to_the_mean_of_the_resident_ones() -> None:
@@ -233,8 +247,8 @@ def test_ratios_are_to_the_mean_of_the_resident_ones() -> None:
 
 def test_every_suite_has_resident_first_and_last() -> None:
     for name, wanted in suite.suites().items():
-        for case, form in dict.fromkeys((c, f) for c, f, _, _ in wanted):
-            methods = [m for c, f, m, _ in wanted if (c, f) == (case, form)]
+        for case, form in dict.fromkeys((entry.case, entry.form) for entry in wanted):
+            methods = [entry.method for entry in wanted if (entry.case, entry.form) == (case, form)]
             assert methods[0] == methods[-1] == "resident", name
             assert "layerstream" in methods
 

@@ -29,13 +29,11 @@ class RunningCalls:
         self._running: list[tuple[nn.Module, bool]] = []  # (module, is a root)
 
     def enter(self, module: nn.Module, *, is_root: bool) -> None:
-        """`module` starts in this thread.
+        """`module`, for which `is_outermost` was asked, starts in this thread.
 
         Raises:
             ConcurrentUseError: another thread is in the middle of a call.
         """
-        if self._running:
-            self._forget_interrupted(entering=module)
         self.check_thread()
         self._thread = threading.get_ident()
         self._running.append((module, is_root))
@@ -68,8 +66,12 @@ class RunningCalls:
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs, as far as this thread can tell; what an interrupt left behind does not count."""
-        if self._running and self._thread == threading.get_ident():
-            self._forget_interrupted(entering=None)
+        return self.is_outermost(None)
+
+    def is_outermost(self, entering: nn.Module | None) -> bool:
+        """Whether nothing ran when `entering` was called, whose frame is on the stack already."""
+        if self._running and (entering is not None or self._thread == threading.get_ident()):
+            self._forget_interrupted(entering)
         return not self._running
 
     def _forget_interrupted(self, entering: nn.Module | None) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from layerstream.allocator import PAGE_BYTES, GrowingSegments
 from layerstream.errors import DeviceError
 
 Stream = Hashable  # a compute stream: equal when it is the same stream
@@ -76,6 +77,15 @@ class Device(Protocol):
                 there is. None: `owner` asks for no cap any more.
             owner: whose cap this is. The smallest of all owners' holds; without any, what was set before the first.
         """
+
+    def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
+        """Until `owner` is done, let what is not the engine's have memory that grows by pages, where that is possible.
+
+        What many tensors of unlike sizes reserve is then little more than what they take together.
+        """
+
+    def page_bytes(self) -> int:
+        """By what such memory grows now; 0 where it does not. Caps count it as taken, because it comes whole."""
 
     def rounded_bytes(self, num_bytes: int) -> int:
         """What an engine buffer of `num_bytes` adds to `reserved_bytes` when no cached block serves it."""
@@ -158,13 +168,21 @@ class Device(Protocol):
         """Give cached memory that nobody uses back to the device."""
 
 
-@contextlib.contextmanager
-def engine_tensors() -> Iterator[None]:
+def engine_tensors() -> contextlib.AbstractContextManager[None]:
     """Make and copy engine tensors as ordinary tensors, whatever mode the caller is in.
 
     A slot made under the user's `inference_mode` would be an inference tensor, and the next call under
     `no_grad` would fail to write it.
     """
+    is_ordinary = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return _NOTHING if is_ordinary else _ordinary_mode()  # blocks enter it several times each
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _ordinary_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -186,6 +204,7 @@ class Caps:
 
 
 _CAPS: dict[int, Caps] = {}  # of the process, by GPU
+_GROWING = GrowingSegments()
 
 
 class CudaDevice:
@@ -248,14 +267,25 @@ class CudaDevice:
         if caps.before is None:
             caps.before = _fraction_now(self.torch_device)
         least = min(least, round(caps.before * total))  # a limit that the user set holds as well
+        least = max(0, least - self.page_bytes())  # the allocator compares what is asked for, and takes whole pages
         torch.cuda.set_per_process_memory_fraction(_fraction(least, total), self.torch_device)
+
+    def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
+        if is_on:
+            _GROWING.add(owner)
+        else:
+            _GROWING.remove(owner)
+
+    def page_bytes(self) -> int:
+        return PAGE_BYTES if _GROWING.is_on else 0
 
     def rounded_bytes(self, num_bytes: int) -> int:
         # Requests under 10 MiB share segments of 20 MiB, those under 1 MiB of 2 MiB: they may add more, or nothing.
         return -(-num_bytes // _SEGMENT_BYTES) * _SEGMENT_BYTES
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        rounded = torch.empty(self.rounded_bytes(num_bytes), dtype=torch.uint8, device=self.torch_device)
+        with _GROWING.off():
+            rounded = torch.empty(self.rounded_bytes(num_bytes), dtype=torch.uint8, device=self.torch_device)
         return rounded[:num_bytes]
 
     def free(self, buffer: torch.Tensor) -> None:

@@ -79,14 +79,18 @@ class Ledger:
         self._num_ooms = self._device.num_ooms()
         self._device.reset_peaks()
         self._is_open = True
+        self._device.grow_segments(self, is_on=True)
         if self.budget_bytes is not None:
             self._device.set_cap(self.budget_bytes, owner=self)
 
     def close(self) -> None:
-        """Give the allocator back the limit it had; idempotent."""
+        """Give the allocator back the limit and the ways it had; idempotent."""
         if self._is_open:
             self._is_open = False
-            self._device.set_cap(None, owner=self)
+            try:
+                self._device.set_cap(None, owner=self)
+            finally:
+                self._device.grow_segments(self, is_on=False)
 
     def components(
         self, components: Sequence[tuple[str, bool]], units: Sequence[UnitSpec], changed: Collection[str]
@@ -195,7 +199,7 @@ class Ledger:
         self.phase_stats.peak_weights_bytes = max(self.phase_stats.peak_weights_bytes, weights)
         if not self._reserve.is_measured:
             over = max(0, peak - weights - self._outside_bytes)
-            margin = _MARGIN_GRAINS * self._grain
+            margin = _MARGIN_GRAINS * self._grain + self._device.page_bytes()
             if self.budget_bytes is not None:  # it has just run in what there was
                 margin = min(margin, max(0, self.budget_bytes - weights - self._outside_bytes - over))
             self._reserve.measured(over, margin)

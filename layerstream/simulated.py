@@ -283,6 +283,12 @@ class SimulatedDevice:
     def set_cap(self, num_bytes: int | None, owner: Hashable = None) -> None:
         self._cap_bytes = self._caps.set(num_bytes, owner)
 
+    def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
+        return None  # nothing is cut here: reserved is what is allocated
+
+    def page_bytes(self) -> int:
+        return 0
+
     def rounded_bytes(self, num_bytes: int) -> int:
         return align(num_bytes)
 

@@ -439,6 +439,8 @@ class Streamer:
         is_known = begun == self._begun and self._ledger.is_settled and not self._timed
         if is_known and not self._ledger.has_grown(self._transfer.weights_bytes):
             self._ledger.again(component)
+            if self._applied is not None:
+                self._mark_whole(self._applied)  # the pass before has loaded its blocks
             return
         replaced = self._find_replaced()
         if replaced is not None:
@@ -525,10 +527,13 @@ class Streamer:
             attachment.is_whole = False
 
     def _mark_whole(self, phase_plan: PhasePlan) -> None:
+        """Where all blocks are planned to stay, and have arrived, their hooks have nothing more to do."""
+        if phase_plan.num_slots:
+            return
         for component in phase_plan.phase.components:
             attachment = self._attachment_of[component]
             if not attachment.is_whole:
-                attachment.is_whole = phase_plan.num_slots == 0 and all(
+                attachment.is_whole = all(
                     unit in self._transfer.own
                     and self._bindings[unit].is_present
                     and self._transfer.own[unit].unit == unit
@@ -563,7 +568,7 @@ class Streamer:
         compiled.refuse_fullgraph(root, name)
         is_grad = _is_grad_enabled()
         with self._mutex:
-            is_outermost = self._is_outermost()
+            is_outermost = self._is_outermost(root)
             if is_outermost:
                 self._lay_out_what_was_cast()
             self._calls.enter(root, is_root=True)
@@ -603,8 +608,9 @@ class Streamer:
             self._in_method = None
             self._ended()
 
-    def _is_outermost(self) -> bool:
-        return self._in_method is None and self._calls.is_idle
+    def _is_outermost(self, entering: nn.Module | None = None) -> bool:
+        is_outermost = self._calls.is_outermost(entering)
+        return is_outermost and self._in_method is None
 
     def _ended(self) -> None:
         """An outermost call ended, perhaps by an exception."""
@@ -630,7 +636,7 @@ class Streamer:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         with self._mutex:
-            is_outermost = self._is_outermost()
+            is_outermost = self._is_outermost(block)
             if is_outermost:
                 self._lay_out_what_was_cast()
             self._calls.enter(block, is_root=False)
@@ -648,7 +654,7 @@ class Streamer:
     def leave_block(self, block: nn.Module, output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
         unit = self._unit_of.get(id(block))
-        if unit is None:
+        if unit is None or self._attachment_of[self._units[unit].spec.component].is_whole:
             return None
         with self._mutex:
             if not self._calls.leave(block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,8 +54,12 @@ class Watched:
         self.seen: list[list[bool]] = []
         for module in (self.root, *self.root.blocks):
             is_root = module is self.root
-            module.register_forward_pre_hook(lambda m, args, r=is_root: self.calls.enter(m, is_root=r))
+            module.register_forward_pre_hook(functools.partial(self._enter, is_root=is_root))
             module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: nn.Module, args: object, *, is_root: bool) -> None:
+        self.calls.is_outermost(module)
+        self.calls.enter(module, is_root=is_root)
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self.calls.leave(module)

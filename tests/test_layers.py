@@ -16,6 +16,7 @@ PACKAGE = Path(layerstream.__file__).parent
 RANKS = {
     "errors": 0,
     "_version": 0,
+    "allocator": 0,
     "blocks": 1,
     "budget": 1,
     "stats": 1,
@@ -49,12 +50,12 @@ RANKS = {
     "__main__": 10,
 }
 # Not only lower ranks: nothing of the package at all but themselves.
-ALONE = {"errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent", "standins"}
+ALONE = {"allocator", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent", "standins"}
 PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "pace", "order", "plan", "phases", "report"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}
 WRITES_DATA = {"binding", "absent", "standins"}  # stand-ins are built, not streamed, there
-NAMES_CUDA = {"device"}
+NAMES_CUDA = {"device", "allocator"}
 
 
 def part_of(module: str) -> str:

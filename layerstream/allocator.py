@@ -1,0 +1,112 @@
+"""How torch's CUDA allocator cuts device memory while something streams.
+
+By default each large request that no cached piece fits gets a segment of its own size from the driver, and a pass that
+asks for many sizes leaves gaps that fit nothing: the denoisers here reserve up to twice, and VAEs 1.8 times, what their
+tensors ever take together. Segments that grow and shrink by pages have hardly any gaps. The engine's own buffers come
+and go whole, so they keep segments of their own, whose size is known exactly.
+
+Source: PyTorch, "CUDA semantics", memory management, `expandable_segments`. That it may be turned off for single
+requests while it is on otherwise is provided for in the allocator (`get_free_block`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+
+_OPTION = "expandable_segments"
+PAGE_BYTES = 20 * 2**20  # by which segments of the large pool grow
+
+
+class GrowingSegments:
+    """Turns growing segments on while somebody streams. One per process, as is the setting.
+
+    What the user has said about them, in the environment or since, is left as it is.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], str | None] | None = None,
+        write: Callable[[str], None] | None = None,
+    ) -> None:
+        self._read = read or _read_settings
+        self._write = write or _write_settings
+        self._owners: set[Hashable] = set()
+        self._before: str | None = None  # the settings as they were; None: not changed
+        self._left: dict[str, str] = {}  # what they were, by what we left when we were done
+        self._lock = threading.Lock()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether they are on because of us."""
+        return self._before is not None
+
+    def add(self, owner: Hashable) -> None:
+        """Turn them on, unless they are on or the user decided otherwise."""
+        with self._lock:
+            if not self._owners:
+                settings = self._read()
+                settings = self._left.get(settings, settings) if settings is not None else None
+                if settings is not None and _OPTION not in settings:
+                    try:
+                        self._write(_with(settings, "True"))
+                        self._before = settings
+                    except (RuntimeError, ValueError):
+                        self._before = None  # this allocator cannot; it cuts as it always does
+            self._owners.add(owner)
+
+    def remove(self, owner: Hashable) -> None:
+        """Turn them off after the last owner; idempotent."""
+        with self._lock:
+            self._owners.discard(owner)
+            if not self._owners and self._before is not None:
+                before, self._before = self._before, None
+                self._write(_with(before, "False"))  # said, because leaving it out may leave it as it is
+                self._left = {_with(before, "False"): before}
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, requests get segments of their own size, as long as it was us who turned growing ones on."""
+        with self._lock:
+            before = self._before
+            if before is not None:
+                self._write(_with(before, "False"))
+        try:
+            yield
+        finally:
+            with self._lock:
+                if before is not None and self._before is not None:
+                    self._write(_with(before, "True"))
+
+
+def _with(settings: str, value: str) -> str:
+    return ",".join([*([settings] if settings else []), f"{_OPTION}:{value}"])
+
+
+def _read_settings() -> str | None:
+    """The allocator's settings in its own words; None where there is no such allocator or no way to ask."""
+    if not torch.version.cuda or torch.cuda.get_allocator_backend() != "native" or os.name == "nt":
+        return None
+    getter: Any = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    try:
+        if getter is not None:
+            return str(getter())
+        return str(torch.cuda.memory._snapshot()["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"])
+    except (RuntimeError, KeyError, AttributeError):
+        return None
+
+
+def _write_settings(settings: str) -> None:
+    setter: Any = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if setter is not None:
+        setter(settings)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.memory._set_allocator_settings(settings)

@@ -123,6 +123,10 @@ class Choice:
     rank: tuple[float, int, int]
 
     @property
+    def ms_per_pass(self) -> float:
+        return self.rank[0]
+
+    @property
     def streamed_bytes(self) -> int:
         return self.rank[1]
 
@@ -158,26 +162,50 @@ class Search:
         num_cells = max(2, min(_MOST_CELLS, len(self._blocks) ** 2 // 32))  # the more blocks, the more there is in each
         self._width = max(1, -(-(self._total - self._least) // num_cells))
         self._walked: dict[tuple[int, int, int], int] = {}
+        self._cells: dict[int, _Frontier] = {}
 
     def fastest(self, room: int) -> Choice | None:
         """None if nothing fits with these numbers of slots."""
         if room >= self._total:
-            return Choice(0, 0, 0, self._total, (self._pace.total_ms, 0, 0))
+            return Choice(0, 0, 0, self._total, (round(self._pace.total_ms, 6), 0, 0))
         best: Choice | None = None
         for cell in range((room - self._least) // self._width, -1, -1):
-            low = self._least + cell * self._width
-            high = min(low + self._width, self._total) - 1
-            if best is not None and best.rank <= self._bound(high):
+            if best is not None and best.rank <= self._bound(self._range(cell)[1]):
                 break
-            found = self._cell(low, high).within(room)
+            found = self._cell(cell).within(room)
             if found is not None and (best is None or found.rank < best.rank):
                 best = found
         return best
 
+    def smallest(self, room: int) -> Choice | None:
+        """What takes the least room of all that are as fast as the fastest in `room`."""
+        best = self.fastest(room)
+        if best is None:
+            return None
+        low, high = self._least, min(best.room_bytes, room)
+        while low < high:  # more room is never slower
+            middle = (low + high) // 2
+            found = self.fastest(middle)
+            if found is not None and found.ms_per_pass <= best.ms_per_pass:
+                best, high = found, min(middle, found.room_bytes)
+            else:
+                low = middle + 1
+        return best
+
     # ---- one cell
 
-    def _cell(self, low: int, high: int) -> _Frontier:
-        """The best found that take at least `low` and at most `high`."""
+    def _range(self, cell: int) -> tuple[int, int]:
+        """The least and the most room of a cell."""
+        low = self._least + cell * self._width
+        return low, min(low + self._width, self._total) - 1
+
+    def _cell(self, cell: int) -> _Frontier:
+        """The best found in a cell."""
+        if cell not in self._cells:
+            self._cells[cell] = self._filled(*self._range(cell))
+        return self._cells[cell]
+
+    def _filled(self, low: int, high: int) -> _Frontier:
         frontier = _Frontier()
         seen: set[tuple[int, int]] = set()
         for streamed, slots in self._starts(low, high):

@@ -8,7 +8,7 @@ time. What is then left in all phases goes to what they would load again once a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerstream.blocks import Placement, UnitSpec
@@ -31,6 +31,8 @@ __all__ = [
 
 LEAST_SLOTS = 2  # one that compute reads, one that is loaded meanwhile
 _MOST_SLOTS = 4  # more slots even out blocks of unlike compute; beyond that residents do more
+# The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
+_CAREFUL_SHARE = 0.95
 # Assumed until measured: a link of PCIe 5 at 16 lanes, and a denoiser that computes 2.5 times faster than it loads.
 _LINK_GB_PER_S = 50.0
 _COMPUTE_MS_PER_GB = 8.0
@@ -229,8 +231,11 @@ def make_plan(
 def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | None) -> None:
     """Give out what the reserves leave: phases that are repeated choose first, the rest goes by one order of priority.
 
-    In that order nobody is served before all that come earlier are, in every phase: a unit that must go once a call is
-    loaded once a call, wherever it had to go. So more budget never takes from one to give to another.
+    They choose the least room that gives them their fastest pass: copies that compute hides cost nothing, and what
+    would spare them is worth more to a text encoder, whose loads nothing hides. What is left in the end is theirs.
+
+    In the order of priority nobody is served before all that come earlier are, in every phase: a unit that must go once
+    a call is loaded once a call, wherever it had to go. So more budget never takes from one to give to another.
     """
     sizes = {u.index: d.size(u) for d in drafts for u in d.units}
     whole = {u.index for d in known for u in d.units}.union(*(d.resident for d in drafts))
@@ -242,7 +247,7 @@ def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | No
         return
     for draft in known:
         if draft.phase.is_repeated:
-            draft.choose(num_slots)
+            draft.choose(num_slots, is_frugal=len(known) > 1)
         else:
             draft.take_least(num_slots)
     order = [
@@ -261,6 +266,10 @@ def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | No
     if served == len(order):
         _fill_with_blocks_used_once(known)
     _fill_rooms([d for d in known if not d.phase.is_repeated], order[:served], num_slots)
+    shared = {unit for draft in known for unit in draft.kept}
+    for draft in known:
+        if draft.phase.is_repeated and draft.num_slots:
+            draft.spend(num_slots, shared)
 
 
 def _fill_rooms(once: Sequence[_Draft], served: Sequence[UnitSpec], num_slots: int | None) -> None:
@@ -347,8 +356,10 @@ class _Draft:
         self.is_measured = (
             bool(self.blocks) and costs is not None and all(b.index in costs.compute_ms for b in self.blocks)
         )
-        times = zip(self.units, self._compute_ms(costs), strict=True)
-        self.pace = Pace([(u.num_bytes, ms) for u, ms in times], costs.link_gb_per_s if costs else _LINK_GB_PER_S)
+        times = [(u.num_bytes, ms) for u, ms in zip(self.units, self._compute_ms(costs), strict=True)]
+        link = costs.link_gb_per_s if costs else _LINK_GB_PER_S
+        self.pace = Pace(times, link)
+        self.careful_pace = Pace(times, _CAREFUL_SHARE * link)
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
@@ -387,19 +398,40 @@ class _Draft:
         self.resident = {u.index for u in (*self.bases, *shape.forced)}
         self.num_slots = shape.num_slots(num_slots or LEAST_SLOTS)
 
-    def choose(self, num_slots: int | None) -> None:
-        """Spend all the room on the fastest pass."""
+    def choose(self, num_slots: int | None, *, is_frugal: bool = False, stay: Collection[int] = ()) -> None:
+        """The fastest pass that fits, with as few copies as all the room allows; frugally: no more room than it takes to
+        hide all copies, where that is possible.
+
+        Args:
+            stay: blocks that are resident whatever is chosen.
+        """
         assert self.capacity_bytes is not None
         room = self.capacity_bytes - self.base_bytes - sum(self.kept.values())
-        sizes = [self.size(u) if u.is_block else 0 for u in self.units]
+        room -= sum(self.size(u) for u in self.blocks if u.index in stay)
+        sizes = [self.size(u) if u.is_block and u.index not in stay else 0 for u in self.units]
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
         for counts in (*asked, range(LEAST_SLOTS, (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + 1)):
             choice = Search(self.pace, sizes, counts).fastest(room)
             if choice is not None:
+                if is_frugal and choice.ms_per_pass <= self.pace.total_ms + 1e-6:
+                    careful = Search(self.careful_pace, sizes, counts).smallest(room)
+                    if careful is not None and careful.ms_per_pass <= self.pace.total_ms + 1e-6:
+                        choice = careful
                 break
         assert choice is not None  # the least fits, or the budget would have been refused
         self.num_slots = choice.num_slots
         self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)}
+
+    def spend(self, num_slots: int | None, shared: Collection[int]) -> None:
+        """Give what is left to blocks of its own, if that makes no pass slower; what other phases keep stays."""
+        before = self.resident, self.num_slots
+        self.choose(num_slots, stay=self.resident & set(shared))
+        if self._pass_ms(*before) < self._pass_ms(self.resident, self.num_slots):
+            self.resident, self.num_slots = before
+
+    def _pass_ms(self, resident: Collection[int], num_slots: int) -> float:
+        streamed = [i for i, u in enumerate(self.units) if u.index not in resident]
+        return round(self.pace.pass_ms(streamed, num_slots), 6)
 
     def plan(self) -> PhasePlan:
         streamed = [i for i, u in enumerate(self.units) if u.index not in self.resident]

@@ -288,7 +288,12 @@ def test_more_room_is_never_slower(seed: int, count: int) -> None:
             assert Search(pace, sizes, COUNTS).fastest(room) == choice
         last = choice
     assert last is not None
-    assert (last.streamed, last.rank[0]) == (0, pace.total_ms)
+    assert (last.streamed, last.rank[0]) == (0, round(pace.total_ms, 6))
+    least = search.smallest(sum(sizes))
+    assert least is not None
+    assert least.rank[0] == last.rank[0], "as fast, in the least room"
+    below = search.fastest(least.room_bytes - 1)
+    assert below is None or below.rank[0] > last.rank[0]
 
 
 def test_what_never_streams_takes_no_room() -> None:

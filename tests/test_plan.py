@@ -157,6 +157,22 @@ def test_ovis_at_8_gib_hides_its_copies() -> None:
     assert next_gib(plan)
 
 
+def test_room_that_only_spares_hidden_copies_goes_to_the_encoder() -> None:
+    """The denoiser's copies hide behind its compute; a text encoder's do not."""
+    units = units_of(("encoder", False, 10, [100] * 4), ("denoiser", True, 10, [100] * 12), ("vae", False, 10, []))
+    costs = Costs(1e-6, {u.index: 150.0 for u in units if u.is_block})
+    encoder = {u.index for u in units if u.component == "encoder" and u.is_block}
+    for budget, num_kept in ((230 + 100 * 2, 2), (230 + 100 * 4, 4)):
+        plan = make_plan(units, phases(0, 0, 0), budget, costs=costs)
+        check(plan, budget)
+        denoiser = plan.phase_of("denoiser")
+        assert denoiser.prediction is not None
+        assert denoiser.prediction.ms_per_pass == pytest.approx(12 * 150)
+        assert len(denoiser.kept & encoder) == num_kept
+    plan = make_plan(units, phases(0, 0, 0), 230 + 100 * 8, costs=costs)
+    assert len(plan.phase_of("denoiser").resident) == 1 + 4, "what nobody else can use is its own"
+
+
 sizes = st.lists(st.integers(1, 200), max_size=8)
 
 

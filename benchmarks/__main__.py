@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "passes": options.passes,
         "steps": options.steps,
         "call_seconds": options.call_seconds,
+        "tells_first_call": not options.skips_first_call,
     }
     if options.command == "run":
         method = METHODS[options.method]
@@ -104,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--steps", type=positive, metavar="N", help="of a pipeline's call (default: the case's)")
         each.add_argument(
             "--call-seconds", type=float, default=120, metavar="S", help="longer calls of peers are extrapolated"
+        )
+        each.add_argument(
+            "--skip-first-call",
+            dest="skips_first_call",
+            action="store_true",
+            help="of a pipeline with layerstream: a call of a few steps comes first, and is not told",
         )
         each.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
         each.add_argument("--cell-seconds", type=float, default=240, metavar="S", help="limit of each measurement")

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 import traceback
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from layerstream.errors import BudgetError
 from layerstream.standins.full_size import Scale
 
 _SLOW_PASS_MS = 1000  # what takes longer is timed fewer times
-_SLOW_PASSES = 4
+_SLOW_PASSES = 2
 _FEW_STEPS = (1, 3)  # of calls that warm up, and from which a call that would take too long is extrapolated
+_SLOW_CALL_S = 5.0  # after a first step that takes so long, warming up more changes little
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Cell:
         passes: timed passes of a denoiser.
         steps: of a pipeline's call; None: what the case is defined with.
         call_seconds: a peer's call that would take longer is extrapolated from calls of a few steps.
+        tells_first_call: the first call of a pipeline is a whole one, too, and told; else it is one of a few steps.
         is_mapped: the weights lie in a mapped file, as a checkpoint's do, rather than in memory of their own.
         folder: where the case's weights are, and the output of the first resident measurement.
     """
@@ -51,6 +54,7 @@ class Cell:
     passes: int = 10
     steps: int | None = None
     call_seconds: float = 120
+    tells_first_call: bool = True
     is_mapped: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,10 +153,10 @@ def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
     work, device = setup.work, setup.device
     inputs = work.inputs(device)
     turns = itertools.cycle(inputs)
+    outputs: deque[torch.Tensor] = deque(maxlen=len(inputs))
 
-    def step() -> torch.Tensor:
-        output: torch.Tensor = work.denoiser(**next(turns))[0]
-        return output
+    def step() -> None:
+        outputs.append(work.denoiser(**next(turns))[0])
 
     for _ in range(_even(METHODS[cell.method].num_warm_ups)):
         started = time.perf_counter()
@@ -160,7 +164,7 @@ def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         memory.synchronize()
         seconds = time.perf_counter() - started
     memory.read(record)
-    count = cell.passes if seconds < _SLOW_PASS_MS / 1e3 else min(cell.passes, _SLOW_PASSES)
+    count = _even(cell.passes if seconds < _SLOW_PASS_MS / 1e3 else min(cell.passes, _SLOW_PASSES))
     loaded = setup.tell().get("stats_loaded_bytes")
     times = _timed(step, count, device, record)
     record["num_passes"] = count
@@ -168,10 +172,9 @@ def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
     record["ms_per_pass_range"] = [round(min(times), 3), round(max(times), 3)]
     if loaded is not None:
         record["loaded_bytes_per_pass"] = (setup.tell()["stats_loaded_bytes"] - loaded) // count
-    if count % len(inputs):
-        step()
-    outputs = [step().cpu() for _ in inputs]
-    _compare({"pass": outputs}, Path(cell.folder) / "expected_denoiser.pt", cell.method, record)
+    _compare(
+        {"pass": [output.cpu() for output in outputs]}, Path(cell.folder) / "expected_denoiser.pt", cell.method, record
+    )
 
 
 def _even(count: int) -> int:
@@ -218,7 +221,9 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         outputs[f"{count} steps"] = [images]
         return seconds
 
-    if cell.method == "layerstream":  # a script that calls once is told what it gets, and one that goes on
+    if cell.method == "layerstream" and not cell.tells_first_call:
+        timed(min(_FEW_STEPS[1], steps))  # measures all there is to measure
+    elif cell.method == "layerstream":  # a script that calls once is told what it gets, and one that goes on
         record["seconds_all_calls"].append(timed(steps))
         record["seconds_first_call"] = record["seconds_all_calls"][0]
     else:
@@ -240,10 +245,10 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
 def _extrapolated(timed: Any, steps: int, limit: float, num_warm_up_steps: int) -> float | None:
     """Warm up; seconds of a call if that is more than `limit`, from calls of few steps, else None."""
     few, more = _FEW_STEPS
-    timed(few)
+    first = timed(few)
     if num_warm_up_steps > few:  # it profiles in its first passes
         timed(num_warm_up_steps)
-    least = timed(few)
+    least = first if first > _SLOW_CALL_S else timed(few)
     if least * steps <= limit or steps <= more:
         return None
     per_step = (timed(more) - least) / (more - few)

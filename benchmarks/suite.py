@@ -38,6 +38,7 @@ _PRELOADED = [
     "transformers.models.t5.modeling_t5",
 ]
 _SWEEP = ("min", "4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "auto")
+_PIPELINE_SWEEP = ("6GiB", "10GiB", "auto")  # whole calls take long; `-sweep` has all
 # Where peers take a budget: what ours is compared with at like memory.
 _PEER_BUDGETS = {"sd35m": ("2GiB",), "ovis": ("5GiB", "10GiB"), "longcat": ("4GiB", "10GiB")}
 _PEERS = ("diffusers_leaf", "diffusers_block", "model_offload", "sequential", "vllm_omni", "flextensor", "mmgp")
@@ -70,6 +71,10 @@ def suites() -> dict[str, list[Entry]]:
                 for budget in (_PEER_BUDGETS[case] if METHODS[name].takes_budget else (None,))
             ]
             ours = [*sweep, *(entry for entry in like_peers if entry not in sweep), *mapped]
+            # mmgp takes as long whatever its budget; and a whole call of a pipeline takes long.
+            peers = [p for p in peers if p.vram_budget in (None, _PEER_BUDGETS[case][-1]) or _is_swept(p)]
+            if form == "pipeline":
+                ours = [Entry(case, form, "layerstream", budget) for budget in _PIPELINE_SWEEP]
             found[f"{case}-{form}"] = [*resident, *ours, *peers, *resident]
             found[f"{case}-{form}-sweep"] = [*resident, *sweep, *resident]
             found[f"{case}-{form}-peers"] = [*resident, *like_peers, *peers, *resident]
@@ -78,6 +83,10 @@ def suites() -> dict[str, list[Entry]]:
     for form in FORMS:
         found[f"{form}s"] = [entry for case in CASES for entry in found[f"{case}-{form}"]]
     return found
+
+
+def _is_swept(peer: Entry) -> bool:
+    return peer.method == "flextensor" and peer.form == "denoiser"
 
 
 def run(
@@ -115,6 +124,7 @@ def run(
             else:
                 limit = cell_seconds if left is None else min(cell_seconds, left)
                 record = _one(context, placed, command, limit, done)
+            record["cell_s"] = round(time.monotonic() - started - sum(r["cell_s"] for r in done), 1)
             done.append(record)
             rate(done)
             write(done, output, topic)
@@ -231,6 +241,9 @@ def _work(answers: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
         answers.put(("answer", function(*arguments)))
     except Exception as exc:
         answers.put(("error", repr(exc)[:1000]))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)  # the next one waits for this one's memory, which the system takes back faster by itself
 
 
 def _failed(each: Cell, command: str, error: str, done: Sequence[Record]) -> Record:

@@ -231,22 +231,28 @@ class CudaDevice:
         return max(0, min(int(torch.cuda.mem_get_info(self.torch_device)[0]) + reserved, allowed) - allocated)
 
     def reserved_bytes(self) -> int:
-        return int(torch.cuda.memory_reserved(self.torch_device))
+        return self._counter("reserved_bytes", "current")
 
     def allocated_bytes(self) -> int:
-        return int(torch.cuda.memory_allocated(self.torch_device))
+        return self._counter("allocated_bytes", "current")
 
     def peak_reserved_bytes(self) -> int:
-        return int(torch.cuda.max_memory_reserved(self.torch_device))
+        return self._counter("reserved_bytes", "peak")
 
     def peak_allocated_bytes(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self.torch_device))
+        return self._counter("allocated_bytes", "peak")
+
+    def _counter(self, name: str, which: str) -> int:
+        # Once a pass: the usual functions make a sorted dictionary of a hundred entries each time, in 0.3 ms.
+        stats: Any = torch.cuda.memory_stats_as_nested_dict(self.torch_device)
+        return int(stats[name]["all"][which]) if stats else 0
 
     def reset_peaks(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def num_ooms(self) -> int:
-        return int(torch.cuda.memory_stats(self.torch_device).get("num_ooms", 0))
+        stats: Any = torch.cuda.memory_stats_as_nested_dict(self.torch_device)
+        return int(stats.get("num_ooms", 0))
 
     def context_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self.torch_device)

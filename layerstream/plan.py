@@ -399,8 +399,8 @@ class _Draft:
         self.num_slots = shape.num_slots(num_slots or LEAST_SLOTS)
 
     def choose(self, num_slots: int | None, *, is_frugal: bool = False, stay: Collection[int] = ()) -> None:
-        """The fastest pass that fits, with as few copies as all the room allows; frugally: no more room than it takes to
-        hide all copies, where that is possible.
+        """The fastest pass that fits, with as few copies as all the room allows; frugally: in no more room than hiding
+        all copies takes, where that is possible.
 
         Args:
             stay: blocks that are resident whatever is chosen.

@@ -220,16 +220,27 @@ def test_outputs_are_compared_with_the_first_resident_ones(tmp_path: Path) -> No
     assert record["equal"] is False, "nothing was compared"
 
 
-@pytest.mark.parametrize(("slow", "steps", "expected"), [(0.1, 50, None), (10.0, 50, 502.0), (10.0, 3, None)])
-def test_a_call_that_would_take_too_long_is_extrapolated(slow: float, steps: int, expected: float | None) -> None:
+@pytest.mark.parametrize(
+    ("slow", "steps", "expected", "wanted"),
+    [
+        (0.1, 50, None, [1, 1, 3]),
+        (0.1, 40, None, [1, 1]),
+        (2.5, 50, 127.0, [1, 1, 3]),
+        (10.0, 50, 502.0, [1, 3]),
+        (10.0, 3, None, [1]),
+    ],
+)
+def test_a_call_that_would_take_too_long_is_extrapolated(
+    slow: float, steps: int, expected: float | None, wanted: list[int]
+) -> None:
     calls = []
 
     def timed(count: int) -> float:
         calls.append(count)
         return 2.0 + slow * count
 
-    assert cell._extrapolated(timed, steps, 200, 1) == expected
-    assert calls == ([1, 1, 3] if expected else [1, 1])
+    assert cell._extrapolated(timed, steps, 100, 1) == expected
+    assert calls == wanted
 
 
 def test_ratios_are_to_the_mean_of_the_resident_ones() -> None:

@@ -8,7 +8,7 @@ from benchmarks.methods.base import Method, Setup, need
 
 
 def _apply(setup: Setup) -> None:
-    offload = need("mmgp", "mmgp").offload
+    offload = need("mmgp.offload", "mmgp")
     megabytes = setup.budget_bytes // 10**6
     offload.all(
         dict(setup.work.modules),
@@ -21,4 +21,11 @@ def _apply(setup: Setup) -> None:
     torch.set_default_device("cpu")  # it makes the GPU the default
 
 
-MMGP = Method("mmgp", _apply, mode=torch.no_grad, needs_budget=True, takes_budget=True, packages=(("mmgp", "mmgp"),))
+MMGP = Method(
+    "mmgp",
+    _apply,
+    mode=torch.no_grad,
+    needs_budget=True,
+    takes_budget=True,
+    packages=(("mmgp.offload", "mmgp"),),
+)

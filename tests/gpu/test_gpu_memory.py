@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import layerstream
 from layerstream.device import CudaDevice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
@@ -94,6 +95,70 @@ def test_cached_blocks_are_given_back_before_a_request_is_refused(device: CudaDe
     assert device.reserved_bytes() <= cap
     assert device.peak_reserved_bytes() <= cap
     assert device.num_ooms() == num_ooms, "giving back is no out-of-memory error"
+
+
+@pytest.fixture
+def growing(device: CudaDevice) -> Iterator[CudaDevice]:
+    """The device while something streams."""
+    device.grow_segments("test", is_on=True)
+    if not device.page_bytes():
+        pytest.skip("this allocator's segments do not grow, or the user has decided")
+    yield device
+    device.grow_segments("test", is_on=False)
+
+
+def pass_of_unlike_sizes() -> None:
+    """Tensors of a few sizes that come and go, as activations do; 700 MiB of them live at most."""
+    for size in (30, 90, 170, 40, 260, 110, 350, 60):
+        held = [take(size * MIB), take((size // 3) * MIB)]
+        del held[0]
+        held.append(take((size + 50) * MIB))
+        del held
+
+
+def test_growing_segments_leave_hardly_any_gaps(growing: CudaDevice) -> None:
+    before = growing.reserved_bytes()
+    growing.reset_peaks()
+    pass_of_unlike_sizes()
+    over = growing.peak_reserved_bytes() - before
+    assert over <= growing.peak_allocated_bytes() - growing.allocated_bytes() + 4 * growing.page_bytes()
+    torch.cuda.empty_cache()
+    assert growing.reserved_bytes() <= before
+
+
+def test_the_engines_buffers_keep_segments_of_their_own(growing: CudaDevice) -> None:
+    kept = take(50 * MIB)
+    reserved = growing.reserved_bytes()
+    buffers = [growing.allocate(33 * MIB + 5), growing.allocate(12 * MIB)]
+    assert growing.reserved_bytes() - reserved == sum(growing.rounded_bytes(b.numel()) for b in buffers)
+    del buffers
+    torch.cuda.empty_cache()
+    assert growing.reserved_bytes() == reserved
+    kept.fill_(1)
+
+
+@pytest.mark.parametrize("num_bytes", [3 * MIB, 17 * MIB + 1, 64 * MIB])
+def test_the_cap_holds_with_growing_segments(growing: CudaDevice, num_bytes: int) -> None:
+    cap = growing.reserved_bytes() + 300 * MIB
+    growing.set_cap(cap)
+    growing.reset_peaks()
+    kept: list[torch.Tensor] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        while len(kept) < 1000:
+            kept.append(growing.allocate(num_bytes) if len(kept) % 2 else take(num_bytes))
+    assert cap - 2 * num_bytes - 64 * MIB < growing.peak_reserved_bytes() <= cap
+
+
+def test_the_allocators_settings_come_back(device: CudaDevice) -> None:
+    def is_on() -> bool:
+        return bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+
+    before = is_on()
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
+    with layerstream.offload(model, vram_budget="min"):
+        model(torch.ones(2, 64, device="cuda"))
+        assert is_on() or "expandable_segments" in settings
+    assert is_on() == before
 
 
 def test_what_is_reserved_already_stays(device: CudaDevice) -> None:

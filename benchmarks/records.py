@@ -52,6 +52,11 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def rss_bytes() -> int:
+    """Host memory that this process has resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def locked_bytes() -> int | None:
     """Host memory that the system has locked for this process; None where it does not say, as of what CUDA locks."""
     fields = dict(line.split(":", 1) for line in _lines("/proc/self/status") if ":" in line)
@@ -71,19 +76,19 @@ def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
 
 
 def link_gb_per_s(device: torch.device) -> float:
-    """Host-to-device speed of page-locked memory, in blocks of 256 MiB."""
+    """Host-to-device speed of page-locked memory, in blocks of 64 MiB."""
     if device.type != "cuda":
         return 50.0
-    host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(2**28, dtype=torch.uint8, device=device)
+    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(2**26, dtype=torch.uint8, device=device)
     target.copy_(host, non_blocking=True)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(8):
+    for _ in range(32):
         target.copy_(host, non_blocking=True)
     end.record()
     torch.cuda.synchronize()
-    return 8 * 2**28 / start.elapsed_time(end) / 1e6
+    return 32 * 2**26 / start.elapsed_time(end) / 1e6
 
 
 def machine() -> dict[str, Any]:

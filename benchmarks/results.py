@@ -36,6 +36,7 @@ _COSTS = {
     "exit s": field("exit_s", digits=2),
     "stall ms": field("stats_stall_ms", digits=1),
     "host RSS GB": gigabytes("host_peak_rss_bytes"),
+    "before enter": gigabytes("host_rss_before_bytes"),
     "locked GB": gigabytes("locked_bytes"),
     "equal": field("equal"),
     "error": field("error"),
@@ -47,8 +48,7 @@ _NOTES = [
     "first call of the process is told as well, and the time is the second's. `~`: extrapolated from calls of one and "
     "three steps, because a whole one would take too long. `mapped`: the weights lie in a mapped file when streaming "
     "begins. Peaks are of the whole process, activations and warm-ups included. Stall ms is the sum over all passes of "
-    "the process. Host RSS includes the libraries and, where weights are read into memory of their own, not the file "
-    "that they came from.",
+    "the process. Host RSS is the peak of the process, libraries included; before enter: with the weights loaded.",
 ]
 
 

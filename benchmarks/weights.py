@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,12 +43,9 @@ def give(modules: Mapping[str, nn.Module], folder: Path, *, is_mapped: bool) -> 
             their own, as building or downloading a model does.
     """
     for name, module in modules.items():
-        found = load_file(folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        found = load_file(path) if is_mapped else _read(path, _named(module))
         targets = {key: tensor for key, tensor in _named(module).items() if key in found}
-        if not is_mapped:
-            copies = {key: torch.empty_like(tensor) for key, tensor in found.items()}
-            _copy([(copies[key], tensor) for key, tensor in found.items()])
-            found = copies
         for key, tensor in targets.items():
             assert (tensor.shape, tensor.dtype) == (found[key].shape, found[key].dtype), key
             tensor.data = found[key]
@@ -59,10 +57,30 @@ def _named(module: nn.Module) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in kept.items() if isinstance(tensor, torch.Tensor)}
 
 
-def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    pieces = []
-    for target, source in pairs:
-        to, of = (t.view(-1).view(torch.uint8) if t.numel() else t for t in (target, source))
-        pieces += [(to[i : i + _PIECE_BYTES], of[i : i + _PIECE_BYTES]) for i in range(0, to.numel(), _PIECE_BYTES)]
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        list(pool.map(lambda piece: piece[0].copy_(piece[1]), pieces))
+def _read(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, read into memory of their own: mapped pages would count as the process'."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        pieces: list[tuple[memoryview, int]] = []
+        found = {}
+        for key, entry in header.items():
+            if key == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            raw = torch.empty(end - start, dtype=torch.uint8)
+            view = memoryview(raw.numpy())
+            pieces += [
+                (view[i : i + _PIECE_BYTES], 8 + header_bytes + start + i) for i in range(0, end - start, _PIECE_BYTES)
+            ]
+            found[key] = raw.view(like[key].dtype).view(entry["shape"])
+
+        def read(piece: tuple[memoryview, int]) -> None:
+            target, offset = piece
+            while target:  # one call reads 2 GiB at most, and may read less
+                count = os.preadv(file.fileno(), [target], offset)
+                target, offset = target[count:], offset + count
+
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            list(pool.map(read, pieces))
+    return found

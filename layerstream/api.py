@@ -99,10 +99,11 @@ class LayerStreamer:
             num_slots=self._num_slots,
             find_replaced=self._find_replaced,
         )
-        if not any(stack.blocks for layout in _layouts(self._pipe) for stack in layout.stacks):
+        layouts = _layouts(self._pipe)
+        if not any(stack.blocks for layout in layouts for stack in layout.stacks):
             _warn_nothing_streams(components)
         streamer.owner = self  # hooks keep the engine alive, the engine keeps us: dropped by its user, it can be closed
-        streamer.open()
+        streamer.open(layouts)
         self._streamer = self._last = streamer
         try:
             self._watch()

@@ -17,6 +17,7 @@ to pages, merged, and counted per process: two streamers may share a page.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import mmap
 import os
@@ -43,6 +44,7 @@ PAGE_BYTES = mmap.PAGESIZE
 # Chunks in which memory is touched and registered: larger ones hold the driver's lock for long.
 _TOUCH_BYTES = 2**26
 _REGISTER_BYTES = 2**30
+_MADV_POPULATE_WRITE = 23
 # Touching new pages runs at 2 GB/s on one thread and 5.5 on four; registering at 24 on one and 26 on four (H100).
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 
@@ -296,11 +298,29 @@ def _touch(sources: Sequence[torch.Tensor]) -> None:
         return
 
     def touch(chunk: torch.Tensor) -> None:
-        chunk[::PAGE_BYTES].bitwise_or_(0)
-        chunk[-1:].bitwise_or_(0)  # the range may end on a page that no step of the stride reached
+        if not _populate(_whole_pages(_address_range(chunk))):
+            chunk[::PAGE_BYTES].bitwise_or_(0)
+            chunk[-1:].bitwise_or_(0)  # the range may end on a page that no step of the stride reached
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         list(pool.map(touch, chunks))
+
+
+def _populate(span: Range) -> bool:
+    """Let the kernel do what writing to each page of a private mapping does, several times faster; False: it cannot.
+
+    Source: madvise(2), MADV_POPULATE_WRITE, since Linux 5.14. The bytes stay as they are.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    start, end = span
+    failed: int = _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_WRITE)
+    return not failed
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _has_room_for(num_bytes: int) -> bool:

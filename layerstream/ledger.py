@@ -22,7 +22,7 @@ from layerstream.budget import format_bytes, parse_bytes
 from layerstream.device import Device
 from layerstream.errors import BudgetError
 from layerstream.phases import Key, PhaseTracker, Reserve
-from layerstream.plan import Costs, Phase, PhasePlan, Plan, make_plan
+from layerstream.plan import Costs, Phase, PhasePlan, Plan, check_budget, make_plan
 from layerstream.stats import PhaseStats, Stats
 
 # Of a measurement: the allocator may cut its segments otherwise the next time. In units of its granularity (2 MiB).
@@ -105,7 +105,7 @@ class Ledger:
         """Raise BudgetError if the budget cannot hold the least beside `outside_bytes` of others."""
         phases = [Phase((name,), is_repeated, outside_bytes) for name, is_repeated in components]
         limit = self._device.total_bytes() if self.budget_bytes is None else self.budget_bytes
-        make_plan(units, phases, limit, num_slots=self._num_slots, granularity=self._grain)
+        check_budget(units, phases, limit, granularity=self._grain)
 
     @property
     def plan(self) -> Plan:
@@ -210,7 +210,7 @@ class Ledger:
     @property
     def wants_times(self) -> bool:
         """Whether the running pass should be timed, block by block."""
-        if self._reserve is None or self._plan is None or not self._reserve.is_measured or self._reserve.compute_ms:
+        if self._reserve is None or self._plan is None or not self._reserve.is_measured or self._reserve.is_timed:
             return False
         return self._plan.phase_of(self._reserve.key.component).num_slots > 0
 
@@ -220,9 +220,9 @@ class Ledger:
     def timed(self, compute_ms: Mapping[int, float]) -> None:
         """The timed pass took so much, by unit."""
         if self._timed is not None:
-            self._timed.compute_ms = dict(compute_ms)
+            self._timed.timed(compute_ms)
+            self._has_new_times |= self._timed.is_timed
             self._timed = None
-            self._has_new_times = True
 
     # ---- what does not fit
 
@@ -330,7 +330,8 @@ class Ledger:
                     units = [u for u in self._units if {u.component, *u.also} & set(phase.components)]
                     units = [replace(u, component=phase.components[0], also=()) for u in units]
                     alone = replace(phase, components=phase.components[:1], reserve_bytes=certain)
-                    make_plan(units, [alone], self.budget_bytes, num_slots=self._num_slots, granularity=self._grain)
+                    if self.budget_bytes is not None:
+                        check_budget(units, [alone], self.budget_bytes, granularity=self._grain)
         unknown = [self._unknown(self._unknown(p, is_current=False), is_current=True) for p in phases]
         return self._make(unknown, None)
 
@@ -382,7 +383,8 @@ class Ledger:
         )
         units = [u for u in self._units if u.component in partners]
         try:
-            make_plan(units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain)
+            if self.budget_bytes is not None:
+                check_budget(units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain)
         except BudgetError:
             self._refused.add(partners)
             return

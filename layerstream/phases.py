@@ -24,6 +24,7 @@ GROWTH = 1.25
 # A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
 _MOST_PASSES_PER_TURN = 4
 _MEASUREMENTS = 2
+_TIMED_PASSES = 3
 _MOST_KEYS = 4096  # an application that makes images of every size must not grow without end
 
 
@@ -85,7 +86,8 @@ class Reserve:
         is_growing: its shapes grow token by token, so a quarter more is kept for it.
         num_missing: measurements until it is known. One is not enough: attention takes another way when a mask has
             padding, so a second prompt may take more than the first, in the same shapes.
-        compute_ms: measured time of each unit's compute, by unit index; of one use.
+        compute_ms: measured time of each unit's compute, by unit index; of one use. The least of a few passes: a host
+            that is late, or a kernel that is loaded, shows in one of them as compute.
     """
 
     key: Key
@@ -95,7 +97,18 @@ class Reserve:
     is_growing: bool = False
     num_missing: int = 1
     compute_ms: dict[int, float] = field(default_factory=dict)
+    num_untimed: int = _TIMED_PASSES
     _most_bytes: int = 0
+
+    @property
+    def is_timed(self) -> bool:
+        return self.num_untimed <= 0
+
+    def timed(self, compute_ms: Mapping[int, float]) -> None:
+        """A pass took so much, by unit."""
+        known = self.compute_ms
+        self.compute_ms = {**known, **{u: min(ms, known.get(u, ms)) for u, ms in compute_ms.items()}}
+        self.num_untimed -= 1
 
     def kept_bytes(self, outside_bytes: int) -> int | None:
         """What a plan keeps free for it and for what others have. What a loop keeps of its tokens grows with it."""
@@ -181,7 +194,7 @@ class PhaseTracker:
         found: dict[int, float] = {}
         for _, expected in self._all_expected():
             for reserve in expected:
-                for unit, ms in reserve.compute_ms.items():
+                for unit, ms in reserve.compute_ms.items() if reserve.is_timed else ():
                     found[unit] = max(ms, found.get(unit, 0.0))
         return found
 
@@ -246,7 +259,13 @@ class PhaseTracker:
             if key.num_elements > GROWTH * last.key.num_elements:
                 # Measured anew, with what was kept so far and a quarter more meanwhile: evicting everything every
                 # few hundred tokens would cost more than the loop does.
-                last = Reserve(key, last.kept_bytes(0), is_growing=True, compute_ms=last.compute_ms)
+                last = Reserve(
+                    key,
+                    last.kept_bytes(0),
+                    is_growing=True,
+                    compute_ms=last.compute_ms,
+                    num_untimed=last.num_untimed,
+                )
             last.is_growing = True
             return self._remember(key, last)
         larger = [r for k, r in self._reserves.items() if r.is_measured and r.key is k and key.is_covered_by(k)]

@@ -24,6 +24,7 @@ __all__ = [
     "PhasePlan",
     "Plan",
     "Prediction",
+    "check_budget",
     "make_plan",
     "next_gib",
     "predict_pass",
@@ -202,13 +203,7 @@ def make_plan(
     Raises:
         BudgetError: a phase does not fit even with all that can stream streaming.
     """
-    for unit in units:
-        assert sum(unit.component in p.components for p in phases) == 1, unit.name
-    drafts = [_Draft(units, phase, costs, granularity) for phase in phases]
-    needed = max((d.needed_bytes for d in drafts), default=0)
-    if budget_bytes is not None and budget_bytes < needed:
-        worst = max(drafts, key=lambda d: d.needed_bytes)
-        raise BudgetError(worst.too_small(budget_bytes), budget_bytes=budget_bytes, needed_bytes=needed)
+    drafts, needed = _drafts_within(units, phases, budget_bytes, costs, granularity)
     for draft in drafts:
         draft.take_least(num_slots if budget_bytes is None else None)
         if budget_bytes is not None and draft.phase.reserve_bytes is not None:
@@ -226,6 +221,27 @@ def make_plan(
         granularity=granularity,
         num_slots=num_slots,
     )
+
+
+def check_budget(
+    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int, *, granularity: int = 1
+) -> None:
+    """Raise the BudgetError that `make_plan` would, without making a plan."""
+    _drafts_within(units, phases, budget_bytes, None, granularity)
+
+
+def _drafts_within(
+    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int | None, costs: Costs | None, granularity: int
+) -> tuple[list[_Draft], int]:
+    """A draft of each phase, and the smallest budget that holds the least of all."""
+    for unit in units:
+        assert sum(unit.component in p.components for p in phases) == 1, unit.name
+    drafts = [_Draft(units, phase, costs, granularity) for phase in phases]
+    needed = max((d.needed_bytes for d in drafts), default=0)
+    if budget_bytes is not None and budget_bytes < needed:
+        worst = max(drafts, key=lambda d: d.needed_bytes)
+        raise BudgetError(worst.too_small(budget_bytes), budget_bytes=budget_bytes, needed_bytes=needed)
+    return drafts, needed
 
 
 def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | None) -> None:

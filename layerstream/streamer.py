@@ -150,16 +150,19 @@ class Streamer:
 
     # ---- entering and leaving
 
-    def open(self) -> None:
-        """Start streaming. Whatever fails, the pipeline is as it was before the error leaves."""
+    def open(self, layouts: Sequence[ComponentLayout]) -> None:
+        """Start streaming. Whatever fails, the pipeline is as it was before the error leaves.
+
+        Args:
+            layouts: the components as `describe` gives them now.
+        """
         started = time.perf_counter()
-        layouts = self._describe()
         division = divide(layouts)
         _refuse_compiled_wholes(layouts)
         self._check_budget(layouts, division)
         keep_out_of_graphs(compiled.compile_safe)
         try:
-            self._attach(layouts, division, changed=())
+            self._attach(layouts, division, all_names=[c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
             self._load_fixed()
         except BaseException:
@@ -224,18 +227,30 @@ class Streamer:
     def _resume(self, names: set[str], is_all: bool) -> None:
         """Attach what was detached for a pause, as it is now; where that fails, nothing stays streamed."""
         try:
-            layouts = [layout for layout in self._describe() if is_all or layout.name in names]
+            described = self._describe()
+            layouts = [layout for layout in described if is_all or layout.name in names]
             division = divide(layouts)
             _refuse_compiled_wholes(layouts)
-            self._attach(layouts, division, changed=names)
+            self._attach(layouts, division, all_names=[c.name for c in described], changed=names)
             self._load_fixed()
             self.stats.num_relaid += len(layouts)
         except BaseException:
             self.close()
             raise
 
-    def _attach(self, layouts: Sequence[ComponentLayout], division: Division, *, changed: Collection[str]) -> None:
-        """Take hold of components: host memory, absent tensors, hooks. Failing half-way leaves it to `close`."""
+    def _attach(
+        self,
+        layouts: Sequence[ComponentLayout],
+        division: Division,
+        *,
+        all_names: Sequence[str],
+        changed: Collection[str],
+    ) -> None:
+        """Take hold of components: host memory, absent tensors, hooks. Failing half-way leaves it to `close`.
+
+        Args:
+            all_names: the pipeline's components, these among them, in its order.
+        """
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         with engine_tensors():
             for group in connected(layouts, division):
@@ -261,13 +276,13 @@ class Streamer:
                 for layout in attachment.layouts:
                     self._attachment_of[layout.name] = attachment
         self._device.empty_cache()  # what the components had on the device is given up
-        self._note_components(changed)
+        self._note_components(all_names, changed)
 
-    def _note_components(self, changed: Collection[str]) -> None:
+    def _note_components(self, all_names: Sequence[str], changed: Collection[str]) -> None:
         """Units came or went: order, ledger and stats go by what there is now."""
         by_name = {layout.name: layout for a in self._attachments for layout in a.layouts}
         # In the order of the pipeline, in which its components usually run.
-        layouts = [by_name[layout.name] for layout in self._describe() if layout.name in by_name]
+        layouts = [by_name[name] for name in all_names if name in by_name]
         names = tuple(by_name)
         specs = [
             # What no hook can bring to the device when it is needed is there always.

@@ -25,7 +25,10 @@ class FakeGpu:
         self.free = total
         self.fraction = 1.0
         self.asked: list[tuple[str, Any]] = []
-        self.stats: dict[str, int] = {}
+        self.stats: dict[str, Any] = {
+            "reserved_bytes": {"all": {"current": 5 * GIB, "peak": 7 * GIB}},
+            "allocated_bytes": {"all": {"current": 3 * GIB, "peak": 6 * GIB}},
+        }
 
         def answer(name: str, result: Any) -> None:
             def call(device: Any = None) -> Any:
@@ -36,12 +39,8 @@ class FakeGpu:
 
         answer("get_device_name", "fake")
         answer("cudart", None)
-        answer("memory_reserved", 5 * GIB)
-        answer("memory_allocated", 3 * GIB)
-        answer("max_memory_reserved", 7 * GIB)
-        answer("max_memory_allocated", 6 * GIB)
         answer("reset_peak_memory_stats", None)
-        answer("memory_stats", lambda: self.stats)
+        answer("memory_stats_as_nested_dict", lambda: self.stats)
         answer("mem_get_info", lambda: (self.free, self.total))
         answer("get_device_properties", lambda: SimpleNamespace(total_memory=self.total))
         # As the allocator does: what is allowed is whole bytes, and what it answers is made of them.
@@ -103,20 +102,15 @@ def test_bytes_are_those_of_this_device(gpu: FakeGpu) -> None:
     assert device.peak_allocated_bytes() == 6 * GIB
     device.reset_peaks()
     assert gpu.asked == [
-        (name, torch.device("cuda", 0))
-        for name in (
-            "memory_reserved",
-            "memory_allocated",
-            "max_memory_reserved",
-            "max_memory_allocated",
-            "reset_peak_memory_stats",
-        )
+        (name, torch.device("cuda", 0)) for name in (*["memory_stats_as_nested_dict"] * 4, "reset_peak_memory_stats")
     ]
+    gpu.stats.clear()
+    assert device.reserved_bytes() == 0, "before anything was allocated torch has no statistics"
 
 
 def test_num_ooms(gpu: FakeGpu) -> None:
     device = cuda()
-    assert device.num_ooms() == 0, "before anything was allocated torch has no statistics"
+    assert device.num_ooms() == 0, "before anything was refused"
     gpu.stats["num_ooms"] = 3
     assert device.num_ooms() == 3
 

@@ -236,7 +236,7 @@ def test_times_are_planned_with_in_the_next_pass() -> None:
     device = SimulatedDevice(link_gb_per_s=1e-3)
     net = Sized(device, [KIB] * 8, ms=[0.1, 0.1, 0.1, 0.1, 4.0, 4.0, 4.0, 4.0])
     with streamed(device, {"net": net}, LEAST + 2 * KIB + 4 * KIB) as streamer:
-        for _ in range(5):
+        for _ in range(7):
             net(x())
         assert phase(streamer).prediction is not None
         costs = streamer.plan.costs
@@ -691,7 +691,7 @@ def test_where_the_budget_is_full_one_number_is_read_a_pass() -> None:
     device = Counting()
     net = net_of(device, batch(10_000), num_blocks=20)
     with streamed(device, {"net": net}, 20 * KIB) as streamer:
-        for _ in range(5):
+        for _ in range(7):
             net(x())
         assert 0 < num_resident(streamer) < 20
         assert passes(device, streamer, net, 50) == {"allocated_bytes": 50}

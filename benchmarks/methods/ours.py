@@ -33,5 +33,5 @@ def _apply(setup: Setup) -> None:
     setup.tell = tell
 
 
-# Two measure, a third is planned with what they found.
-LAYERSTREAM = Method("layerstream", _apply, num_warm_ups=4, takes_budget=True)
+# Two measure what a pass takes, three how long, and the next is planned with both.
+LAYERSTREAM = Method("layerstream", _apply, num_warm_ups=8, takes_budget=True)

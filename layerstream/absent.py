@@ -12,7 +12,7 @@ path, which changes the last bits. After the first touch nothing is left to ask 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,21 +37,29 @@ class AbsentRecord(NamedTuple):
 _RECORD = "_layerstream_absent"
 
 
-def make_absent(tensor: torch.Tensor, placeholder: torch.Tensor, record: AbsentRecord) -> None:
-    """Let go of the tensor's bytes: it answers metadata, and loads on any other use."""
-    # Data first: once the class is switched, setting `.data` would itself be a use.
-    tensor.data = placeholder
-    setattr(tensor, _RECORD, record)
-    tensor.__class__ = AbsentParameter if type(tensor) is nn.Parameter else AbsentTensor
+def make_absent(
+    tensors: Iterable[torch.Tensor], placeholders: Iterable[torch.Tensor], records: Iterable[AbsentRecord]
+) -> None:
+    """Let go of the tensors' bytes: they answer metadata, and load on any other use."""
+    for tensor, placeholder, record in zip(tensors, placeholders, records, strict=True):
+        # Data first: once the class is switched, setting `.data` would itself be a use.
+        tensor.data = placeholder
+        tensor.__dict__[_RECORD] = record
+        tensor.__class__ = AbsentParameter if type(tensor) is nn.Parameter else AbsentTensor
 
 
-def make_present(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """Point the tensor at `data`; it is a plain `Parameter` or `Tensor` again."""
-    # Class first: the setter would otherwise go through `__torch_function__`.
-    if is_absent(tensor):
-        tensor.__dict__.pop(_RECORD, None)
-        tensor.__class__ = nn.Parameter if type(tensor) is AbsentParameter else torch.Tensor
-    tensor.data = data
+def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
+    """Point each tensor at its data; it is a plain `Parameter` or `Tensor` again."""
+    for tensor, view in zip(tensors, data, strict=True):
+        # Class first: the setter would otherwise go through `__torch_function__`.
+        kind = type(tensor)
+        if kind is AbsentParameter:
+            tensor.__dict__.pop(_RECORD, None)
+            tensor.__class__ = nn.Parameter
+        elif kind is AbsentTensor:
+            tensor.__dict__.pop(_RECORD, None)
+            tensor.__class__ = torch.Tensor
+        tensor.data = view
 
 
 def is_absent(tensor: torch.Tensor) -> bool:

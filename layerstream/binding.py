@@ -36,8 +36,6 @@ class BoundTensor:
     strides: tuple[int, ...]
     home_device: torch.device
     is_exact: bool = True
-    seen_version: int = 0
-    bound_address: int = 0
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> BoundTensor:
@@ -63,44 +61,49 @@ class UnitBinding:
 
     tensors: list[BoundTensor]
     is_present: bool = True
+    _objects: list[torch.Tensor] = field(default_factory=list)
     _placeholders: list[torch.Tensor] = field(default_factory=list)
     _records: list[AbsentRecord] = field(default_factory=list)
+    _versions: list[int] = field(default_factory=list)  # when they were bound, and where
+    _addresses: list[int] = field(default_factory=list)
 
     def rehome(self, bound: BoundTensor, master: torch.Tensor, *, is_exact: bool) -> None:
         """Its bytes were copied to `master`; the memory they came from is let go unless it `is_exact`ly restored."""
         bound.master = master
         if not is_exact:
             bound.home, bound.is_exact = master, False
-            make_present(bound.tensor, master)
+            make_present([bound.tensor], [master])
 
     def prepare(
         self, unit: int, nans: Callable[[torch.dtype], torch.Tensor], load: Callable[[Sequence[int]], None]
     ) -> None:
         """Make what `absent` needs, once: it must not allocate later. `nans` gives the scalar of a dtype."""
+        self._objects = [bound.tensor for bound in self.tensors]
         for bound in self.tensors:
             self._placeholders.append(nans(bound.dtype).expand(bound.shape))
             self._records.append(AbsentRecord(bound.name, unit, bound.strides, load))
 
     def present(self, views: Sequence[torch.Tensor]) -> None:
         """Point every tensor at its view, in the order of `tensors`."""
-        for bound, view in zip(self.tensors, views, strict=True):
-            make_present(bound.tensor, view)
-            bound.seen_version = bound.tensor._version
-            bound.bound_address = view.data_ptr()
+        make_present(self._objects, views)
+        self._versions = [tensor._version for tensor in self._objects]
+        self._addresses = [view.data_ptr() for view in views]
         self.is_present = True
 
     def absent(self) -> None:
         """Let go of the bytes. What the tensors pointed at may be overwritten from now on."""
         self.is_present = False  # first: interrupted half-way, the unit is bound anew at its next use
-        for bound, placeholder, record in zip(self.tensors, self._placeholders, self._records, strict=True):
-            make_absent(bound.tensor, placeholder, record)
+        make_absent(self._objects, self._placeholders, self._records)
 
     def written(self) -> list[BoundTensor]:
         """Tensors that were written in place, or pointed elsewhere, since they were bound."""
+        are_same = [t._version for t in self._objects] == self._versions
+        if are_same and [t.data_ptr() for t in self._objects] == self._addresses:
+            return []
         return [
             bound
-            for bound in self.tensors
-            if bound.tensor._version != bound.seen_version or bound.tensor.data_ptr() != bound.bound_address
+            for bound, version, address in zip(self.tensors, self._versions, self._addresses, strict=True)
+            if bound.tensor._version != version or bound.tensor.data_ptr() != address
         ]
 
     def forbid_backward(self) -> None:
@@ -116,9 +119,9 @@ class UnitBinding:
             if not bound.is_exact:
                 home = torch.empty_strided(bound.shape, bound.strides, dtype=bound.dtype, device=bound.home_device)
                 home.copy_(bound.home)
-            make_present(bound.tensor, home)
+            make_present([bound.tensor], [home])
         self.is_present = True
-        self._placeholders, self._records = [], []
+        self._objects, self._placeholders, self._records = [], [], []
 
 
 @contextlib.contextmanager

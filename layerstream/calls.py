@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,9 +71,26 @@ class RunningCalls:
 
     def is_outermost(self, entering: nn.Module | None) -> bool:
         """Whether nothing ran when `entering` was called, whose frame is on the stack already."""
-        if self._running and (entering is not None or self._thread == threading.get_ident()):
+        may_tell = entering is not None or self._thread == threading.get_ident()
+        if self._running and may_tell and not self._is_innermost_on_stack(entering):
             self._forget_interrupted(entering)
         return not self._running
+
+    def _is_innermost_on_stack(self, entering: nn.Module | None) -> bool:
+        """Whether the module that started last runs in this thread, and with it all that it runs in: the usual case."""
+        if self._thread != threading.get_ident():
+            return False
+        innermost, _ = self._running[-1]
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            if frame.f_code is _CALL_CODE:
+                found = frame.f_locals.get("self")
+                if found is entering:
+                    entering = None
+                elif found is innermost:
+                    return True
+            frame = frame.f_back
+        return False
 
     def _forget_interrupted(self, entering: nn.Module | None) -> None:
         """Keep only modules whose `__call__` is on the stack of the thread that ran them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,19 +13,25 @@ from layerstream.errors import BackwardError
 
 def without_aliases(output: Any, buffer: torch.Tensor) -> Any:
     """`output` with tensors that lie inside a slot replaced by copies; itself if there are none."""
+    start = buffer.data_ptr()
+    return _without_aliases(output, start, start + buffer.numel())
+
+
+def _without_aliases(output: Any, start: int, end: int) -> Any:
     if isinstance(output, torch.Tensor):
         if output.layout is not torch.strided or not output.numel():
             return output
-        start = buffer.data_ptr()
-        with contextlib.suppress(RuntimeError):  # a tensor without storage (a subclass) cannot lie in a slot
-            if start <= output.data_ptr() < start + buffer.numel():
-                return output.clone()
-        return output
-    if type(output) in (tuple, list):
-        items = [without_aliases(item, buffer) for item in output]
-        return output if all(a is b for a, b in zip(items, output, strict=True)) else type(output)(items)
-    if type(output) is dict:
-        values = {key: without_aliases(item, buffer) for key, item in output.items()}
+        try:
+            is_inside = start <= output.data_ptr() < end
+        except RuntimeError:  # a tensor without storage (a subclass) cannot lie in a slot
+            return output
+        return output.clone() if is_inside else output
+    kind = type(output)
+    if kind is tuple or kind is list:
+        items = [_without_aliases(item, start, end) for item in output]
+        return output if all(map(operator.is_, items, output)) else kind(items)
+    if kind is dict:
+        values = {key: _without_aliases(item, start, end) for key, item in output.items()}
         return output if all(values[key] is output[key] for key in output) else values
     return output
 

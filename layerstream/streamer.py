@@ -805,8 +805,8 @@ class Streamer:
     def _evict_one(self, keep: Sequence[int]) -> Slot | None:
         """Free the slot of the ring whose unit is needed last; None if all are to be kept."""
         candidates = [s for s in self._transfer.ring if s.unit is not None and s.unit not in keep]
-        if not candidates:
-            return None
+        if len(candidates) < 2:
+            return self._evict(candidates[0]) if candidates else None
         ahead = self._order.predict(4 * len(self._transfer.ring) + _OWN_AHEAD)
         soon = {unit: position for position, unit in reversed(list(enumerate(ahead)))}
         slot = max(candidates, key=lambda s: soon.get(s.unit if s.unit is not None else -1, len(ahead)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,7 +124,7 @@ def evicted_without_absent(patch: pytest.MonkeyPatch) -> None:
     absent_at_first = binding.UnitBinding.absent
 
     def absent(self: Any) -> None:
-        if not self.tensors[0].bound_address:  # when entering, as it should be
+        if not self._addresses:  # when entering, as it should be
             absent_at_first(self)
 
     patch.setattr(binding.UnitBinding, "absent", absent)
@@ -153,19 +153,21 @@ def guard_left_behind(patch: pytest.MonkeyPatch) -> None:
 def wrong_class_order(patch: pytest.MonkeyPatch) -> None:
     """Data before class: the setter goes through the absent class."""
 
-    def make_present(tensor: torch.Tensor, data: torch.Tensor) -> None:
-        is_absent = absent.is_absent(tensor)
-        tensor.data = data
-        if is_absent:
-            tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
+    def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
+        for tensor, view in zip(tensors, data, strict=True):
+            is_absent = absent.is_absent(tensor)
+            tensor.data = view
+            if is_absent:
+                tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
 
     patch.setattr(binding, "make_present", make_present)
 
 
 def class_left_absent(patch: pytest.MonkeyPatch) -> None:
-    def make_present(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            tensor.data = data
+            for tensor, view in zip(tensors, data, strict=True):
+                tensor.data = view
 
     patch.setattr(binding, "make_present", make_present)
 

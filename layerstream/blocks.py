@@ -2,6 +2,7 @@
 
 A component's weights are divided into *units*, each of which has one owner and moves as a whole:
 a *block* is one entry of a stack, the *base* is everything of the component outside its stacks.
+A large block is several units, its *pieces*: they are used together, but each has a place of its own.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class UnitSpec:
         num_bytes: bytes it takes on the device, every tensor aligned.
         is_repeated: the component runs many times a call (a denoiser), so its bytes matter most.
         also: other components that use tensors of this unit; only bases have any.
+        block: name of the block that it is a piece of; None where it is the whole of it.
     """
 
     index: int
@@ -50,10 +52,17 @@ class UnitSpec:
     num_bytes: int
     is_repeated: bool = False
     also: tuple[str, ...] = ()
+    block: str | None = None
 
     @property
     def is_block(self) -> bool:
+        """Whether it is a block, or a piece of one."""
         return self.stack is not None
+
+    @property
+    def whole(self) -> str:
+        """What all pieces of a block have in common."""
+        return self.name if self.block is None else self.block
 
 
 def unit_bytes(tensor_bytes: Iterable[int]) -> int:

@@ -1,18 +1,18 @@
 """How long a pass takes when some of its blocks stream, and which choice of them is fastest. Pure numbers.
 
-A pass is a list of blocks in the order of their use, named by position. Those that stream go through slots: copies run
-one after another, and a copy may start once the block that had its slot before has been computed. Compute waits for
-copies, copies wait for slots, and neither shows in a sum of bytes: two placements that stream as much may differ by a
-fifth. So placements are compared by playing the passes.
+A pass is a list of units in the order of their use, named by position: blocks, or pieces of blocks, which are computed
+together. Those that stream go through slots: copies run one after another, and a copy may start once the block that had
+its slot before has been computed. Compute waits for copies, copies wait for slots, and neither shows in a sum of bytes:
+two placements that stream as much may differ by a fifth. So placements are compared by playing the passes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import floor, log
+from math import floor, inf, log
 from typing import Literal
 
 _TOLERANCE = 1.02  # within it a pass takes as long as its compute, or as its copies
@@ -56,15 +56,30 @@ class Pace:
 
     Args:
         blocks: (bytes, compute in ms) in the order of their use.
+        wholes: of each, what it is a piece of; pieces of one block follow each other. None: each is a block.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, float]], link_gb_per_s: float) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[int, float]],
+        link_gb_per_s: float,
+        wholes: Sequence[Hashable] | None = None,
+    ) -> None:
         self.ms_per_byte = 1 / (link_gb_per_s * 1e6)
         self.copy_ms = [num_bytes * self.ms_per_byte for num_bytes, _ in blocks]
         self.compute_ms = [ms for _, ms in blocks]
-        self.starts = [0.0]  # of each block in a pass without a wait; at the end, the time of such a pass
+        self.starts = [0.0]  # of each unit in a pass without a wait; at the end, the time of such a pass
         for ms in self.compute_ms:
             self.starts.append(self.starts[-1] + ms)
+        # Of each unit, the first of its block and the one after its last: a block is computed at once.
+        self.firsts, self.ends = list(range(len(blocks))), list(range(1, len(blocks) + 1))
+        for i in range(1, len(blocks)):
+            if wholes is not None and wholes[i] == wholes[i - 1]:
+                self.firsts[i] = self.firsts[i - 1]
+        for i in range(len(blocks) - 2, -1, -1):
+            if self.firsts[i + 1] == self.firsts[i]:
+                self.ends[i] = self.ends[i + 1]
+        self.most_pieces = max((end - first for first, end in zip(self.firsts, self.ends, strict=True)), default=1)
 
     @property
     def total_ms(self) -> float:
@@ -79,31 +94,44 @@ class Pace:
         )
 
     def pass_ms(self, streamed: Sequence[int], num_slots: int, is_cyclic: bool = True) -> float:
-        """Time of one pass, from cold; of the third, if they follow each other."""
+        """Time of one pass, from cold; of the third, if they follow each other. Infinite if a block's pieces need more
+        slots than there are."""
         if not streamed:
             return self.total_ms
-        starts, compute_ms = self.starts, self.compute_ms
-        steps, done = [], 0.0  # residents only delay the streamed blocks behind them
+        starts, firsts, ends, all_copy_ms = self.starts, self.firsts, self.ends, self.copy_ms
+        steps: list[tuple[float, list[float], float]] = []  # residents before, copies, compute; of each block
+        done, last, copies = 0.0, -1, [0.0]  # residents only delay the streamed blocks behind them
         for i in streamed:
-            steps.append((starts[i] - done, self.copy_ms[i], compute_ms[i]))
-            done = starts[i + 1]
+            if firsts[i] == last:
+                copies.append(all_copy_ms[i])
+                if len(copies) > num_slots:
+                    return inf
+                continue
+            last, copies = firsts[i], [all_copy_ms[i]]
+            start, end = starts[last], starts[ends[i]]
+            steps.append((start - done, copies, end - start))
+            done = end
         rest = self.total_ms - done
         free = [0.0] * num_slots  # when each slot's last block has been computed
         slot = 0
         arrived = end = before = 0.0
         for _ in range(3 if is_cyclic else 1):
             before = end
-            for resident_ms, copy_ms, ms in steps:
-                arrived = (arrived if arrived > free[slot] else free[slot]) + copy_ms
+            for resident_ms, copies, ms in steps:
+                first = slot
+                for copy_ms in copies:
+                    arrived = (arrived if arrived > free[slot] else free[slot]) + copy_ms
+                    slot = slot + 1 if slot + 1 < num_slots else 0
                 end += resident_ms
                 end = (end if end > arrived else arrived) + ms
-                free[slot] = end
-                slot = slot + 1 if slot + 1 < num_slots else 0
+                for _ in copies:
+                    free[first] = end
+                    first = first + 1 if first + 1 < num_slots else 0
             end += rest
         if not is_cyclic:
             return end
         # Where copies and compute are nearly even, it takes more passes until the slower of them shows.
-        return max(end - before, self.total_ms, sum([step[1] for step in steps]))
+        return max(end - before, self.total_ms, sum([sum(copies) for _, copies, _ in steps]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +270,19 @@ class Search:
         ):
             return 0
         blocks = self._positions(streamed)
-        ms = round(self._pace.pass_ms(blocks, slots), 6)
+        ms = self._pace.pass_ms(blocks, slots)
+        if ms == inf:
+            return 1
+        ms = round(ms, 6)
         frontier.add(Choice(streamed, slots, slot_bytes, room, (ms, num_bytes, slots * slot_bytes)))
         return len(blocks)
 
     def _neighbours(self, choice: Choice) -> Iterator[tuple[int, int, int, int]]:
         """What differs by a slot, a block, or two that change places: streamed, slots, bytes, bytes of a slot."""
         sizes, streamed, slots = self._sizes, choice.streamed, choice.num_slots
-        for other in self._counts:
-            if abs(other - slots) == 1:
-                yield streamed, other, choice.streamed_bytes, choice.slot_bytes
+        at = self._counts.index(slots)
+        for other in (*self._counts[max(at - 1, 0) : at], *self._counts[at + 1 : at + 2]):
+            yield streamed, other, choice.streamed_bytes, choice.slot_bytes
         n = len(self._blocks)
         pairs = [(i, -1) for i in self._blocks]
         for distance in range(1, (n if n <= _MOST_BLOCKS_IN_ALL_PAIRS else 4)):
@@ -289,7 +320,7 @@ class Search:
 
     def _walk(self, shape: _Shape, slots: int, target: int) -> tuple[int, int]:
         """Stream every block that is there in time when a pass takes so long; the rest is resident, so many bytes."""
-        pace, copy_ms, compute_ms = self._pace, self._pace.copy_ms, self._pace.compute_ms
+        pace, copy_ms = self._pace, self._pace.copy_ms
         key = shape.slot_bytes, slots, target
         streamed = self._walked.get(key)
         if streamed is None:
@@ -298,14 +329,18 @@ class Search:
             slot, arrived, begin = 0, 0.0, 0.0
             for _ in range(2):  # the second as it is when passes follow each other
                 streamed = 0
+                block, num_taken = -1, 0
                 for i in shape.others:
-                    start = begin + pace.starts[i] * stretch
+                    if pace.firsts[i] != block:
+                        block, num_taken = pace.firsts[i], 0
+                    start = begin + pace.starts[block] * stretch
                     arrives = (free[slot] if free[slot] > arrived else arrived) + copy_ms[i]
-                    if arrives <= start:
+                    if arrives <= start and num_taken < slots:
                         arrived = arrives
                         streamed |= 1 << i
-                        free[slot] = start + compute_ms[i]
+                        free[slot] = start + pace.starts[pace.ends[i]] - pace.starts[block]
                         slot = slot + 1 if slot + 1 < slots else 0
+                        num_taken += 1
                 begin += pace.total_ms * stretch
             self._walked[key] = streamed = streamed or 0
         return streamed, sum([self._sizes[i] for i in shape.others if not streamed >> i & 1])

@@ -8,6 +8,7 @@ time. What is then left in all phases goes to what they would load again once a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ __all__ = [
 
 LEAST_SLOTS = 2  # one that compute reads, one that is loaded meanwhile
 _MOST_SLOTS = 4  # more slots even out blocks of unlike compute; beyond that residents do more
+_MOST_COUNTS = 8  # numbers of slots to choose from
+_SLOTS_PER_PIECE = 2  # that many more for each piece beyond the first of the block that has most
 # The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
 _CAREFUL_SHARE = 0.95
 # Assumed until measured: a link of PCIe 5 at 16 lanes, and a denoiser that computes 2.5 times faster than it loads.
@@ -155,21 +158,27 @@ class Plan:
             if unit.component in phase_plan.phase.components:
                 groups.setdefault((unit.component, unit.stack or "base"), []).append(unit)
         for (component, stack), units in groups.items():
-            sizes = sorted({unit.num_bytes for unit in units})
-            each = format_bytes(sizes[0]) + (f" to {format_bytes(sizes[-1])}" if len(sizes) > 1 else "")
-            counts: dict[str, int] = {}
+            blocks: dict[str, list[UnitSpec]] = {}  # with their pieces
             for unit in units:
-                placement = self.placement(unit.index).value
-                counts[placement] = counts.get(placement, 0) + 1
-            streams = Placement.STREAMED.value in counts
+                blocks.setdefault(unit.whole, []).append(unit)
+            sizes = sorted({sum(piece.num_bytes for piece in pieces) for pieces in blocks.values()})
+            each = format_bytes(sizes[0]) + (f" to {format_bytes(sizes[-1])}" if len(sizes) > 1 else "")
+            counts = Counter(self._placement_text(pieces) for pieces in blocks.values())
+            streams = any(self.placement(unit.index) is Placement.STREAMED for unit in units)
             yield [
                 component,
                 stack,
-                str(len(units)),
+                str(len(blocks)),
                 each,
                 ", ".join(f"{count} {placement}" for placement, count in counts.items()),
                 f"{phase_plan.num_slots} x {format_bytes(phase_plan.slot_bytes)}" if streams else "",
             ]
+
+    def _placement_text(self, pieces: Sequence[UnitSpec]) -> str:
+        found = {self.placement(piece.index) for piece in pieces}
+        if len(found) == 1:
+            return found.pop().value
+        return "partly streamed" if Placement.STREAMED in found else Placement.BY_PHASE.value
 
     def _line(self, phase_plan: PhasePlan) -> str:
         reserve, prediction = phase_plan.phase.reserve_bytes, phase_plan.prediction
@@ -339,20 +348,24 @@ class _Shape:
     """One size of slot: larger blocks must be resident, the others may stream.
 
     The slots are smaller for it, which pays where a few blocks are far larger than the rest.
+
+    Attributes:
+        num_pieces: the most of one block that may stream: all of them are there while it runs.
     """
 
     slot_bytes: int
     forced: tuple[UnitSpec, ...]
     others: tuple[UnitSpec, ...]
     forced_bytes: int
+    num_pieces: int
 
     def bytes_with(self, wanted: int) -> int:
         """Device memory of the larger blocks and so many slots."""
         return self.forced_bytes + self.num_slots(wanted) * self.slot_bytes
 
     def num_slots(self, wanted: int) -> int:
-        """More slots than blocks that stream would stay empty."""
-        return min(len(self.others), wanted)
+        """More slots than blocks that stream would stay empty; one must be free while a block runs."""
+        return min(len(self.others), max(wanted, self.num_pieces + 1))
 
 
 class _Draft:
@@ -374,8 +387,9 @@ class _Draft:
         )
         times = [(u.num_bytes, ms) for u, ms in zip(self.units, self._compute_ms(costs), strict=True)]
         link = costs.link_gb_per_s if costs else _LINK_GB_PER_S
-        self.pace = Pace(times, link)
-        self.careful_pace = Pace(times, _CAREFUL_SHARE * link)
+        wholes = [u.whole for u in self.units]
+        self.pace = Pace(times, link, wholes)
+        self.careful_pace = Pace(times, _CAREFUL_SHARE * link, wholes)
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
@@ -426,7 +440,9 @@ class _Draft:
         room -= sum(self.size(u) for u in self.blocks if u.index in stay)
         sizes = [self.size(u) if u.is_block and u.index not in stay else 0 for u in self.units]
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
-        for counts in (*asked, range(LEAST_SLOTS, (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + 1)):
+        most = (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + _SLOTS_PER_PIECE * (self.pace.most_pieces - 1)
+        usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_shape.num_slots(LEAST_SLOTS)}
+        for counts in (*asked, sorted(n for n in usual if n >= LEAST_SLOTS)):
             choice = Search(self.pace, sizes, counts).fastest(room)
             if choice is not None:
                 if is_frugal and choice.ms_per_pass <= self.pace.total_ms + 1e-6:
@@ -502,7 +518,9 @@ class _Draft:
         # What has no bytes needs no slot.
         others = tuple(b for b in self.blocks if 0 < self.size(b) <= slot_bytes)
         forced = tuple(b for b in self.blocks if not 0 < self.size(b) <= slot_bytes)
-        return _Shape(slot_bytes, forced, others, sum(self.size(b) for b in forced))
+        pieces = Counter(b.whole for b in others)
+        num_pieces = max(pieces.values(), default=1)
+        return _Shape(slot_bytes, forced, others, sum(self.size(b) for b in forced), num_pieces)
 
     def _compute_ms(self, costs: Costs | None) -> list[float]:
         """Of each unit; what was not measured is assumed to be like what was."""

@@ -53,7 +53,7 @@ class Stats:
     num_evicted: int = 0  # resident units that gave their room to another phase
     num_relaid: int = 0  # times a component was laid out anew: cast, or changed while paused
     num_resident_blocks: int = 0  # by the present plan, those that stay only while their phase runs included
-    num_streamed_blocks: int = 0
+    num_streamed_blocks: int = 0  # those of which only a piece streams included
     num_packed_blocks: int = 0
     num_paired_passes: int = 0
     enter_s: float = 0.0

@@ -108,7 +108,7 @@ class Streamer:
         self._stored: dict[int, StoredUnit] = {}
         self._bindings: dict[int, UnitBinding] = {}
         self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
-        self._unit_of: dict[int, int] = {}  # by the id of its block
+        self._units_of: dict[int, tuple[int, ...]] = {}  # by the id of their block
         self._root_of: dict[int, str] = {}  # component by the id of its root, and of its compiled form
         self._attachment_of: dict[str, _Attachment] = {}  # by component
         self._transfer = TransferEngine(device, self._stored, self._bindings, self.stats)
@@ -119,8 +119,8 @@ class Streamer:
         self._applied: PhasePlan | None = None
         self._begun: tuple[object, ...] | None = None  # how the last outermost call entered
         self._in_method: int | None = None  # the id of a component whose method runs
-        self._timing: dict[int, Any] | None = None  # unit -> mark, while a pass is timed
-        self._timed: list[tuple[int, Any, Any]] = []
+        self._timing: dict[tuple[int, ...], Any] | None = None  # a block's units -> mark, while a pass is timed
+        self._timed: list[tuple[tuple[int, ...], Any, Any]] = []
         self._cloned: set[int] = set()  # units that were read between calls, and are in memory of their own
         self._cast_inside: set[str] = set()  # components of which a running call has cast something
         # Units whose weights autograd may have saved; it must find out that they are gone.
@@ -267,7 +267,7 @@ class Streamer:
                     self._stored[index] = attachment.store.add(unit.binding)
                     unit.binding.prepare(index, nans, self.load_absent)
                     for module in unit.called:
-                        self._unit_of[id(module)] = index
+                        self._units_of[id(module)] = (*self._units_of.get(id(module), ()), index)
                 attachment.store.pin()
                 for unit in part.units:
                     unit.binding.absent()
@@ -334,7 +334,7 @@ class Streamer:
                 self._root_of.pop(id(layout.outermost), None)
             attempt(attachment.store.close, "release page locks")
         gone = {index for attachment in taken for index in attachment.units}
-        self._unit_of = {block: unit for block, unit in self._unit_of.items() if unit not in gone}
+        self._units_of = {block: units for block, units in self._units_of.items() if not gone.intersection(units)}
         for index in gone:
             self._units.pop(index, None)
             self._stored.pop(index, None)
@@ -436,9 +436,10 @@ class Streamer:
         self._ledger.check(components, [unit.spec for unit in division.units], outside)
 
     def _count_placements(self) -> None:
-        blocks = [s.index for s in self._specs() if s.is_block]
-        streamed = sum(self.plan.placement(i) is Placement.STREAMED for i in blocks)
-        self.stats.num_streamed_blocks, self.stats.num_resident_blocks = streamed, len(blocks) - streamed
+        blocks = {s.whole for s in self._specs() if s.is_block}
+        streamed = {s.whole for s in self._specs() if self.plan.placement(s.index) is Placement.STREAMED}
+        self.stats.num_streamed_blocks = len(streamed)
+        self.stats.num_resident_blocks = len(blocks) - len(streamed)
 
     def _begin(self, component: str, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_grad: bool) -> None:
         """A component is entered from outside: make its phase the current one, and its base present."""
@@ -561,11 +562,14 @@ class Streamer:
         if not self._timed:
             return
         times: dict[int, float] = {}
-        for unit, start, end in self._timed:
+        for units, start, end in self._timed:
             elapsed = self._device.elapsed_ms(start, end)
             if elapsed is None:
                 return
-            times[unit] = max(elapsed, times.get(unit, 0.0))
+            block_bytes = sum(self._units[unit].spec.num_bytes for unit in units) or 1
+            for unit in units:  # only the sum of a block's pieces means anything
+                share = elapsed * self._units[unit].spec.num_bytes / block_bytes
+                times[unit] = max(share, times.get(unit, 0.0))
         self._timed = []
         self._ledger.timed(times)
 
@@ -642,10 +646,10 @@ class Streamer:
 
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block is about to run: make its weights present, and start loading what follows."""
-        unit = self._unit_of.get(id(block))
-        if unit is None:
+        units = self._units_of.get(id(block))
+        if units is None:
             return  # a copy of a block, which carries the hook along
-        component = self._units[unit].spec.component
+        component = self._units[units[0]].spec.component
         attachment = self._attachment_of[component]
         if attachment.is_whole:
             return
@@ -657,30 +661,33 @@ class Streamer:
             self._calls.enter(block, is_root=False)
             if is_outermost:  # by a method that nobody watches
                 try:
-                    self._begin(component, self._units[unit].spec.stack or "", args, kwargs, is_grad)
+                    self._begin(component, self._units[units[0]].spec.stack or "", args, kwargs, is_grad)
                 except BaseException:
                     self._calls.leave(block)
                     raise
             with engine_tensors():
-                self._use([unit], is_touch=False, is_grad=is_grad)
+                self._use(units, is_touch=False, is_grad=is_grad)
             if self._timing is not None:
-                self._timing[unit] = self._device.mark(self._device.compute_stream())
+                self._timing[units] = self._device.mark(self._device.compute_stream())
 
     def leave_block(self, block: nn.Module, output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
-        unit = self._unit_of.get(id(block))
-        if unit is None or self._attachment_of[self._units[unit].spec.component].is_whole:
+        units = self._units_of.get(id(block))
+        if units is None or self._attachment_of[self._units[units[0]].spec.component].is_whole:
             return None
         with self._mutex:
             if not self._calls.leave(block):
                 return None
-            if self._timing is not None and unit in self._timing:
+            if self._timing is not None and units in self._timing:
                 end = self._device.mark(self._device.compute_stream())
-                self._timed.append((unit, self._timing.pop(unit), end))
-            slot = self._transfer.slot_of(unit)
-            replaced = output if slot is None else without_aliases(output, slot.buffer)
-            if unit in self._seen_grad:
-                refuse_backward(replaced, self._units[unit].spec.name)
+                self._timed.append((units, self._timing.pop(units), end))
+            replaced = output
+            for unit in units:
+                slot = self._transfer.slot_of(unit)
+                if slot is not None:
+                    replaced = without_aliases(replaced, slot.buffer)
+            if self._seen_grad.intersection(units):
+                refuse_backward(replaced, self._units[units[0]].spec.whole)
             return None if replaced is output else replaced
 
     def load_absent(self, units: Sequence[int]) -> None:
@@ -722,10 +729,11 @@ class Streamer:
         held = [*units, *self._held()]
         self._drop_extra_slots(held)
         for unit in units:
-            if self._units[unit].spec.is_block:
-                self._order.observe(unit)
+            is_hit = self._units[unit].spec.is_block and self._order.observe(unit)
             if self._transfer.slot_of(unit) is None:
-                self.stats.num_demand_loads += self._units[unit].spec.is_block
+                # A block's later pieces may have to wait, foreseen or not, until the block before gives up its slots.
+                is_foreseen = is_hit and unit != units[0]
+                self.stats.num_demand_loads += self._units[unit].spec.is_block and not is_foreseen
                 self.stats.num_touch_loads += is_touch
                 self._transfer.load(unit, self._make_room(unit, held))
         # Before compute is told to wait: what is recorded on its stream after the wait, such as the last block's

@@ -7,8 +7,9 @@ stay tied; views that only overlap each get bytes of their own on the device, as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,12 @@ from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import UnitSpec, unit_bytes
 from layerstream.device import engine_tensors
 from layerstream.errors import AdapterError, PipelineError
+
+_Item = TypeVar("_Item")
+
+# Of pieces, about. A denoiser whose largest block takes 800 MiB is 10 % faster for it at 8 GiB, because less of them is
+# slots; smaller pieces bring little more, and each costs a copy's host time.
+PIECE_BYTES = 320 * 2**20
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Unit:
     """A unit with its tensors.
 
     Attributes:
-        module: the block; None for a base.
+        module: the block, also of each of its pieces; None for a base.
         twins: other modules that have the same weights, of which each may be called in its place.
     """
 
@@ -145,7 +152,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
             seen.add(id(module))
     bases = {id(d.layout): d for d in drafts if d.module is None}
     also: dict[int, set[str]] = {}  # by base: other components that use what it holds
-    for group in _sharing_bytes(uses.values()):
+    for group in _sharing_bytes(uses.values(), lambda use: use.found):
         users = [user for use in group for user in use.users]
         leaf = _leaf_of(group)
         is_shared = leaf is None and any(user is not users[0] for user in users)
@@ -156,18 +163,40 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
         assert use.owner is not None
         use.owner.tensors.append(BoundTensor.of(use.name, use.tensor))
     for draft in drafts:
-        if draft.tensors:
-            spec = UnitSpec(
-                index=len(division.units),
-                name=draft.name,
-                component=draft.layout.name,
-                stack=draft.stack,
-                num_bytes=unit_bytes(b.num_bytes for b in draft.tensors),
-                is_repeated=draft.layout.is_repeated,
-                also=tuple(sorted(also[id(draft)])),
-            )
-            division.units.append(Unit(spec, UnitBinding(draft.tensors), draft.module, tuple(draft.twins)))
+        pieces = _pieces(draft.tensors) if draft.module is not None else [draft.tensors]
+        for number, tensors in enumerate(pieces):
+            if tensors:
+                is_whole = len(pieces) == 1
+                spec = UnitSpec(
+                    index=len(division.units),
+                    name=draft.name if is_whole else f"{draft.name} ({number + 1} of {len(pieces)})",
+                    component=draft.layout.name,
+                    stack=draft.stack,
+                    num_bytes=unit_bytes(b.num_bytes for b in tensors),
+                    is_repeated=draft.layout.is_repeated,
+                    also=tuple(sorted(also[id(draft)])),
+                    block=None if is_whole else draft.name,
+                )
+                division.units.append(Unit(spec, UnitBinding(tensors), draft.module, tuple(draft.twins)))
     return division
+
+
+def _pieces(tensors: Sequence[BoundTensor]) -> list[list[BoundTensor]]:
+    """A block's tensors in pieces of about equal size, in their order; those that share memory stay together."""
+    total = sum(b.num_bytes for b in tensors)
+    count = round(total / PIECE_BYTES)
+    if count < 2:
+        return [list(tensors)]
+    pieces: list[list[BoundTensor]] = [[] for _ in range(count)]
+    number_of: dict[int, int] = {}  # by the id of a tensor's group, the piece of its first one
+    groups = {id(b): min(map(id, group)) for group in _sharing_bytes(tensors, lambda b: b.home) for b in group}
+    done = 0
+    for bound in tensors:
+        # By where its middle falls among all bytes.
+        fair = min(count - 1, (done + bound.num_bytes // 2) * count // total)
+        pieces[number_of.setdefault(groups[id(bound)], fair)].append(bound)
+        done += bound.num_bytes
+    return [piece for piece in pieces if piece]
 
 
 def connected(layouts: Sequence[ComponentLayout], division: Division) -> list[list[ComponentLayout]]:
@@ -264,23 +293,26 @@ def _refuse_overlaps(blocks: Sequence[_Draft]) -> None:
             )
 
 
-def _sharing_bytes(uses: Iterable[_Use]) -> Iterator[list[_Use]]:
-    """Tensors in groups that share memory: one object, two tied by `.data`, or views that overlap."""
+def _sharing_bytes(items: Iterable[_Item], tensor_of: Callable[[_Item], torch.Tensor]) -> Iterator[list[_Item]]:
+    """Items in groups whose tensors share memory: one object, two tied by `.data`, or views that overlap."""
 
-    def start(use: _Use) -> tuple[str, int]:
-        return str(use.found.device), use.found.data_ptr()
+    def start(item: _Item) -> tuple[str, int]:
+        tensor = tensor_of(item)
+        return str(tensor.device), tensor.data_ptr()
 
-    group: list[_Use] = []
+    group: list[_Item] = []
     end = ("", 0)
-    for use in sorted(uses, key=start):
-        if not use.found.numel() or use.found.is_meta:
-            yield [use]
+    for item in sorted(items, key=start):
+        tensor = tensor_of(item)
+        if not tensor.numel() or tensor.is_meta:
+            yield [item]
             continue
-        if group and not (start(use)[0] == end[0] and start(use)[1] < end[1]):
+        place, address = start(item)
+        if group and not (place == end[0] and address < end[1]):
             yield group
             group = []
-        group.append(use)
-        end = max(end, (start(use)[0], start(use)[1] + _extent(use.found)))
+        group.append(item)
+        end = max(end, (place, address + _extent(tensor)))
     if group:
         yield group
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -129,9 +130,10 @@ def assert_equal(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
 
 
 class SizedBlock(nn.Module):
-    def __init__(self, device: SimulatedDevice, num_bytes: int, ms: float) -> None:
+    def __init__(self, device: SimulatedDevice, num_bytes: int, ms: float, num_tensors: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_bytes // 4))
+        ends = [num_bytes * n // num_tensors // 256 * 64 for n in range(num_tensors + 1)]
+        self.weights = nn.ParameterList(torch.zeros(end - start) for start, end in pairwise(ends))
         self.device = device
         self.ms = ms
 
@@ -147,6 +149,7 @@ class Sized(nn.Module):
         sizes: bytes of each block, multiples of 256; outside of its blocks it has 256 bytes.
         ms: of each block's compute.
         takes: bytes that a pass has on the device beside the weights, by its input; seen under `device.accounting()`.
+        num_tensors: of each block.
     """
 
     def __init__(
@@ -156,11 +159,13 @@ class Sized(nn.Module):
         *,
         ms: Sequence[float] | None = None,
         takes: Callable[[torch.Tensor], int] = lambda x: 0,
+        num_tensors: int = 1,
     ) -> None:
         super().__init__()
         self.base = nn.Parameter(torch.zeros(64))
         self.blocks = nn.ModuleList(
-            SizedBlock(device, size, time) for size, time in zip(sizes, ms or [1.0] * len(sizes), strict=True)
+            SizedBlock(device, size, time, num_tensors)
+            for size, time in zip(sizes, ms or [1.0] * len(sizes), strict=True)
         )
         self.takes = takes
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from layerstream import units as units_module
 from layerstream.blocks import unit_bytes
 from layerstream.errors import AdapterError, PipelineError
-from layerstream.units import ComponentLayout, Division, StackLayout, divide
+from layerstream.units import ComponentLayout, Division, StackLayout, Unit, divide
 
 
 def component(root: nn.Module, *stacks: str, name: str = "net", is_repeated: bool = False) -> ComponentLayout:
@@ -334,3 +335,84 @@ def test_inference_tensors_get_stand_ins_over_the_same_bytes() -> None:
     shared = {id(s) for p, s in division.stand_ins if p.tensor is root.stack[0].bias}
     assert len(shared) == 1, "tied parameters have one stand-in"
     assert owned(division)["net (base)"] == ["net.stack.0.bias", "net.head.weight", "net.head.bias"]
+
+
+# ---- pieces of large blocks
+
+
+class Wide(nn.Module):
+    """A block with tensors of 400, 40, 200, 160 and 0 bytes, of which two are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(100))
+        self.b = nn.Parameter(torch.zeros(10))
+        self.c = nn.Parameter(torch.zeros(50))
+        self.d = nn.Parameter(torch.zeros(40))
+        self.e = nn.Parameter(torch.zeros(0))
+        self.tied = self.a  # and one more name
+
+
+def wide_units(piece_bytes: int, monkeypatch: pytest.MonkeyPatch, count: int = 2) -> list[Unit]:
+    monkeypatch.setattr(units_module, "PIECE_BYTES", piece_bytes)
+    root = nn.Module()
+    root.blocks = nn.ModuleList(Wide() for _ in range(count))
+    stack = StackLayout("blocks", tuple((f"blocks.{n}", block) for n, block in enumerate(root.blocks)))
+    return divide([ComponentLayout("net", root, (stack,))]).units
+
+
+def test_a_large_block_is_cut_into_pieces_of_about_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = wide_units(400, monkeypatch)
+    assert [u.spec.name for u in found] == [
+        "net.blocks.0 (1 of 2)", "net.blocks.0 (2 of 2)", "net.blocks.1 (1 of 2)", "net.blocks.1 (2 of 2)",
+    ]  # fmt: skip
+    assert [u.spec.index for u in found] == [0, 1, 2, 3]
+    assert {u.spec.whole for u in found} == {"net.blocks.0", "net.blocks.1"}
+    assert all(u.spec.is_block and u.spec.stack == "blocks" for u in found)
+    assert [[b.name[-1] for b in u.binding.tensors] for u in found[:2]] == [["a"], ["b", "c", "d", "e"]]
+    assert found[0].module is found[1].module, "the hooks of one block bring all of its pieces"
+
+
+@pytest.mark.parametrize("piece_bytes", [800, 100_000])
+def test_a_block_that_is_not_much_larger_than_a_piece_stays_whole(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = wide_units(piece_bytes, monkeypatch)
+    assert [u.spec.name for u in found] == ["net.blocks.0", "net.blocks.1"]
+    assert [u.spec.block for u in found] == [None, None]
+    assert [u.spec.whole for u in found] == ["net.blocks.0", "net.blocks.1"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 50, 150, 300])
+def test_no_tensor_is_lost_or_cut(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = wide_units(piece_bytes, monkeypatch, count=1)
+    names = [b.name for u in found for b in u.binding.tensors]
+    assert names == [f"net.blocks.0.{n}" for n in "abcde"]
+    assert all(u.binding.tensors for u in found)
+
+
+def test_tensors_that_share_memory_are_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units_module, "PIECE_BYTES", 100)
+    block = nn.Module()
+    block.first = nn.Parameter(torch.zeros(100))
+    block.between = nn.Parameter(torch.zeros(100))
+    block.last = nn.Parameter(torch.zeros(0))
+    block.last.data = block.first.data[50:]
+    root = nn.Module()
+    root.blocks = nn.ModuleList([block])
+    found = divide([ComponentLayout("net", root, (StackLayout("blocks", (("blocks.0", block),)),))]).units
+    homes = {b.name.rsplit(".", 1)[-1]: u.spec.index for u in found for b in u.binding.tensors}
+    assert homes["first"] == homes["last"] != homes["between"]
+
+
+def test_neighbours_in_one_storage_are_not_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all weights of a mapped file are."""
+    monkeypatch.setattr(units_module, "PIECE_BYTES", 400)
+    storage = torch.zeros(400)
+    block = nn.Module()
+    for number in range(4):
+        block.register_parameter(f"p{number}", nn.Parameter(storage[100 * number : 100 * number + 100]))
+    root = nn.Module()
+    root.blocks = nn.ModuleList([block])
+    found = divide([ComponentLayout("net", root, (StackLayout("blocks", (("blocks.0", block),)),))]).units
+    assert [len(u.binding.tensors) for u in found] == [1, 1, 1, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import layerstream
+from layerstream import units
 from layerstream.simulated import SimulatedDevice
 from tests.fakes import assert_equal, assert_restored, describe, twin
 
@@ -99,8 +101,23 @@ def models(draw: st.DrawFn) -> Random:
     share=st.floats(0.0, 1.2),
     other_order=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4)), min_size=1, max_size=8),
     refuses_pinning=st.booleans(),
+    piece_bytes=st.sampled_from([2**40, 300_000, 2_000]),
 )
 def test_any_model_any_budget_any_order(
+    model: Random,
+    copies: str,
+    seed: int,
+    slots: int,
+    share: float,
+    other_order: list[tuple[int, int]],
+    refuses_pinning: bool,
+    piece_bytes: int,
+) -> None:
+    with mock.patch.object(units, "PIECE_BYTES", piece_bytes):
+        check(model, copies, seed, slots, share, other_order, refuses_pinning)
+
+
+def check(
     model: Random,
     copies: str,
     seed: int,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
+from benchmarks.cases import FORMS, Form
 from benchmarks.records import Record
+from layerstream.budget import parse_bytes
 
 START, END = "<!-- headline: made by `make bench-plots` -->", "<!-- end of headline -->"
 _COLOURS = {
@@ -21,6 +25,7 @@ _COLOURS = {
     "flextensor": "tab:purple",
     "mmgp": "tab:brown",
 }
+_METHODS = list(_COLOURS)
 _LABELS = {
     "diffusers_leaf": "diffusers, leaf level with streams",
     "diffusers_block": "diffusers, block level with streams",
@@ -65,27 +70,50 @@ def read(results: Path) -> list[Record]:
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """Lines of Markdown: for each case and form ours beside each peer that ran, by memory."""
+    """Lines of Markdown: a row for each method and budget, a column for each case and form, of the GPU with most of
+    them: time as a ratio to resident, and the peak of reserved memory."""
+    gpus = Counter(r["gpu"] for r in records if _time(r) is not None)
+    gpu = max(gpus, key=lambda name: gpus[name])
+    alike = [r for r in records if r["gpu"] == gpu and _time(r) is not None]
+    pairs = sorted(_pairs(alike), key=lambda pair: FORMS.index(cast(Form, pair[1])))
     lines = [
-        "| case | method | budget | time | to resident | peak reserved GB | same bits |",
-        "|---|---|---|---|---|---|---|",
+        f"{gpu}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal to resident.",
+        "",
+        "| | " + " | ".join(f"{case}, {form}" for case, form in pairs) + " |",
+        "|---|" + "---|" * len(pairs),
     ]
-    for case, form in _pairs(records):
-        alike = [r for r in records if (r["case"], r["form"]) == (case, form) and _time(r) is not None]
-        for record in sorted(alike, key=lambda r: -(r["peak_reserved_bytes"] or 0)):
-            amount = f"{record['ms_per_pass']} ms a pass" if form == "denoiser" else f"{record['seconds']} s a call"
-            peak = "" if record["peak_reserved_bytes"] is None else f"{record['peak_reserved_bytes'] / 1e9:.1f}"
-            cells = [
-                f"{case}, {form}",
-                _LABELS.get(record["method"], record["method"]),
-                record["vram_budget"] or "",
-                amount,
-                f"{record['ratio_to_resident']:.2f} x" if record["ratio_to_resident"] else "",
-                peak,
-                "yes" if record["equal"] else "no",
+    rows = sorted({(r["method"], r["vram_budget"]) for r in alike}, key=_row_order)
+    for method, budget in rows:
+        cells = []
+        for case, form in pairs:
+            found = [
+                r
+                for r in alike
+                if (r["case"], r["form"], r["method"], r["vram_budget"]) == (case, form, method, budget)
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            cells.append(_cell(found[-1]) if found else "")
+        name = _LABELS.get(method, method) + (f", {budget}" if budget else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _cell(record: Record) -> str:
+    if record["method"] == "resident":
+        mean = (_time(record) or 0.0) / (record["ratio_to_resident"] or 1.0)  # of the first and the last
+        ratio = f"{mean:.1f} ms" if record["form"] == "denoiser" else f"{mean:.2f} s"
+    else:
+        mark = "~" if record.get("is_extrapolated") else ""
+        ratio = f"{mark}{record['ratio_to_resident']:.2f} x" if record["ratio_to_resident"] else "?"
+    peak = record["peak_reserved_bytes"]
+    text = ratio if peak is None else f"{ratio} / {peak / 1e9:.1f}"
+    return f"**{text}**" if record["equal"] else text
+
+
+def _row_order(row: tuple[str, str | None]) -> tuple[int, float]:
+    method, budget = row
+    if budget in (None, "min"):
+        return _METHODS.index(method), 0.0
+    return _METHODS.index(method), float("inf") if budget == "auto" else float(parse_bytes(budget))
 
 
 def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path:
@@ -108,6 +136,11 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
     axes.set_xlabel("peak of reserved device memory, GB")
     axes.set_ylabel("ms a pass" if form == "denoiser" else "s a call")
     axes.set_yscale("log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
+    resident = next((_time(r) for r in alike if r["method"] == "resident" and _time(r) is not None), None)
+    if resident is not None:
+        axes.axhline(resident, color=_COLOURS["resident"], linestyle=":", linewidth=1)
     axes.set_title(f"{case}, {form}, {alike[0]['gpu']}")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
@@ -118,7 +151,7 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((r["case"], r["form"]) for r in records))
+    return list(dict.fromkeys((r["case"], r["form"]) for r in records if _time(r) is not None))
 
 
 def _time(record: Record) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import records
+from benchmarks import records, targets
 from benchmarks.records import Record, field, gigabytes
 
 _SHARED = {
@@ -60,6 +60,9 @@ def write(done: Sequence[Record], directory: Path, topic: str) -> None:
     columns |= _CALLS if "pipeline" in forms else {}
     columns |= _COSTS
     notes = list(_NOTES)
+    told = targets.lines(done)
+    if told:
+        notes += ["## Targets", "\n".join(told)]
     for record in done:
         said = [record[name] for name in ("plan", "report") if record.get(name)]
         if said:

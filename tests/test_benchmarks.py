@@ -17,7 +17,7 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from benchmarks import __main__ as command
-from benchmarks import cases, cell, plots, suite, weights
+from benchmarks import cases, cell, plots, suite, targets, weights
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, Method, MissingPeerError
 from layerstream.standins.pipelines import build_pipeline
@@ -323,14 +323,60 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     with pytest.raises(plots.NoResultsError, match="has no lines"):
         plots.make(tmp_path, readme)
-    readme.write_text(f"before\n{plots.START}\nold\n{plots.END}\nafter\n")
+    readme.write_text(f"before\n{plots.START}\nearlier\n{plots.END}\nafter\n")
     (picture,) = plots.make(tmp_path, readme)
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| ovis, denoiser | layerstream | 6GiB | 150.0 ms a pass | 1.50 x | 6.0 | yes |" in text
-    assert "mmgp" not in text
+    assert "earlier" not in text
+    assert "| | ovis, denoiser |" in text
+    assert "| resident | **100.0 ms / 16.0** |" in text
+    assert "| layerstream, 6GiB | **1.50 x / 6.0** |" in text
+    assert "mmgp" not in text, "it did not run"
     plots.make(tmp_path, readme)
     assert readme.read_text() == text
+
+
+# ---- targets
+
+
+def record_of(method: str, budget: str | None, ms: float, **fields: Any) -> dict[str, Any]:
+    known = {"resident": 100.0}.get(method)
+    return {
+        "case": "ovis", "form": "denoiser", "method": method, "vram_budget": budget, "is_mapped": False,
+        "ms_per_pass": ms, "seconds": None, "ratio_to_resident": ms / 100, "weights_bytes": 14 * 10**9,
+        "peak_reserved_bytes": 2 * 10**9, "loaded_bytes_per_pass": 14 * 10**9, "host_peak_rss_bytes": 15 * 10**9,
+        "exit_s": 0.3 if known is None else 0.0, "left_on_device_bytes": 1_000, "enter_gb_per_s": 16.0, **fields,
+    }  # fmt: skip
+
+
+def test_targets_are_told_met_or_missed() -> None:
+    done = [
+        record_of("resident", None, 100.0),
+        record_of("layerstream", "min", 250.0),
+        record_of("layerstream", "10GiB", 104.0, predicted_ms_per_pass=102.0, predicted_bound="compute"),
+        record_of("layerstream", "12GiB", 108.0, exit_s=0.6),
+        record_of("layerstream", "auto", 102.0, left_on_device_bytes=2_000),
+        {**record_of("layerstream", "6GiB", 180.0, enter_gb_per_s=3.0), "is_mapped": True},
+        record_of("vllm_omni", None, 240.0),
+        {**record_of("mmgp", "10GiB", 0.0), "ms_per_pass": None},
+    ]
+    told = "\n".join(targets.lines(done))
+    for line in (
+        "at the least budget as fast as vllm-omni's hooks: missed by 4.2 %, 1.042 x its time",
+        "at 10 GiB at most 1.05 x resident: met, 1.040 x, predicted 102.0 ms, compute-bound",
+        "when everything fits at most 1.01 x: missed by 1.0 %, 1.020 x",
+        "entering in place at 15 GB/s or more: met",
+        "entering from mapped files at 4 GB/s or more: missed by 25.0 %, 3.0 GB/s",
+        "host memory 1.02 x weights + 1 GiB: met, 15.00 GB",
+        "leaving in 0.5 s: missed by 20.0 %, 0.60 s at most",
+        "leaving no more on the device than running does: missed by 100.0 %",
+        "no budget slower than a smaller one (by 1 % or more): missed, 12GiB takes 3.8 % more than 10GiB",
+    ):
+        assert f"- ovis, denoiser: {line}" in told
+
+
+def test_targets_that_nothing_tells_of_are_not_told() -> None:
+    assert targets.lines([record_of("resident", None, 100.0)]) == []
+    assert targets.lines([{**record_of("layerstream", "min", 0.0), "ms_per_pass": None}]) == []

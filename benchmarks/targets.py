@@ -1,0 +1,129 @@
+"""What the engine must reach, checked on the records of a run: each line says met, or by how much it is missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from benchmarks.records import Record
+from layerstream.budget import parse_bytes
+
+_NOISE = 1.01  # a budget that is slower than a smaller one by less is not told
+_GIB = 2**30
+
+
+def lines(done: Sequence[Record]) -> list[str]:
+    """A line for each target that these records can tell of, in the order of the cases."""
+    found = []
+    for case, form in dict.fromkeys((r["case"], r["form"]) for r in done):
+        alike = [r for r in done if (r["case"], r["form"]) == (case, form) and _time(r) is not None]
+        found += [f"- {case}, {form}: {line}" for line in _of_one(alike, form)]
+    return found
+
+
+def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
+    ours = {r["vram_budget"]: r for r in records if r["method"] == "layerstream" and not r["is_mapped"]}
+    rival = next((r for r in records if r["method"] == "vllm_omni"), None)
+    least = ours.get("min")
+    if form == "denoiser" and least is not None and rival is not None:
+        share = _share(least, rival)
+        more = (
+            f"; {_gb_per_s(least, least['loaded_bytes_per_pass'])} GB/s over the bus in "
+            f"{least['peak_reserved_bytes'] / 1e9:.2f} GB reserved, where it has "
+            f"{_gb_per_s(rival, rival['weights_bytes'])} in {rival['peak_reserved_bytes'] / 1e9:.2f}"
+            if least.get("loaded_bytes_per_pass") and least["peak_reserved_bytes"] and rival["peak_reserved_bytes"]
+            else ""
+        )
+        yield _verdict("at the least budget as fast as vllm-omni's hooks", share, 1.0, f"{share:.3f} x its time{more}")
+    at_ten = ours.get("10GiB")
+    if form == "denoiser" and at_ten is not None and at_ten["case"].startswith("ovis"):
+        ratio = at_ten["ratio_to_resident"]
+        yield _verdict("at 10 GiB at most 1.05 x resident", ratio, 1.05, f"{ratio:.3f} x, {_bound(at_ten)}")
+    fits = ours.get("auto")
+    if fits is not None:
+        ratio, spread = fits["ratio_to_resident"], fits.get("ms_per_pass_range")
+        told = f"{ratio:.3f} x" + (f", passes of {spread[0]} to {spread[1]} ms" if spread else "")
+        yield _verdict("when everything fits at most 1.01 x", ratio, 1.01, told)
+    if form == "pipeline" and "6GiB" in ours:
+        reserved = ours["6GiB"]["peak_reserved_bytes"]
+        if reserved:
+            yield _verdict("6 GiB hold all that is reserved", reserved, 6 * _GIB, f"{reserved / _GIB:.2f} GiB")
+    entered = [r for r in ours.values() if r.get("enter_gb_per_s")]
+    if entered:
+        best, worst = (pick(r["enter_gb_per_s"] for r in entered) for pick in (max, min))
+        size = entered[0]["weights_bytes"] / 1e9
+        told = f"{worst} to {best} GB/s of {size:.1f} GB, the first time of each process"
+        yield _verdict("entering in place at 15 GB/s or more", -best, -15, told)
+    mapped = next((r for r in records if r["is_mapped"] and r.get("enter_gb_per_s")), None)
+    if mapped is not None:
+        speed = mapped["enter_gb_per_s"]
+        yield _verdict("entering from mapped files at 4 GB/s or more", -speed, -4, f"{speed} GB/s")
+    yield from _memory(records, list(ours.values()))
+    yield from _order(ours)
+
+
+def _memory(records: Sequence[Record], ours: Sequence[Record]) -> Iterator[str]:
+    known = [r for r in ours if r["host_peak_rss_bytes"]]
+    if known:
+        most = max(known, key=lambda r: r["host_peak_rss_bytes"])
+        resident = [r["host_peak_rss_bytes"] for r in records if r["method"] == "resident" and r["host_peak_rss_bytes"]]
+        limit = 1.02 * most["weights_bytes"] + _GIB
+        told = f"{most['host_peak_rss_bytes'] / 1e9:.2f} GB, the limit {limit / 1e9:.2f}"
+        told += f"; a resident process has {max(resident) / 1e9:.2f}" if resident else ""
+        yield _verdict("host memory 1.02 x weights + 1 GiB", most["host_peak_rss_bytes"], limit, told)
+    left = [r for r in ours if r["exit_s"] is not None]
+    if left:
+        slowest = max(r["exit_s"] for r in left)
+        yield _verdict("leaving in 0.5 s", slowest, 0.5, f"{slowest:.2f} s at most")
+    kept = [r["left_on_device_bytes"] for r in ours if r.get("left_on_device_bytes") is not None]
+    usual = [r["left_on_device_bytes"] for r in records if r["method"] == "resident" and r.get("left_on_device_bytes")]
+    if kept:
+        most_kept, limit = max(kept), max(usual, default=0)
+        told = f"{most_kept / 1e6:.1f} MB, a resident process {limit / 1e6:.1f} (libraries' workspaces)"
+        yield _verdict("leaving no more on the device than running does", most_kept, limit, told)
+
+
+def _order(ours: dict[str | None, Record]) -> Iterator[str]:
+    """Whether more memory was never slower."""
+    sized = [(parse_bytes(b), r) for b, r in ours.items() if b not in (None, "min", "auto")]
+    ordered = [r for _, r in sorted(sized, key=lambda pair: pair[0])]
+    ordered = [*([ours["min"]] if "min" in ours else []), *ordered, *([ours["auto"]] if "auto" in ours else [])]
+    if len(ordered) < 2:
+        return
+    slower = [(a, b) for a, b in pairwise(ordered) if _share(b, a) > _NOISE]
+    told = "; ".join(
+        f"{b['vram_budget']} takes {100 * (_share(b, a) - 1):.1f} % more than {a['vram_budget']} "
+        f"({_loaded(b)} GB a pass over the bus after {_loaded(a)})"
+        for a, b in slower
+    )
+    yield _verdict("no budget slower than a smaller one (by 1 % or more)", len(slower), 0, told or "none is")
+
+
+def _verdict(target: str, value: float, limit: float, told: str) -> str:
+    if value <= limit:
+        return f"{target}: met, {told}"
+    by = f" by {100 * (value - limit) / abs(limit):.1f} %" if limit else ""
+    return f"{target}: missed{by}, {told}"
+
+
+def _time(record: Record) -> float | None:
+    time: float | None = record["ms_per_pass"] if record["form"] == "denoiser" else record["seconds"]
+    return time
+
+
+def _share(one: Record, other: Record) -> float:
+    return (_time(one) or 0.0) / (_time(other) or 1.0)
+
+
+def _gb_per_s(record: Record, num_bytes: int) -> float:
+    return round(num_bytes / record["ms_per_pass"] / 1e6, 1)
+
+
+def _bound(record: Record) -> str:
+    bound, predicted = record.get("predicted_bound"), record.get("predicted_ms_per_pass")
+    return f"predicted {predicted} ms, {bound}-bound" if bound else "nothing streams"
+
+
+def _loaded(record: Record) -> str:
+    num_bytes = record.get("loaded_bytes_per_pass") or record.get("loaded_bytes_per_call") or 0
+    return f"{num_bytes / 1e9:.2f}"

@@ -72,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if refused is not None:
             parser.error(refused)
     else:
-        wanted = list(suite.expand(options.name, **common))
-        topic = options.name
+        wanted = list(suite.expand(options.name, options.methods, **common))
+        topic = "-".join([options.name, *(options.methods or ())])
+        if all(cell.method == "resident" for cell in wanted):
+            parser.error(f"{options.name} measures none of {', '.join(options.methods)}")
     done = suite.run(
         wanted,
         topic=topic,
@@ -98,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     named = commands.add_parser("suite", help="a set of measurements, resident first and last")
     named.add_argument("name", choices=suite.suites(), metavar="NAME", help="see `list`")
+    named.add_argument(
+        "--methods", type=_methods, metavar="A,B", help="only these, and resident; the file is named after them, too"
+    )
     for each in (run, named):
         each.add_argument("--scale", choices=["full", "tiny"], default="full")
         each.add_argument("--device", choices=["cuda", "cpu"], help="cpu: the simulated one (default: the GPU)")
@@ -120,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     plots.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     plots.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
     return parser
+
+
+def _methods(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    return names
 
 
 def _list() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from benchmarks.cases import FORMS, Form
-from benchmarks.records import Record
+from benchmarks.records import Record, time_of
 from layerstream.budget import parse_bytes
 
 START, END = "<!-- headline: made by `make bench-plots` -->", "<!-- end of headline -->"
@@ -72,9 +72,9 @@ def read(results: Path) -> list[Record]:
 def table(records: Sequence[Record]) -> list[str]:
     """Lines of Markdown: a row for each method and budget, a column for each case and form, of the GPU with most of
     them: time as a ratio to resident, and the peak of reserved memory."""
-    gpus = Counter(r["gpu"] for r in records if _time(r) is not None)
+    gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
     gpu = max(gpus, key=lambda name: gpus[name])
-    alike = [r for r in records if r["gpu"] == gpu and _time(r) is not None]
+    alike = [r for r in records if r["gpu"] == gpu and time_of(r) is not None]
     pairs = sorted(_pairs(alike), key=lambda pair: FORMS.index(cast(Form, pair[1])))
     lines = [
         f"{gpu}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal to resident.",
@@ -99,7 +99,7 @@ def table(records: Sequence[Record]) -> list[str]:
 
 def _cell(record: Record) -> str:
     if record["method"] == "resident":
-        mean = (_time(record) or 0.0) / (record["ratio_to_resident"] or 1.0)  # of the first and the last
+        mean = (time_of(record) or 0.0) / (record["ratio_to_resident"] or 1.0)  # of the first and the last
         ratio = f"{mean:.1f} ms" if record["form"] == "denoiser" else f"{mean:.2f} s"
     else:
         mark = "~" if record.get("is_extrapolated") else ""
@@ -126,9 +126,9 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for method in dict.fromkeys(r["method"] for r in alike):
         points = sorted(
-            (r["peak_reserved_bytes"] / 1e9, _time(r))
+            (r["peak_reserved_bytes"] / 1e9, time_of(r))
             for r in alike
-            if r["method"] == method and _time(r) is not None and r["peak_reserved_bytes"]
+            if r["method"] == method and time_of(r) is not None and r["peak_reserved_bytes"]
         )
         if points:
             line = "o-" if method == "layerstream" else "o"
@@ -138,7 +138,7 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
     axes.set_yscale("log")
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted("{x:g}")
-    resident = next((_time(r) for r in alike if r["method"] == "resident" and _time(r) is not None), None)
+    resident = next((time_of(r) for r in alike if r["method"] == "resident" and time_of(r) is not None), None)
     if resident is not None:
         axes.axhline(resident, color=_COLOURS["resident"], linestyle=":", linewidth=1)
     axes.set_title(f"{case}, {form}, {alike[0]['gpu']}")
@@ -151,9 +151,4 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((r["case"], r["form"]) for r in records if _time(r) is not None))
-
-
-def _time(record: Record) -> float | None:
-    time: float | None = record["ms_per_pass"] if record["form"] == "denoiser" else record["seconds"]
-    return time
+    return list(dict.fromkeys((r["case"], r["form"]) for r in records if time_of(r) is not None))

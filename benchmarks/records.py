@@ -69,6 +69,12 @@ def are_good(records: Sequence[Record]) -> bool:
     return all(r["equal"] is not False and not r["error"] for r in records)
 
 
+def time_of(record: Record) -> float | None:
+    """Milliseconds of a denoiser's pass, or seconds of a pipeline's call; None if it was not measured."""
+    time: float | None = record["ms_per_pass"] if record["form"] == "denoiser" else record["seconds"]
+    return time
+
+
 def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     """Each parameter and buffer once, however many modules share it."""
     found = [t for module in modules for t in [*module.parameters(), *module.buffers()]]

@@ -260,10 +260,11 @@ def _fast_folder() -> str | None:
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 40e9 else None
 
 
-def expand(name: str, **common: Any) -> Iterator[Cell]:
-    """The cells of the suite `name`."""
+def expand(name: str, methods: Sequence[str] | None = None, **common: Any) -> Iterator[Cell]:
+    """The cells of the suite `name`; only those of `methods`, and resident, if they are given."""
     for entry in suites()[name]:
-        yield Cell(entry.case, entry.form, entry.method, "", entry.vram_budget, is_mapped=entry.is_mapped, **common)
+        if methods is None or entry.method in (*methods, "resident"):
+            yield Cell(entry.case, entry.form, entry.method, "", entry.vram_budget, is_mapped=entry.is_mapped, **common)
 
 
 def default_device() -> str:

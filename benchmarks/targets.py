@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from benchmarks.records import Record
+from benchmarks.records import Record, time_of
 from layerstream.budget import parse_bytes
 
 _NOISE = 1.01  # a budget that is slower than a smaller one by less is not told
@@ -16,7 +16,7 @@ def lines(done: Sequence[Record]) -> list[str]:
     """A line for each target that these records can tell of, in the order of the cases."""
     found = []
     for case, form in dict.fromkeys((r["case"], r["form"]) for r in done):
-        alike = [r for r in done if (r["case"], r["form"]) == (case, form) and _time(r) is not None]
+        alike = [r for r in done if (r["case"], r["form"]) == (case, form) and time_of(r) is not None]
         found += [f"- {case}, {form}: {line}" for line in _of_one(alike, form)]
     return found
 
@@ -106,13 +106,8 @@ def _verdict(target: str, value: float, limit: float, told: str) -> str:
     return f"{target}: missed{by}, {told}"
 
 
-def _time(record: Record) -> float | None:
-    time: float | None = record["ms_per_pass"] if record["form"] == "denoiser" else record["seconds"]
-    return time
-
-
 def _share(one: Record, other: Record) -> float:
-    return (_time(one) or 0.0) / (_time(other) or 1.0)
+    return (time_of(one) or 0.0) / (time_of(other) or 1.0)
 
 
 def _gb_per_s(record: Record, num_bytes: int) -> float:

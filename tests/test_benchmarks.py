@@ -109,6 +109,8 @@ def test_one_measurement_from_a_mapped_file(tmp_path: Path) -> None:
         (["run", "--case", "ovis", "--method", "flextensor", *TINY], "needs --vram-budget"),
         (["run", "--case", "ovis", "--method", "vllm_omni", "--vram-budget", "1GiB", *TINY], "takes no --vram-budget"),
         (["suite", "everything"], "invalid choice: 'everything'"),
+        (["suite", "ovis-quick", "--methods", "magic"], "no method magic"),
+        (["suite", "ovis-quick", "--methods", "mmgp", *TINY], "measures none of mmgp"),
         (["plots", "--results", "no/such/folder"], "no results"),
     ],
 )
@@ -264,6 +266,13 @@ def test_every_suite_has_resident_first_and_last() -> None:
             methods = [entry.method for entry in wanted if (entry.case, entry.form) == (case, form)]
             assert methods[0] == methods[-1] == "resident", name
             assert "layerstream" in methods
+
+
+def test_a_suite_can_be_narrowed_to_methods() -> None:
+    found = list(suite.expand("ovis-denoiser", ["mmgp", "flextensor"], scale="tiny"))
+    assert [(c.method, c.vram_budget) for c in found] == [
+        ("resident", None), ("flextensor", "5GiB"), ("flextensor", "10GiB"), ("mmgp", "10GiB"), ("resident", None),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("is_mapped", [False, True])

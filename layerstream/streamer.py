@@ -24,21 +24,20 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from layerstream import compiled
-from layerstream.absent import keep_out_of_graphs, nan_scalar
-from layerstream.binding import BoundTensor, UnitBinding
-from layerstream.blocks import Placement, UnitSpec
+from layerstream.absent import keep_out_of_graphs
+from layerstream.attachments import Attachment, Attachments, is_hookable
+from layerstream.binding import BoundTensor
+from layerstream.blocks import Placement
 from layerstream.calls import RunningCalls, shapes_of
 from layerstream.device import Device, engine_tensors
 from layerstream.errors import BudgetError, LayerstreamWarning, StreamerStateError
-from layerstream.host_store import HostStore, StoredUnit
-from layerstream.intercept import Interception
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
 from layerstream.outputs import refuse_backward, without_aliases
@@ -46,34 +45,12 @@ from layerstream.phases import READ
 from layerstream.plan import PhasePlan, Plan
 from layerstream.stats import PhaseStats, Stats
 from layerstream.transfer import Slot, TransferEngine
-from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, divide
+from layerstream.units import ComponentLayout, Division, divide
 
 # Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
 _OWN_AHEAD = 8
 
 Describe = Callable[[], Sequence[ComponentLayout]]
-
-
-@dataclass(eq=False)
-class _Attachment:
-    """Components that were attached together, because they share weights or stand alone, and what holds them.
-
-    Attributes:
-        units: indices of their units.
-        is_whole: all of them are on the device and planned to stay there: the blocks' hooks have nothing to do.
-    """
-
-    layouts: tuple[ComponentLayout, ...]
-    division: Division
-    store: HostStore
-    interception: Interception = field(default_factory=Interception)
-    units: list[int] = field(default_factory=list)
-    moved_others: list[tuple[TensorPlace, torch.Tensor]] = field(default_factory=list)
-    is_whole: bool = False
-
-    @property
-    def names(self) -> set[str]:
-        return {layout.name for layout in self.layouts}
 
 
 class Streamer:
@@ -103,15 +80,9 @@ class Streamer:
         self._describe = describe
         self._find_replaced = find_replaced
         self._device = device
-        self._attachments: list[_Attachment] = []
-        self._units: dict[int, Unit] = {}
-        self._stored: dict[int, StoredUnit] = {}
-        self._bindings: dict[int, UnitBinding] = {}
-        self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
-        self._units_of: dict[int, tuple[int, ...]] = {}  # by the id of their block
-        self._root_of: dict[int, str] = {}  # component by the id of its root, and of its compiled form
-        self._attachment_of: dict[str, _Attachment] = {}  # by component
-        self._transfer = TransferEngine(device, self._stored, self._bindings, self.stats)
+        self._attached = Attachments(device)
+        self._units = self._attached.units
+        self._transfer = TransferEngine(device, self._attached.stored, self._attached.bindings, self.stats)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._calls = RunningCalls()
         self._stacks: list[tuple[list[int], bool]] = []
@@ -180,7 +151,7 @@ class Streamer:
         with self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
-            self._detach(self._attachments, attempt)
+            self._detach(self._attached.all, attempt)
             attempt(self._transfer.close, "free device memory")
             attempt(self._ledger.close, "give back the limit on device memory")
             attempt(self._device.empty_cache, "free cached device memory")
@@ -206,7 +177,7 @@ class Streamer:
                     "a component is in the middle of its forward: weights cannot be changed or handed back now. Do it "
                     "between two calls."
                 )
-            taken = [a for a in self._attachments if component is None or component in a.names]
+            taken = [a for a in self._attached.all if component is None or component in a.names]
             names = {name for a in taken for name in a.names}
             try:
                 with engine_tensors(), contextlib.ExitStack() as afterwards:
@@ -246,48 +217,26 @@ class Streamer:
         all_names: Sequence[str],
         changed: Collection[str],
     ) -> None:
-        """Take hold of components: host memory, absent tensors, hooks. Failing half-way leaves it to `close`.
+        """Take hold of components. Failing half-way leaves it to `close`.
 
         Args:
             all_names: the pipeline's components, these among them, in its order.
         """
-        nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         with engine_tensors():
-            for group in connected(layouts, division):
-                part = division if len(group) == len(layouts) else divide(group)
-                attachment = _Attachment(tuple(group), part, HostStore(self._device))
-                self._attachments.append(attachment)
-                for place, stand_in in part.stand_ins:
-                    getattr(place.module, place.kind)[place.name] = stand_in
-                for unit in part.units:
-                    unit.spec = replace(unit.spec, index=self._index_of(unit.spec.name))
-                    index = unit.spec.index
-                    attachment.units.append(index)
-                    self._units[index], self._bindings[index] = unit, unit.binding
-                    self._stored[index] = attachment.store.add(unit.binding)
-                    unit.binding.prepare(index, nans, self.load_absent)
-                    for module in unit.called:
-                        self._units_of[id(module)] = (*self._units_of.get(id(module), ()), index)
-                attachment.store.pin()
-                for unit in part.units:
-                    unit.binding.absent()
-                self._move_others(attachment)
-                self._install_hooks(attachment)
-                for layout in attachment.layouts:
-                    self._attachment_of[layout.name] = attachment
+            self._attached.attach(layouts, division, self, self.load_absent)
         self._device.empty_cache()  # what the components had on the device is given up
         self._note_components(all_names, changed)
 
     def _note_components(self, all_names: Sequence[str], changed: Collection[str]) -> None:
         """Units came or went: order, ledger and stats go by what there is now."""
-        by_name = {layout.name: layout for a in self._attachments for layout in a.layouts}
+        by_name = {layout.name: layout for a in self._attached.all for layout in a.layouts}
         # In the order of the pipeline, in which its components usually run.
         layouts = [by_name[name] for name in all_names if name in by_name]
         names = tuple(by_name)
         specs = [
             # What no hook can bring to the device when it is needed is there always.
-            replace(spec, also=names) if not _is_hookable(by_name[spec.component]) else spec
-            for spec in self._specs()
+            replace(spec, also=names) if not is_hookable(by_name[spec.component]) else spec
+            for spec in self._attached.specs()
         ]
         blocks = {
             layout.name: [s.index for s in specs if s.component == layout.name and s.is_block] for layout in layouts
@@ -296,49 +245,28 @@ class Streamer:
         if stacks != self._stacks:  # what was only cast is used in the same order
             self._stacks, self._order = stacks, OrderLearner(stacks)
         self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, changed)
-        self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attachments)
+        self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attached.all)
         self._count_placements()
 
     def _load_fixed(self) -> None:
         """Bring to the device what no hook can bring there when it is needed."""
         with engine_tensors():
-            for attachment in self._attachments:
+            for attachment in self._attached.all:
                 for layout in attachment.layouts:
-                    if not _is_hookable(layout):
+                    if not is_hookable(layout):
                         for unit in attachment.units:
                             self._allocating(functools.partial(self._transfer.give_own, unit))
                         self._use(attachment.units, is_touch=False, is_grad=False)
 
-    def _detach(self, attachments: Sequence[_Attachment], attempt: Callable[..., None]) -> None:
+    def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
         """Let go of components: hooks off, written tensors home, everything as it was found."""
         taken = list(attachments)
+        self._timing, self._timed = None, []  # perhaps of units that will be others
         for attachment in taken:
             attachment.interception.remove()
         attempt(functools.partial(self._write_back_everything, taken), "copy back weights that were written")
         attempt(self._device.synchronize, "wait for the device")
-        for attachment in taken:
-            for place, original in attachment.moved_others:
-                getattr(place.module, place.kind)[place.name] = original
-            attachment.moved_others = []
-            for index in attachment.units:
-                self._units[index].binding.restore()
-                attempt(functools.partial(self._forget_slots, index), "free device memory")
-            for place, stand_in in attachment.division.stand_ins:
-                if getattr(place.module, place.kind).get(place.name) is stand_in:
-                    getattr(place.module, place.kind)[place.name] = place.tensor
-            self._bring_home_replaced(attachment)
-            self._attachments.remove(attachment)
-            for layout in attachment.layouts:
-                self._attachment_of.pop(layout.name, None)
-                self._root_of.pop(id(layout.root), None)
-                self._root_of.pop(id(layout.outermost), None)
-            attempt(attachment.store.close, "release page locks")
-        gone = {index for attachment in taken for index in attachment.units}
-        self._units_of = {block: units for block, units in self._units_of.items() if not gone.intersection(units)}
-        for index in gone:
-            self._units.pop(index, None)
-            self._stored.pop(index, None)
-            self._bindings.pop(index, None)
+        self._attached.detach(taken, self._forget_slots, attempt)
 
     def _forget_slots(self, unit: int) -> None:
         """A unit that is let go of leaves its slot; its tensors are at home already."""
@@ -349,80 +277,13 @@ class Streamer:
         self._transfer.forget([unit])
         self._seen_grad.discard(unit)
 
-    def _index_of(self, name: str) -> int:
-        return self._indices.setdefault(name, len(self._indices))
-
-    def _specs(self) -> list[UnitSpec]:
-        return [self._units[index].spec for a in self._attachments for index in a.units]
-
-    def _install_hooks(self, attachment: _Attachment) -> None:
-        blocks: dict[nn.Module, nn.Module] = {}
-        roots = []
-        for layout in attachment.layouts:
-            own = [self._units[i] for i in attachment.units if self._units[i].spec.component == layout.name]
-            streamed = [module for unit in own for module in unit.called]
-            if compiled.describe_compiled(layout.outermost) is not None and streamed:
-                warnings.warn(
-                    f"`{layout.name}` is compiled as a whole; while it streams, its blocks are compiled one by one "
-                    "instead (the same code for all that are alike).",
-                    LayerstreamWarning,
-                    stacklevel=6,
-                )
-            if streamed:
-                roots.append(layout.root)
-                blocks |= dict.fromkeys(streamed, layout.outermost)
-                self._root_of[id(layout.root)] = layout.name
-            elif _is_hookable(layout):
-                roots.append(layout.outermost)
-                self._root_of[id(layout.outermost)] = layout.name
-            self._root_of.setdefault(id(layout.root), layout.name)
-        attachment.interception.install(self, roots, blocks)
-        target = self._device.torch_device
-        for layout in attachment.layouts:
-            for method in layout.entry_points:
-                attachment.interception.watch_method(self, layout.root, method)
-            attachment.interception.guard_moves(self, layout.root, layout.name, target)
-
-    def _move_others(self, attachment: _Attachment) -> None:
-        """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects."""
-        target = self._device.torch_device
-        for place in attachment.division.others:
-            if place.tensor.device != target:
-                moved = place.tensor.to(target)
-                if isinstance(place.tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):
-                    moved = nn.Parameter(moved, requires_grad=place.tensor.requires_grad)
-                attachment.moved_others.append((place, place.tensor))
-                getattr(place.module, place.kind)[place.name] = moved
-        if attachment.division.others:
-            names = sorted({type(place.tensor).__name__ for place in attachment.division.others})
-            warnings.warn(
-                f"{len(attachment.division.others)} weights of type {', '.join(names)} are no plain tensors; they stay "
-                "on the device whole.",
-                LayerstreamWarning,
-                stacklevel=5,
-            )
-
-    def _write_back_everything(self, attachments: Sequence[_Attachment]) -> None:
+    def _write_back_everything(self, attachments: Sequence[Attachment]) -> None:
         for index in [i for a in attachments for i in a.units]:
             binding = self._units[index].binding
             if binding.is_present and self._transfer.slot_of(index) is not None:
                 self._write_back(index, may_replace=True)
                 # Graphs may hold what they saved of weights that stayed resident, too.
                 binding.forbid_backward()
-
-    def _bring_home_replaced(self, attachment: _Attachment) -> None:
-        """A tensor that code put in place of one of ours was made on the device; it belongs where that one was."""
-        homes = {id(b.tensor): b.home_device for unit in attachment.division.units for b in unit.binding.tensors}
-        for place in attachment.division.places:
-            now = getattr(place.module, place.kind).get(place.name)
-            if now is not None and now is not place.tensor and now.device == self._device.torch_device:
-                home = homes.get(id(place.tensor), place.tensor.device)
-                if now.device != home:
-                    brought = now.detach().to(home)
-                    is_parameter = isinstance(now, nn.Parameter)
-                    getattr(place.module, place.kind)[place.name] = (
-                        nn.Parameter(brought, requires_grad=now.requires_grad) if is_parameter else brought
-                    )
 
     # ---- phases
 
@@ -436,8 +297,8 @@ class Streamer:
         self._ledger.check(components, [unit.spec for unit in division.units], outside)
 
     def _count_placements(self) -> None:
-        blocks = {s.whole for s in self._specs() if s.is_block}
-        streamed = {s.whole for s in self._specs() if self.plan.placement(s.index) is Placement.STREAMED}
+        blocks = {s.whole for s in self._attached.specs() if s.is_block}
+        streamed = {s.whole for s in self._attached.specs() if self.plan.placement(s.index) is Placement.STREAMED}
         self.stats.num_streamed_blocks = len(streamed)
         self.stats.num_resident_blocks = len(blocks) - len(streamed)
 
@@ -538,7 +399,7 @@ class Streamer:
             self.stats.num_evicted += 1
         if unit in self._transfer.own:
             self._transfer.drop_own(unit)
-        attachment = self._attachment_of.get(self._units[unit].spec.component)
+        attachment = self._attached.of_component.get(self._units[unit].spec.component)
         if attachment is not None:
             attachment.is_whole = False
 
@@ -547,11 +408,11 @@ class Streamer:
         if phase_plan.num_slots:
             return
         for component in phase_plan.phase.components:
-            attachment = self._attachment_of[component]
+            attachment = self._attached.of_component[component]
             if not attachment.is_whole:
                 attachment.is_whole = all(
                     unit in self._transfer.own
-                    and self._bindings[unit].is_present
+                    and self._units[unit].binding.is_present
                     and self._transfer.own[unit].unit == unit
                     for unit in attachment.units
                 )
@@ -581,7 +442,7 @@ class Streamer:
 
     def enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A component's forward begins."""
-        name = self._root_of.get(id(root))
+        name = self._attached.root_of.get(id(root))
         if name is None:
             return  # a copy of a component, which carries the hook along
         compiled.refuse_fullgraph(root, name)
@@ -607,7 +468,7 @@ class Streamer:
 
     def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A component is entered by a method; inside a running call that says nothing new."""
-        component = self._root_of.get(id(root))
+        component = self._attached.root_of.get(id(root))
         if component is None:
             return False
         is_grad = _is_grad_enabled()
@@ -646,11 +507,11 @@ class Streamer:
 
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block is about to run: make its weights present, and start loading what follows."""
-        units = self._units_of.get(id(block))
+        units = self._attached.units_of.get(id(block))
         if units is None:
             return  # a copy of a block, which carries the hook along
         component = self._units[units[0]].spec.component
-        attachment = self._attachment_of[component]
+        attachment = self._attached.of_component[component]
         if attachment.is_whole:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
@@ -672,8 +533,8 @@ class Streamer:
 
     def leave_block(self, block: nn.Module, output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
-        units = self._units_of.get(id(block))
-        if units is None or self._attachment_of[self._units[units[0]].spec.component].is_whole:
+        units = self._attached.units_of.get(id(block))
+        if units is None or self._attached.of_component[self._units[units[0]].spec.component].is_whole:
             return None
         with self._mutex:
             if not self._calls.leave(block):
@@ -716,7 +577,8 @@ class Streamer:
     def _lay_out_what_was_cast(self) -> None:
         """What calls cast while they ran and left so."""
         for component in list(self._cast_inside):
-            bindings = [self._bindings[i] for i in self._attachment_of[component].units if self._bindings[i].is_present]
+            bindings = [self._units[i].binding for i in self._attached.of_component[component].units]
+            bindings = [binding for binding in bindings if binding.is_present]
             if any(b.tensor.dtype != b.dtype for binding in bindings for b in binding.tensors):
                 with self.paused(component):
                     pass
@@ -770,7 +632,7 @@ class Streamer:
                 if unit not in transfer.own:
                     if unit not in wanted:
                         wanted.append(unit)
-                    if len(wanted) > num_slots or self._stored[unit].num_bytes > transfer.slot_bytes:
+                    if len(wanted) > num_slots or self._attached.stored[unit].num_bytes > transfer.slot_bytes:
                         return  # no room; what comes after must not get ahead of it on the bus
                 try:
                     slot = transfer.empty_slot(unit) or self._evict_one(keep=wanted)
@@ -784,7 +646,7 @@ class Streamer:
         """A slot for a unit needed now. What is expected next is evicted only where nothing else can be, and what
         is held never: then there are more units in use at once than the plan has slots, and one is added."""
         slot = self._transfer.empty_slot(unit)
-        if slot is None and self._stored[unit].num_bytes <= self._transfer.slot_bytes:
+        if slot is None and self._attached.stored[unit].num_bytes <= self._transfer.slot_bytes:
             ahead = self._order.predict(len(self._transfer.ring))
             slot = self._evict_one(keep=[*held, *ahead[:1]]) or self._evict_one(keep=held)
         return slot or self._add_extra(unit, held)
@@ -794,7 +656,7 @@ class Streamer:
         of other phases, then what is needed last."""
         transfer, phase = self._transfer, self._applied
         if phase is not None and self.stats.budget_bytes:
-            taken = transfer.weights_bytes + self._device.rounded_bytes(self._stored[unit].num_bytes)
+            taken = transfer.weights_bytes + self._device.rounded_bytes(self._attached.stored[unit].num_bytes)
             ahead = self._order.predict(len(self._units))
             soon = {unit: position for position, unit in reversed(list(enumerate(ahead)))}
             payers = [u for u in transfer.own if u not in held and u != unit]
@@ -804,7 +666,7 @@ class Streamer:
                     break
                 if payer in phase.resident and not self._units[payer].spec.is_block:
                     continue  # the base of what runs
-                taken -= self._device.rounded_bytes(self._stored[payer].num_bytes)
+                taken -= self._device.rounded_bytes(self._attached.stored[payer].num_bytes)
                 self._give_up(payer)
                 self._begun = self._applied = None  # the next call lays out anew
         slot: Slot = self._allocating(functools.partial(transfer.add_extra, unit))
@@ -892,13 +754,6 @@ def _refuse_compiled_wholes(layouts: Sequence[ComponentLayout]) -> None:
     for layout in layouts:
         if any(stack.blocks for stack in layout.stacks):
             compiled.refuse_fullgraph(layout.outermost, layout.name)
-
-
-def _is_hookable(layout: ComponentLayout) -> bool:
-    """Whether hooks around the component run. They do not inside code that was compiled for the whole of it; where
-    there are blocks, these are compiled instead, and a separate compiled module has hooks of its own."""
-    has_blocks = any(stack.blocks for stack in layout.stacks)
-    return has_blocks or layout.outermost is not layout.root or compiled.describe_compiled(layout.root) is None
 
 
 def _raise(error: BaseException) -> None:

@@ -41,6 +41,7 @@ RANKS = {
     "changes": 4,
     "ledger": 4,
     "adapters": 5,
+    "attachments": 5,
     "transfer": 5,
     "streamer": 6,
     "api": 7,

@@ -1,0 +1,218 @@
+"""Takes hold of components and lets go of them: host memory, page locks, absent tensors, hooks.
+
+What is attached here has its bytes at home and streams nothing by itself; `streamer.py` moves it. Letting go gives back
+every tensor, hook and page lock as it was found, and works from any state that attaching may have been left in.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from layerstream import compiled
+from layerstream.absent import nan_scalar
+from layerstream.binding import UnitBinding
+from layerstream.blocks import UnitSpec
+from layerstream.device import Device
+from layerstream.errors import LayerstreamWarning
+from layerstream.host_store import HostStore, StoredUnit
+from layerstream.intercept import Interception, Listener
+from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, divide
+
+
+@dataclass(eq=False)
+class Attachment:
+    """Components that were attached together, because they share weights or stand alone, and what holds them.
+
+    Attributes:
+        units: indices of their units.
+        is_whole: all of them are on the device and planned to stay there: the blocks' hooks have nothing to do.
+    """
+
+    layouts: tuple[ComponentLayout, ...]
+    division: Division
+    store: HostStore
+    interception: Interception = field(default_factory=Interception)
+    units: list[int] = field(default_factory=list)
+    moved_others: list[tuple[TensorPlace, torch.Tensor]] = field(default_factory=list)
+    is_whole: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        return {layout.name for layout in self.layouts}
+
+
+class Attachments:
+    """Everything of one streamer's pipeline that is attached, and how to find it.
+
+    Attributes:
+        all: in the order of attaching.
+        units, stored, bindings: by unit index.
+        units_of: by the id of their block.
+        root_of: component by the id of its root, and of its compiled form.
+        of_component: by the component's name.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.all: list[Attachment] = []
+        self.units: dict[int, Unit] = {}
+        self.stored: dict[int, StoredUnit] = {}
+        self.bindings: dict[int, UnitBinding] = {}
+        self.units_of: dict[int, tuple[int, ...]] = {}
+        self.root_of: dict[int, str] = {}
+        self.of_component: dict[str, Attachment] = {}
+        self._device = device
+        self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
+
+    def specs(self) -> list[UnitSpec]:
+        """Of all units, component by component."""
+        return [self.units[index].spec for a in self.all for index in a.units]
+
+    def attach(
+        self,
+        layouts: Sequence[ComponentLayout],
+        division: Division,
+        listener: Listener,
+        load_absent: Callable[[Sequence[int]], None],
+    ) -> None:
+        """Take hold of components. Call under `engine_tensors`; what failed half-way can be detached.
+
+        Args:
+            division: of these components.
+            listener: what the hooks call.
+            load_absent: makes units present that something looks at.
+        """
+        nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
+        for group in connected(layouts, division):
+            part = division if len(group) == len(layouts) else divide(group)
+            attachment = Attachment(tuple(group), part, HostStore(self._device))
+            self.all.append(attachment)
+            for place, stand_in in part.stand_ins:
+                getattr(place.module, place.kind)[place.name] = stand_in
+            for unit in part.units:
+                unit.spec = replace(unit.spec, index=self._indices.setdefault(unit.spec.name, len(self._indices)))
+                index = unit.spec.index
+                attachment.units.append(index)
+                self.units[index], self.bindings[index] = unit, unit.binding
+                self.stored[index] = attachment.store.add(unit.binding)
+                unit.binding.prepare(index, nans, load_absent)
+                for module in unit.called:
+                    self.units_of[id(module)] = (*self.units_of.get(id(module), ()), index)
+            attachment.store.pin()
+            for unit in part.units:
+                unit.binding.absent()
+            self._move_others(attachment)
+            self._install_hooks(attachment, listener)
+            for layout in attachment.layouts:
+                self.of_component[layout.name] = attachment
+
+    def detach(
+        self,
+        attachments: Sequence[Attachment],
+        forget_slots: Callable[[int], None],
+        attempt: Callable[[Callable[[], object], str], None],
+    ) -> None:
+        """Let go of components whose hooks are off and whose written tensors are home. The device must be idle.
+
+        Args:
+            forget_slots: takes a unit, whose tensors are at home again, out of its slot.
+            attempt: runs a step that may fail without keeping the others from being taken.
+        """
+        for attachment in attachments:
+            for place, original in attachment.moved_others:
+                getattr(place.module, place.kind)[place.name] = original
+            attachment.moved_others = []
+            for index in attachment.units:
+                self.units[index].binding.restore()
+                attempt(functools.partial(forget_slots, index), "free device memory")
+            for place, stand_in in attachment.division.stand_ins:
+                if getattr(place.module, place.kind).get(place.name) is stand_in:
+                    getattr(place.module, place.kind)[place.name] = place.tensor
+            self._bring_home_replaced(attachment)
+            self.all.remove(attachment)
+            for layout in attachment.layouts:
+                self.of_component.pop(layout.name, None)
+                self.root_of.pop(id(layout.root), None)
+                self.root_of.pop(id(layout.outermost), None)
+            attempt(attachment.store.close, "release page locks")
+        gone = {index for attachment in attachments for index in attachment.units}
+        self.units_of = {block: units for block, units in self.units_of.items() if not gone.intersection(units)}
+        for index in gone:
+            self.units.pop(index, None)
+            self.stored.pop(index, None)
+            self.bindings.pop(index, None)
+
+    # ---- inside
+
+    def _install_hooks(self, attachment: Attachment, listener: Listener) -> None:
+        blocks: dict[nn.Module, nn.Module] = {}
+        roots = []
+        for layout in attachment.layouts:
+            own = [self.units[i] for i in attachment.units if self.units[i].spec.component == layout.name]
+            streamed = [module for unit in own for module in unit.called]
+            if compiled.describe_compiled(layout.outermost) is not None and streamed:
+                warnings.warn(
+                    f"`{layout.name}` is compiled as a whole; while it streams, its blocks are compiled one by one "
+                    "instead (the same code for all that are alike).",
+                    LayerstreamWarning,
+                    stacklevel=7,
+                )
+            if streamed:
+                roots.append(layout.root)
+                blocks |= dict.fromkeys(streamed, layout.outermost)
+                self.root_of[id(layout.root)] = layout.name
+            elif is_hookable(layout):
+                roots.append(layout.outermost)
+                self.root_of[id(layout.outermost)] = layout.name
+            self.root_of.setdefault(id(layout.root), layout.name)
+        attachment.interception.install(listener, roots, blocks)
+        target = self._device.torch_device
+        for layout in attachment.layouts:
+            for method in layout.entry_points:
+                attachment.interception.watch_method(listener, layout.root, method)
+            attachment.interception.guard_moves(listener, layout.root, layout.name, target)
+
+    def _move_others(self, attachment: Attachment) -> None:
+        """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects."""
+        target = self._device.torch_device
+        for place in attachment.division.others:
+            if place.tensor.device != target:
+                moved = place.tensor.to(target)
+                if isinstance(place.tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):
+                    moved = nn.Parameter(moved, requires_grad=place.tensor.requires_grad)
+                attachment.moved_others.append((place, place.tensor))
+                getattr(place.module, place.kind)[place.name] = moved
+        if attachment.division.others:
+            names = sorted({type(place.tensor).__name__ for place in attachment.division.others})
+            warnings.warn(
+                f"{len(attachment.division.others)} weights of type {', '.join(names)} are no plain tensors; they stay "
+                "on the device whole.",
+                LayerstreamWarning,
+                stacklevel=6,
+            )
+
+    def _bring_home_replaced(self, attachment: Attachment) -> None:
+        """A tensor that code put in place of one of ours was made on the device; it belongs where that one was."""
+        homes = {id(b.tensor): b.home_device for unit in attachment.division.units for b in unit.binding.tensors}
+        for place in attachment.division.places:
+            now = getattr(place.module, place.kind).get(place.name)
+            if now is not None and now is not place.tensor and now.device == self._device.torch_device:
+                home = homes.get(id(place.tensor), place.tensor.device)
+                if now.device != home:
+                    brought = now.detach().to(home)
+                    is_parameter = isinstance(now, nn.Parameter)
+                    getattr(place.module, place.kind)[place.name] = (
+                        nn.Parameter(brought, requires_grad=now.requires_grad) if is_parameter else brought
+                    )
+
+
+def is_hookable(layout: ComponentLayout) -> bool:
+    """Whether hooks around the component run. They do not inside code that was compiled for the whole of it; where
+    there are blocks, these are compiled instead, and a separate compiled module has hooks of its own."""
+    has_blocks = any(stack.blocks for stack in layout.stacks)
+    return has_blocks or layout.outermost is not layout.root or compiled.describe_compiled(layout.root) is None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import host_store
+from layerstream import host_store, units
 from layerstream.device import CudaDevice
 from layerstream.standins import TINY_PIPELINES, build_tiny, run_tiny
 from tests.fakes import assert_equal, assert_restored, describe, toy, toy_input
@@ -147,6 +147,25 @@ def test_residents_and_slots_hold_the_budget_of_weights() -> None:
                 assert torch.cuda.memory_reserved() <= budget
             assert streamer.stats().peak_reserved_bytes <= budget
             assert (streamer.stats().num_resident_blocks == 16) is (share > 1)
+
+
+@pytest.mark.parametrize("share", [None, 0.2, 0.35, 0.5])
+def test_pieces_of_large_blocks(share: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "PIECE_BYTES", 7 * 10**6)
+    model = stack()
+    before = describe(model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    inputs = [wide_input(seed) for seed in (1, 2)]
+    expected = resident(model, *inputs)
+    budget = "min" if share is None else torch.cuda.memory_allocated() + int(share * weights) + 2**27
+    with offloaded(model, budget) as streamer, torch.no_grad():
+        for _ in range(6):
+            assert_equal([model(x) for x in inputs], expected)
+        assert len({u.whole for u in streamer.plan.units}) < len(streamer.plan.units), "blocks are cut"
+        assert streamer.stats().num_streamed_blocks > 0
+        if share is not None:
+            assert streamer.stats().peak_reserved_bytes <= budget
+    assert_restored(model, before)
 
 
 def test_copies_overlap_compute() -> None:

@@ -165,7 +165,7 @@ class TransferEngine:
                 each.callback(self._device.free, slot.buffer)
 
     def measure_link(self) -> float | None:
-        """GB/s from host to device, by copying a part of some unit into an empty slot; blocks the host for 2 ms."""
+        """GB/s from host to device, by copying a part of some unit into an empty slot; blocks the host for 6 ms."""
         for slot in [*self.ring, *self.own.values()]:
             if slot.unit is not None:
                 continue

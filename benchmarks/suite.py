@@ -69,11 +69,9 @@ def suites() -> dict[str, list[Entry]]:
                 Entry(case, form, name, budget)
                 for name in _PEERS
                 if form in METHODS[name].forms
-                for budget in (_PEER_BUDGETS[case] if METHODS[name].takes_budget else (None,))
+                for budget in _budgets_of(name, case, form)
             ]
             ours = [*sweep, *(entry for entry in like_peers if entry not in sweep), *mapped]
-            # mmgp takes as long whatever its budget; and a whole call of a pipeline takes long.
-            peers = [p for p in peers if p.vram_budget in (None, _PEER_BUDGETS[case][-1]) or _is_swept(p)]
             if form == "pipeline":
                 ours = [Entry(case, form, "layerstream", budget) for budget in _PIPELINE_SWEEP]
             found[f"{case}-{form}"] = [*resident, *ours, *peers, *resident]
@@ -86,8 +84,11 @@ def suites() -> dict[str, list[Entry]]:
     return found
 
 
-def _is_swept(peer: Entry) -> bool:
-    return peer.method == "flextensor" and peer.form == "denoiser"
+def _budgets_of(peer: str, case: str, form: Form) -> Sequence[str | None]:
+    """Those that a peer is given; one, where a whole call takes long, and of mmgp, which takes as long under any."""
+    if not METHODS[peer].takes_budget:
+        return (None,)
+    return _PEER_BUDGETS[case] if (peer, form) == ("flextensor", "denoiser") else _PEER_BUDGETS[case][-1:]
 
 
 def run(

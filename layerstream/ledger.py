@@ -330,8 +330,7 @@ class Ledger:
                     units = [u for u in self._units if {u.component, *u.also} & set(phase.components)]
                     units = [replace(u, component=phase.components[0], also=()) for u in units]
                     alone = replace(phase, components=phase.components[:1], reserve_bytes=certain)
-                    if self.budget_bytes is not None:
-                        check_budget(units, [alone], self.budget_bytes, granularity=self._grain)
+                    check_budget(units, [alone], self.budget_bytes, granularity=self._grain)
         unknown = [self._unknown(self._unknown(p, is_current=False), is_current=True) for p in phases]
         return self._make(unknown, None)
 
@@ -383,8 +382,7 @@ class Ledger:
         )
         units = [u for u in self._units if u.component in partners]
         try:
-            if self.budget_bytes is not None:
-                check_budget(units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain)
+            check_budget(units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain)
         except BudgetError:
             self._refused.add(partners)
             return

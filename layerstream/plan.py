@@ -233,9 +233,9 @@ def make_plan(
 
 
 def check_budget(
-    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int, *, granularity: int = 1
+    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int | None, *, granularity: int = 1
 ) -> None:
-    """Raise the BudgetError that `make_plan` would, without making a plan."""
+    """Raise the BudgetError that `make_plan` would, without making a plan; none if there is no budget."""
     _drafts_within(units, phases, budget_bytes, None, granularity)
 
 

@@ -578,8 +578,7 @@ class Streamer:
         """What calls cast while they ran and left so."""
         for component in list(self._cast_inside):
             bindings = [self._units[i].binding for i in self._attached.of_component[component].units]
-            bindings = [binding for binding in bindings if binding.is_present]
-            if any(b.tensor.dtype != b.dtype for binding in bindings for b in binding.tensors):
+            if any(b.tensor.dtype != b.dtype for binding in bindings if binding.is_present for b in binding.tensors):
                 with self.paused(component):
                     pass
             self._cast_inside.discard(component)

@@ -113,19 +113,6 @@ def test_any_model_any_budget_any_order(
     refuses_pinning: bool,
     piece_bytes: int,
 ) -> None:
-    with mock.patch.object(units, "PIECE_BYTES", piece_bytes):
-        check(model, copies, seed, slots, share, other_order, refuses_pinning)
-
-
-def check(
-    model: Random,
-    copies: str,
-    seed: int,
-    slots: int,
-    share: float,
-    other_order: list[tuple[int, int]],
-    refuses_pinning: bool,
-) -> None:
     resident = twin(model)
     before, usual = describe(model), model.order
     device = SimulatedDevice(copies=copies, is_poisoned=True, seed=seed, refuses_pinning=refuses_pinning)  # type: ignore[arg-type]
@@ -136,7 +123,7 @@ def check(
         # What is called with the same shapes is expected to take the same memory.
         return torch.ones(3 if order is usual else 4)
 
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), mock.patch.object(units, "PIECE_BYTES", piece_bytes):
         warnings.simplefilter("ignore", layerstream.LayerstreamWarning)
         probe = SimulatedDevice()
         with layerstream.offload(twin(model), vram_budget="min", device=probe) as streamer, probe.accounting():

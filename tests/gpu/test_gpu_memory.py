@@ -38,6 +38,14 @@ def take(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
 
 
+def take_until_refused(device: CudaDevice, num_bytes: int) -> None:
+    """Tensors and engine buffers in turn."""
+    kept: list[torch.Tensor] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        while len(kept) < 1000:
+            kept.append(device.allocate(num_bytes) if len(kept) % 2 else take(num_bytes))
+
+
 def fraction() -> float | None:
     read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     return None if read is None else read()
@@ -48,10 +56,7 @@ def test_the_cap_holds_whatever_the_sizes(device: CudaDevice, num_bytes: int) ->
     cap, num_ooms = device.reserved_bytes() + 256 * MIB + 12345, device.num_ooms()
     device.set_cap(cap)
     device.reset_peaks()
-    kept: list[torch.Tensor] = []
-    with pytest.raises(torch.OutOfMemoryError):
-        while len(kept) < 1000:
-            kept.append(device.allocate(num_bytes) if len(kept) % 2 else take(num_bytes))
+    take_until_refused(device, num_bytes)
     assert cap - 64 * MIB < device.peak_reserved_bytes() <= cap
     assert device.num_ooms() == num_ooms + 1
 
@@ -151,10 +156,7 @@ def test_the_cap_holds_with_growing_segments(growing: CudaDevice, num_bytes: int
     cap = growing.reserved_bytes() + 300 * MIB
     growing.set_cap(cap)
     growing.reset_peaks()
-    kept: list[torch.Tensor] = []
-    with pytest.raises(torch.OutOfMemoryError):
-        while len(kept) < 1000:
-            kept.append(growing.allocate(num_bytes) if len(kept) % 2 else take(num_bytes))
+    take_until_refused(growing, num_bytes)
     assert cap - 2 * num_bytes - 64 * MIB < growing.peak_reserved_bytes() <= cap
 
 

@@ -52,14 +52,16 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
     if entered:
         best, worst = (pick(r["enter_gb_per_s"] for r in entered) for pick in (max, min))
         size = entered[0]["weights_bytes"] / 1e9
-        told = f"{worst} to {best} GB/s of {size:.1f} GB, the first time of each process"
+        told = f"{worst} to {best} GB/s of {size:.1f} GB, the first time of each process{_page_locking(entered)}"
         yield _verdict("entering in place at 15 GB/s or more", -best, -15, told)
     mapped = next((r for r in records if r["is_mapped"] and r.get("enter_gb_per_s")), None)
     if mapped is not None:
         speed = mapped["enter_gb_per_s"]
-        yield _verdict("entering from mapped files at 4 GB/s or more", -speed, -4, f"{speed} GB/s")
+        yield _verdict(
+            "entering from mapped files at 4 GB/s or more", -speed, -4, f"{speed} GB/s{_page_locking([mapped])}"
+        )
     yield from _memory(records, list(ours.values()))
-    yield from _order(ours)
+    yield from _order(ours, [time_of(r) or 0.0 for r in records if r["method"] == "resident"])
 
 
 def _memory(records: Sequence[Record], ours: Sequence[Record]) -> Iterator[str]:
@@ -83,7 +85,7 @@ def _memory(records: Sequence[Record], ours: Sequence[Record]) -> Iterator[str]:
         yield _verdict("leaving no more on the device than running does", most_kept, limit, told)
 
 
-def _order(ours: dict[str | None, Record]) -> Iterator[str]:
+def _order(ours: dict[str | None, Record], resident: Sequence[float]) -> Iterator[str]:
     """Whether more memory was never slower."""
     sized = [(parse_bytes(b), r) for b, r in ours.items() if b not in (None, "min", "auto")]
     ordered = [r for _, r in sorted(sized, key=lambda pair: pair[0])]
@@ -96,7 +98,9 @@ def _order(ours: dict[str | None, Record]) -> Iterator[str]:
         f"({_loaded(b)} GB a pass over the bus after {_loaded(a)})"
         for a, b in slower
     )
-    yield _verdict("no budget slower than a smaller one (by 1 % or more)", len(slower), 0, told or "none is")
+    yield _verdict(
+        "no budget slower than a smaller one (by 1 % or more)", len(slower), 0, (told or "none is") + _spread(resident)
+    )
 
 
 def _verdict(target: str, value: float, limit: float, told: str) -> str:
@@ -108,6 +112,22 @@ def _verdict(target: str, value: float, limit: float, told: str) -> str:
 
 def _share(one: Record, other: Record) -> float:
     return (time_of(one) or 0.0) / (time_of(other) or 1.0)
+
+
+def _spread(times: Sequence[float]) -> str:
+    """How far two processes differ that do the same."""
+    return f"; the resident processes differ by {100 * (max(times) / min(times) - 1):.1f} %" if len(times) > 1 else ""
+
+
+def _page_locking(entered: Sequence[Record]) -> str:
+    """What of entering is the kernel's: it makes the pages of mapped files ours, and pins all."""
+    known = [r for r in entered if r.get("stats_pin_s")]
+    if not known:
+        return ""
+    slowest = min(known, key=lambda r: r["enter_gb_per_s"])
+    seconds = slowest["stats_pin_s"]
+    speed = slowest["stats_pinned_bytes"] / seconds / 1e9
+    return f"; the slowest took {slowest['enter_s']:.2f} s, {seconds:.2f} of it to page-lock ({speed:.1f} GB/s)"
 
 
 def _gb_per_s(record: Record, num_bytes: int) -> float:

@@ -23,6 +23,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 import warnings
 import weakref
 from bisect import bisect_right
@@ -116,6 +117,7 @@ class HostStore:
         self._release = weakref.finalize(self, _release_locks, device, _ranges_of(device), self._locks, self._units)
         self.pinned_bytes = 0
         self.unpinned_bytes = 0
+        self.pin_s = 0.0
 
     def add(self, binding: UnitBinding) -> StoredUnit:
         """Give the unit's bytes their host form; may copy small tensors, never large ones that can stay."""
@@ -142,6 +144,7 @@ class HostStore:
 
     def pin(self) -> None:
         """Page-lock everything added, and cut it into segments that lie in one page lock each."""
+        started = time.perf_counter()
         wanted = [_address_range(source) for unit in self._units for source, _ in unit.ranges]
         touched = [r for r in wanted if self._maps.is_file(r)]
         if touched and not _has_room_for(sum(end - start for start, end in touched)):
@@ -149,6 +152,7 @@ class HostStore:
             touched = []
         _touch([s for unit in self._units for s, _ in unit.ranges if _address_range(s) in set(touched)])
         self._locks += _ranges_of(self._device).acquire(_merged(_whole_pages(r) for r in wanted))
+        self.pin_s = time.perf_counter() - started
         for unit in self._units:
             unit.segments = [segment for source, offset in unit.ranges for segment in self._cut(source, offset)]
             for segment in unit.segments:

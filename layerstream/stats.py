@@ -57,6 +57,7 @@ class Stats:
     num_packed_blocks: int = 0
     num_paired_passes: int = 0
     enter_s: float = 0.0
+    pin_s: float = 0.0  # to page-lock what is attached, part of `enter_s` unless it was paused since
     exit_s: float = 0.0
 
     def as_dict(self) -> dict[str, int | float]:

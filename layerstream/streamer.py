@@ -246,6 +246,7 @@ class Streamer:
             self._stacks, self._order = stacks, OrderLearner(stacks)
         self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, changed)
         self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attached.all)
+        self.stats.pin_s = sum(a.store.pin_s for a in self._attached.all)
         self._count_placements()
 
     def _load_fixed(self) -> None:

@@ -367,9 +367,13 @@ def test_targets_are_told_met_or_missed() -> None:
         record_of("layerstream", "10GiB", 104.0, predicted_ms_per_pass=102.0, predicted_bound="compute"),
         record_of("layerstream", "12GiB", 108.0, exit_s=0.6),
         record_of("layerstream", "auto", 102.0, left_on_device_bytes=2_000),
-        {**record_of("layerstream", "6GiB", 180.0, enter_gb_per_s=3.0), "is_mapped": True},
+        {
+            **record_of("layerstream", "6GiB", 180.0, enter_gb_per_s=3.0, enter_s=4.7),
+            **{"is_mapped": True, "stats_pin_s": 4.0, "stats_pinned_bytes": 14 * 10**9},
+        },
         record_of("vllm_omni", None, 240.0),
         {**record_of("mmgp", "10GiB", 0.0), "ms_per_pass": None},
+        record_of("resident", None, 103.0),
     ]
     told = "\n".join(targets.lines(done))
     for line in (
@@ -377,11 +381,13 @@ def test_targets_are_told_met_or_missed() -> None:
         "at 10 GiB at most 1.05 x resident: met, 1.040 x, predicted 102.0 ms, compute-bound",
         "when everything fits at most 1.01 x: missed by 1.0 %, 1.020 x",
         "entering in place at 15 GB/s or more: met",
-        "entering from mapped files at 4 GB/s or more: missed by 25.0 %, 3.0 GB/s",
+        "entering from mapped files at 4 GB/s or more: missed by 25.0 %, 3.0 GB/s"
+        "; the slowest took 4.70 s, 4.00 of it to page-lock (3.5 GB/s)",
         "host memory 1.02 x weights + 1 GiB: met, 15.00 GB",
         "leaving in 0.5 s: missed by 20.0 %, 0.60 s at most",
         "leaving no more on the device than running does: missed by 100.0 %",
-        "no budget slower than a smaller one (by 1 % or more): missed, 12GiB takes 3.8 % more than 10GiB",
+        "no budget slower than a smaller one (by 1 % or more): missed, 12GiB takes 3.8 % more than 10GiB "
+        "(14.00 GB a pass over the bus after 14.00); the resident processes differ by 3.0 %",
     ):
         assert f"- ovis, denoiser: {line}" in told
 

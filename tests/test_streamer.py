@@ -569,6 +569,12 @@ def test_a_second_thread_is_refused() -> None:
     assert "One call at a time" in str(errors[0])
 
 
+def test_time_to_page_lock_is_a_part_of_the_time_to_enter() -> None:
+    with offloaded(toy(), adversary()) as streamer:
+        stats = streamer.stats()
+    assert 0 < stats.pin_s < stats.enter_s
+
+
 def test_refused_pinning_falls_back_and_says_so_once() -> None:
     model = toy()
     expected = run(twin(model))

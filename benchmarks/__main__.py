@@ -72,10 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if refused is not None:
             parser.error(refused)
     else:
-        wanted = list(suite.expand(options.name, options.methods, **common))
-        topic = "-".join([options.name, *(options.methods or ())])
+        methods = options.methods or [name for name in METHODS if name not in (options.without or ())]
+        wanted = [c for name in options.names for c in suite.expand(name, methods, options.budgets, **common)]
+        without = ["without", *options.without] if options.without else []
+        topic = "-".join([*options.names, *(options.methods or without)])
         if all(cell.method == "resident" for cell in wanted):
-            parser.error(f"{options.name} measures none of {', '.join(options.methods)}")
+            named = ", ".join(options.methods or options.budgets or methods)
+            parser.error(f"{', '.join(options.names)} measures none of {named}")
     done = suite.run(
         wanted,
         topic=topic,
@@ -98,11 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--mapped", dest="is_mapped", action="store_true", help="the weights stay in the mapped file they are read from"
     )
-    named = commands.add_parser("suite", help="a set of measurements, resident first and last")
-    named.add_argument("name", choices=suite.suites(), metavar="NAME", help="see `list`")
-    named.add_argument(
+    named = commands.add_parser("suite", help="sets of measurements, resident first and last of each")
+    named.add_argument("names", nargs="+", choices=suite.suites(), metavar="NAME", help="see `list`")
+    some = named.add_mutually_exclusive_group()
+    some.add_argument("--without", type=_methods, metavar="A,B", help="all methods but these")
+    some.add_argument(
         "--methods", type=_methods, metavar="A,B", help="only these, and resident; the file is named after them, too"
     )
+    named.add_argument("--budgets", type=_budgets, metavar="A,B", help="of layerstream's measurements only these")
     for each in (run, named):
         each.add_argument("--scale", choices=["full", "tiny"], default="full")
         each.add_argument("--device", choices=["cuda", "cpu"], help="cpu: the simulated one (default: the GPU)")
@@ -132,6 +138,15 @@ def _methods(text: str) -> list[str]:
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise argparse.ArgumentTypeError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    return names
+
+
+def _budgets(text: str) -> list[str]:
+    names = text.split(",")
+    known = sorted({e.vram_budget for entries in suite.suites().values() for e in entries if e.vram_budget})
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no suite has {', '.join(unknown)}; there are {', '.join(known)}")
     return names
 
 

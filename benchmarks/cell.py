@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 import statistics
+import threading
 import time
 import traceback
 from collections import deque
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import layerstream
 from benchmarks import cases, weights
@@ -28,7 +30,8 @@ from layerstream.standins.full_size import Scale
 _SLOW_PASS_MS = 1000  # what takes longer is timed fewer times
 _SLOW_PASSES = 2
 _FEW_STEPS = (1, 3)  # of calls that warm up, and from which a call that would take too long is extrapolated
-_MEASURING_STEPS = 5
+_WARM_UP_CALLS, _WARM_UP_STEPS = 3, 3  # of ours, before the call that is told
+_LEAST_SECONDS, _MOST_CALLS = 5.0, 3  # of whole calls: short ones are timed more than once
 _SLOW_CALL_S = 5.0  # after a first step that takes so long, warming up more changes little
 
 
@@ -88,6 +91,8 @@ def measure(cell: Cell, command: str) -> Record:
     method = METHODS[cell.method]
     work = cases.build(cell.case, cell.form, cell.scale, is_filled=False)
     work.steps = cell.steps
+    # The libraries' progress bars would make a semaphore for other processes, which nobody takes away.
+    tqdm.set_lock(threading.RLock())
     weights.give(work.modules, Path(cell.folder) / "weights", is_mapped=cell.is_mapped)
     record = {**empty_record(cell, command), **facts(list(work.modules.values()), device)}
     try:
@@ -226,8 +231,8 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         return seconds
 
     if cell.method == "layerstream" and not cell.tells_first_call:
-        for _ in range(2):  # what runs once a call is measured twice before a plan counts on it
-            timed(min(_MEASURING_STEPS, steps))
+        for _ in range(_WARM_UP_CALLS):  # measures, loads what may stay, and repeats what it will do from now on
+            timed(min(_WARM_UP_STEPS, steps))
     elif cell.method == "layerstream":  # a script that calls once is told what it gets, and one that goes on
         record["seconds_all_calls"].append(timed(steps))
         record["seconds_first_call"] = record["seconds_all_calls"][0]
@@ -237,10 +242,14 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         record["is_extrapolated"] = record["seconds"] is not None
     if not record.get("is_extrapolated") and (record["seconds_first_call"] or 0) < cell.call_seconds:
         loaded = setup.tell().get("stats_loaded_bytes")
-        record["seconds_all_calls"].append(timed(steps))
+        times: list[float] = []
+        while sum(times) < _LEAST_SECONDS and len(times) < _MOST_CALLS:
+            times.append(timed(steps))
+        record["seconds_all_calls"] += times
+        record["seconds"] = round(statistics.median(times), 3)
         if loaded is not None:
-            record["loaded_bytes_per_call"] = setup.tell()["stats_loaded_bytes"] - loaded
-    if record["seconds_all_calls"]:
+            record["loaded_bytes_per_call"] = (setup.tell()["stats_loaded_bytes"] - loaded) // len(times)
+    elif record["seconds_all_calls"]:
         record["seconds"] = record["seconds_all_calls"][-1]
     if cell.method == "resident":
         record["seconds_first_call"] = record["seconds"]  # what first calls are compared with has its kernels loaded

@@ -59,7 +59,7 @@ def suites() -> dict[str, list[Entry]]:
     """Measurements by the name of the suite. Resident comes first and last of each case and form."""
     found: dict[str, list[Entry]] = {}
     for case in CASES:
-        quick = []
+        quick, whole = [], []
         for form in FORMS:
             resident = [Entry(case, form, "resident")]
             sweep = [Entry(case, form, "layerstream", budget) for budget in _SWEEP]
@@ -78,7 +78,9 @@ def suites() -> dict[str, list[Entry]]:
             found[f"{case}-{form}-sweep"] = [*resident, *sweep, *resident]
             found[f"{case}-{form}-peers"] = [*resident, *like_peers, *peers, *resident]
             quick += [*resident, Entry(case, form, "layerstream", "6GiB"), *resident]
+            whole += found[f"{case}-{form}"]
         found[f"{case}-quick"] = quick
+        found[case] = whole
     for form in FORMS:
         found[f"{form}s"] = [entry for case in CASES for entry in found[f"{case}-{form}"]]
     return found
@@ -105,23 +107,26 @@ def run(
 
     Args:
         cell_seconds: after so long a measurement is ended, and is a record with that error.
-        seconds: for all of them but the last resident one; what would begin later is a record with that error.
+        seconds: for all of them but the last resident ones; what would begin later is a record with that error.
     """
     started = time.monotonic()
     done: list[Record] = []
     context = _server()
     with contextlib.ExitStack() as folders:
-        homes: dict[tuple[str, Form], str] = {}
+        homes: dict[str, str] = {}
         for each in cells:
-            key = (each.case, each.form)
-            if key not in homes:
+            if each.case not in homes:
                 for other in homes.values():  # one case's weights at a time are large enough
                     shutil.rmtree(other, ignore_errors=True)
-                homes[key] = folders.enter_context(tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="bench-"))
-                _in_process(context, measuring.prepare, (replace(each, folder=homes[key]),), cell_seconds)
-            placed = replace(each, folder=homes[key])
+                home = folders.enter_context(tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="bench-"))
+                homes[each.case] = home
+                # A pipeline's denoiser is the denoiser alone.
+                most = max((c for c in cells if c.case == each.case), key=lambda c: c.form == "pipeline")
+                _in_process(context, measuring.prepare, (replace(most, folder=home),), cell_seconds)
+            placed = replace(each, folder=homes[each.case])
             left = None if seconds is None else seconds - (time.monotonic() - started)
-            is_last_resident = each is cells[-1] and each.method == "resident"  # ratios are to both
+            alike = [c for c in cells if (c.case, c.form) == (each.case, each.form)]
+            is_last_resident = each is alike[-1] and each.method == "resident"  # ratios are to both
             if left is not None and left <= 0 and not is_last_resident:
                 record = _failed(placed, command, f"not begun: the suite's {seconds:.0f} s were over", done)
             else:
@@ -261,10 +266,13 @@ def _fast_folder() -> str | None:
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 40e9 else None
 
 
-def expand(name: str, methods: Sequence[str] | None = None, **common: Any) -> Iterator[Cell]:
-    """The cells of the suite `name`; only those of `methods`, and resident, if they are given."""
+def expand(
+    name: str, methods: Sequence[str] | None = None, budgets: Sequence[str] | None = None, **common: Any
+) -> Iterator[Cell]:
+    """The cells of the suite `name`; only those of `methods`, and of ours those of `budgets`, if they are given."""
     for entry in suites()[name]:
-        if methods is None or entry.method in (*methods, "resident"):
+        is_method = methods is None or entry.method in (*methods, "resident")
+        if is_method and (budgets is None or entry.method != "layerstream" or entry.vram_budget in budgets):
             yield Cell(entry.case, entry.form, entry.method, "", entry.vram_budget, is_mapped=entry.is_mapped, **common)
 
 

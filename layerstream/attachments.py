@@ -22,7 +22,7 @@ from layerstream.device import Device
 from layerstream.errors import LayerstreamWarning
 from layerstream.host_store import HostStore, StoredUnit
 from layerstream.intercept import Interception, Listener
-from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, divide
+from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class Attachments:
         """
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         for group in connected(layouts, division):
-            part = division if len(group) == len(layouts) else divide(group)
+            part = division if len(group) == len(layouts) else part_of(division, group)
             attachment = Attachment(tuple(group), part, HostStore(self._device))
             self.all.append(attachment)
             for place, stand_in in part.stand_ins:

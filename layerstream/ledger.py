@@ -60,7 +60,6 @@ class Ledger:
         self._planned_costs: Costs | None = None
         self._refused: set[tuple[str, ...]] = set()  # components that cannot share a phase within the budget
         self._reserve: Reserve | None = None  # of the call that runs, or ran last
-        self._timed: Reserve | None = None
         self._outside_bytes = 0  # what others had when it began
         self._interval_weights: int | None = None  # our weights in the running interval; None: none runs
         self._is_open = False
@@ -99,7 +98,7 @@ class Ledger:
         forgotten."""
         self._tracker = self._tracker.successor(components, changed)
         self._units = units
-        self._reserve = self._timed = self._plan = None
+        self._reserve = self._plan = None
 
     def check(self, components: Sequence[tuple[str, bool]], units: Sequence[UnitSpec], outside_bytes: int) -> None:
         """Raise BudgetError if the budget cannot hold the least beside `outside_bytes` of others."""
@@ -210,19 +209,22 @@ class Ledger:
     @property
     def wants_times(self) -> bool:
         """Whether the running pass should be timed, block by block."""
-        if self._reserve is None or self._plan is None or not self._reserve.is_measured or self._reserve.is_timed:
+        if self._reserve is None or self._plan is None or not self._reserve.is_measured:
+            return False
+        if self._reserve.num_untimed <= 0:
             return False
         return self._plan.phase_of(self._reserve.key.component).num_slots > 0
 
-    def starts_timing(self) -> None:
-        self._timed = self._reserve
+    def starts_timing(self) -> Reserve:
+        """The running pass is timed: of the key that this returns."""
+        assert self._reserve is not None
+        self._reserve.starts_timing()
+        return self._reserve
 
-    def timed(self, compute_ms: Mapping[int, float]) -> None:
-        """The timed pass took so much, by unit."""
-        if self._timed is not None:
-            self._timed.timed(compute_ms)
-            self._has_new_times |= self._timed.is_timed
-            self._timed = None
+    def timed(self, reserve: Reserve, compute_ms: Mapping[int, float]) -> None:
+        """A timed pass of that key took so much, by unit."""
+        reserve.timed(compute_ms)
+        self._has_new_times |= reserve.is_timed
 
     # ---- what does not fit
 

@@ -46,6 +46,11 @@ class Key:
     def num_elements(self) -> int:
         return sum(_product(shape) for _, shape in self.shapes)
 
+    @property
+    def may_pad(self) -> bool:
+        """Whether a mask, or ids that one is made of, may be passed: what it takes then depends on the prompt."""
+        return not all("float" in str(dtype) for dtype, _ in self.shapes)
+
     def is_alike(self, other: Key) -> bool:
         """Same entry, and the same tensors but for their sizes."""
         return (
@@ -84,10 +89,12 @@ class Reserve:
         margin_bytes: kept beside that where there is room, since the allocator may cut its memory otherwise.
         is_measured: `over_bytes` is this key's own, not borrowed from a larger one.
         is_growing: its shapes grow token by token, so a quarter more is kept for it.
-        num_missing: measurements until it is known. One is not enough: attention takes another way when a mask has
-            padding, so a second prompt may take more than the first, in the same shapes.
+        num_missing: measurements until it is known. One is not enough where masks are passed: attention takes another
+            way when a mask has padding, so a second prompt may take more than the first, in the same shapes.
         compute_ms: measured time of each unit's compute, by unit index; of one use. The least of a few passes: a host
             that is late, or a kernel that is loaded, shows in one of them as compute.
+        num_untimed: passes to be timed yet.
+        num_unread: of the timed ones, those whose times are not known yet.
     """
 
     key: Key
@@ -98,17 +105,28 @@ class Reserve:
     num_missing: int = 1
     compute_ms: dict[int, float] = field(default_factory=dict)
     num_untimed: int = _TIMED_PASSES
+    num_unread: int = 0
     _most_bytes: int = 0
 
     @property
     def is_timed(self) -> bool:
-        return self.num_untimed <= 0
+        return self.num_untimed <= 0 and self.num_unread <= 0
+
+    def starts_timing(self) -> None:
+        """A pass is timed from now on. `timed` or `not_timed` is to follow, perhaps passes later."""
+        self.num_untimed -= 1
+        self.num_unread += 1
+
+    def not_timed(self) -> None:
+        """What a timed pass took will not be known."""
+        self.num_unread -= 1
+        self.num_untimed += 1
 
     def timed(self, compute_ms: Mapping[int, float]) -> None:
-        """A pass took so much, by unit."""
+        """A timed pass took so much, by unit."""
         known = self.compute_ms
         self.compute_ms = {**known, **{u: min(ms, known.get(u, ms)) for u, ms in compute_ms.items()}}
-        self.num_untimed -= 1
+        self.num_unread -= 1
 
     def kept_bytes(self, outside_bytes: int) -> int | None:
         """What a plan keeps free for it and for what others have. What a loop keeps of its tokens grows with it."""
@@ -264,14 +282,17 @@ class PhaseTracker:
                     last.kept_bytes(0),
                     is_growing=True,
                     compute_ms=last.compute_ms,
-                    num_untimed=last.num_untimed,
+                    num_untimed=last.num_untimed + last.num_unread,
                 )
             last.is_growing = True
             return self._remember(key, last)
         larger = [r for k, r in self._reserves.items() if r.is_measured and r.key is k and key.is_covered_by(k)]
         least = min(larger, key=lambda r: r.over_bytes or 0, default=None)
+        # A VAE that decodes does the same each time, and would otherwise drive everything out once more. What runs many
+        # times a call is measured twice, since that costs nothing.
+        num_missing = _MEASUREMENTS if self._is_repeated[key.component] or key.may_pad else 1
         return self._remember(
-            key, Reserve(key, least.over_bytes if least is not None else None, num_missing=_MEASUREMENTS)
+            key, Reserve(key, least.over_bytes if least is not None else None, num_missing=num_missing)
         )
 
     def _remember(self, key: Key, reserve: Reserve) -> Reserve:

@@ -44,6 +44,7 @@ from layerstream.outputs import refuse_backward, without_aliases
 from layerstream.phases import READ
 from layerstream.plan import PhasePlan, Plan
 from layerstream.stats import PhaseStats, Stats
+from layerstream.timing import PassTimer
 from layerstream.transfer import Slot, TransferEngine
 from layerstream.units import ComponentLayout, Division, divide
 
@@ -90,8 +91,7 @@ class Streamer:
         self._applied: PhasePlan | None = None
         self._begun: tuple[object, ...] | None = None  # how the last outermost call entered
         self._in_method: int | None = None  # the id of a component whose method runs
-        self._timing: dict[tuple[int, ...], Any] | None = None  # a block's units -> mark, while a pass is timed
-        self._timed: list[tuple[tuple[int, ...], Any, Any]] = []
+        self._timer = PassTimer(device)
         self._cloned: set[int] = set()  # units that were read between calls, and are in memory of their own
         self._cast_inside: set[str] = set()  # components of which a running call has cast something
         # Units whose weights autograd may have saved; it must find out that they are gone.
@@ -262,7 +262,7 @@ class Streamer:
     def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
         """Let go of components: hooks off, written tensors home, everything as it was found."""
         taken = list(attachments)
-        self._timing, self._timed = None, []  # perhaps of units that will be others
+        self._drop_times()  # perhaps of units that will be others
         for attachment in taken:
             attachment.interception.remove()
         attempt(functools.partial(self._write_back_everything, taken), "copy back weights that were written")
@@ -314,7 +314,8 @@ class Streamer:
                         self._evict(slot)
                 self._cloned.clear()
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
-        is_known = begun == self._begun and self._ledger.is_settled and not self._timed
+        self._timer.end()
+        is_known = begun == self._begun and self._ledger.is_settled and not self._timer.is_ready
         if is_known and not self._ledger.has_grown(self._transfer.weights_bytes):
             self._ledger.again(component)
             if self._applied is not None:
@@ -327,7 +328,7 @@ class Streamer:
                 "old one back, or replace it inside `with streamer.paused():` (or before entering)."
             )
         with engine_tensors():
-            self._harvest_times()
+            self._read_times()
             self._begun = None  # until it has worked
             phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
             self._transfer.phase = self._ledger.phase_stats
@@ -338,8 +339,7 @@ class Streamer:
         self._begun = begun
         self._mark_whole(phase_plan)
         if self._ledger.wants_times:
-            self._ledger.starts_timing()
-            self._timing = {}
+            self._timer.begin(self._ledger.starts_timing())
 
     def _begin_by_touch(self, units: Sequence[int], is_grad: bool) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
@@ -418,22 +418,19 @@ class Streamer:
                     for unit in attachment.units
                 )
 
-    def _harvest_times(self) -> None:
-        """What a timed pass took, block by block, once the device has passed it."""
-        self._timing = None
-        if not self._timed:
-            return
-        times: dict[int, float] = {}
-        for units, start, end in self._timed:
-            elapsed = self._device.elapsed_ms(start, end)
-            if elapsed is None:
-                return
-            block_bytes = sum(self._units[unit].spec.num_bytes for unit in units) or 1
-            for unit in units:  # only the sum of a block's pieces means anything
-                share = elapsed * self._units[unit].spec.num_bytes / block_bytes
-                times[unit] = max(share, times.get(unit, 0.0))
-        self._timed = []
-        self._ledger.timed(times)
+    def _read_times(self) -> None:
+        """What timed passes took, as far as the device is through with them."""
+        for reserve, by_block in self._timer.take():
+            times: dict[int, float] = {}
+            for units, elapsed in by_block.items():
+                sizes = [self._units[unit].spec.num_bytes for unit in units]
+                for unit, size in zip(units, sizes, strict=True):  # only the sum of a block's pieces means anything
+                    times[unit] = elapsed * size / (sum(sizes) or 1)
+            self._ledger.timed(reserve, times)
+
+    def _drop_times(self) -> None:
+        for reserve in self._timer.drop():
+            reserve.not_timed()
 
     def explain(self, error: BaseException) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
@@ -529,8 +526,7 @@ class Streamer:
                     raise
             with engine_tensors():
                 self._use(units, is_touch=False, is_grad=is_grad)
-            if self._timing is not None:
-                self._timing[units] = self._device.mark(self._device.compute_stream())
+            self._timer.enter_block(units)
 
     def leave_block(self, block: nn.Module, output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
@@ -540,9 +536,7 @@ class Streamer:
         with self._mutex:
             if not self._calls.leave(block):
                 return None
-            if self._timing is not None and units in self._timing:
-                end = self._device.mark(self._device.compute_stream())
-                self._timed.append((units, self._timing.pop(units), end))
+            self._timer.leave_block(units)
             replaced = output
             for unit in units:
                 slot = self._transfer.slot_of(unit)

@@ -91,7 +91,7 @@ class Division:
     """All units of a pipeline in plan order, and what does not move as plain bytes.
 
     Attributes:
-        units: bases and blocks, component by component; `units[i].spec.index == i`.
+        units: bases and blocks, component by component; `units[i].spec.index == i` as `divide` gives them.
         places: every place of every tensor that moves.
         others: places of tensors that stay whole: subclasses, sparse and quantised ones.
         stand_ins: ordinary tensors, over the same bytes, that take the place of tensors made under inference mode
@@ -179,6 +179,21 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
                 )
                 division.units.append(Unit(spec, UnitBinding(tensors), draft.module, tuple(draft.twins)))
     return division
+
+
+def part_of(division: Division, layouts: Sequence[ComponentLayout]) -> Division:
+    """What a division holds of some of its components, which share no weights with the others.
+
+    The units keep their indices.
+    """
+    names = {layout.name for layout in layouts}
+    inside = {id(module) for layout in layouts for module in layout.root.modules()}
+    return Division(
+        units=[unit for unit in division.units if unit.spec.component in names],
+        places=[place for place in division.places if id(place.module) in inside],
+        others=[place for place in division.others if id(place.module) in inside],
+        stand_ins=[(place, tensor) for place, tensor in division.stand_ins if id(place.module) in inside],
+    )
 
 
 def _pieces(tensors: Sequence[BoundTensor]) -> list[list[BoundTensor]]:

@@ -13,7 +13,7 @@ from torch import nn
 from layerstream import units as units_module
 from layerstream.blocks import unit_bytes
 from layerstream.errors import AdapterError, PipelineError
-from layerstream.units import ComponentLayout, Division, StackLayout, Unit, divide
+from layerstream.units import ComponentLayout, Division, StackLayout, Unit, divide, part_of
 
 
 def component(root: nn.Module, *stacks: str, name: str = "net", is_repeated: bool = False) -> ComponentLayout:
@@ -220,6 +220,24 @@ def test_tied_across_components_has_one_owner() -> None:
     second.stack[0].weight = first.stack[0].weight
     division = divide([component(first, "stack", name="a"), component(second, "stack", name="b")])
     assert owner_of(division, first.stack[0].weight) == "a (base)"
+
+
+def test_a_part_of_a_division_is_what_dividing_the_part_gives() -> None:
+    roots = [stacked(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(4)]
+    roots[2].stack[0].weight = roots[0].stack[0].weight
+    with torch.inference_mode():
+        roots[1].made = nn.Linear(3, 3)
+    layouts = [component(root, "stack", name=name) for root, name in zip(roots, "abcd", strict=True)]
+    whole = divide(layouts)
+    for names in ("ac", "b", "d"):
+        group = [layout for layout in layouts if layout.name in names]
+        part, alone = part_of(whole, group), divide(group)
+        assert [u.spec.name for u in part.units] == [u.spec.name for u in alone.units]
+        for mine, its in zip(part.units, alone.units, strict=True):
+            assert [b.name for b in mine.binding.tensors] == [b.name for b in its.binding.tensors]
+        assert part.places == alone.places
+        assert [place for place, _ in part.stand_ins] == [place for place, _ in alone.stand_ins]
+        assert bool(part.stand_ins) is (names == "b")
 
 
 def test_zero_size_tensors_are_not_taken_for_tied() -> None:

@@ -40,6 +40,7 @@ RANKS = {
     "host_store": 4,
     "changes": 4,
     "ledger": 4,
+    "timing": 4,
     "adapters": 5,
     "attachments": 5,
     "transfer": 5,

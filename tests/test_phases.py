@@ -36,6 +36,7 @@ def time(reserve: Reserve, compute_ms: dict[int, float]) -> None:
     """Three passes, of which each of the first two was late somewhere."""
     for late in (1, 2, None):
         assert not reserve.is_timed
+        reserve.starts_timing()
         reserve.timed({unit: 9 * ms if unit == late else ms for unit, ms in compute_ms.items()})
     assert reserve.is_timed
 
@@ -72,6 +73,44 @@ def test_every_part_of_a_key_counts(other: Key) -> None:
     assert other != key()
     assert not found.enter(other).is_measured
     assert reserve_of(found, other.component) is None, "and nothing is borrowed from what is unlike, or smaller"
+
+
+@pytest.mark.parametrize(
+    ("component", "dtypes", "num_measurements"),
+    [
+        ("vae", ["torch.bfloat16"], 1),
+        ("vae", [], 1),
+        ("encoder", ["torch.int64", "torch.int64"], 2),
+        ("encoder", ["torch.float16", "torch.bool"], 2),
+        ("net", ["torch.float32"], 2),
+    ],
+)
+def test_what_passes_no_mask_and_runs_once_a_call_is_measured_once(
+    component: str, dtypes: list[str], num_measurements: int
+) -> None:
+    found = tracker()
+    wanted = Key(component, "", tuple((dtype, (1, 8)) for dtype in dtypes))
+    for number in range(num_measurements):
+        reserve = found.enter(wanted)
+        assert not reserve.is_measured, number
+        reserve.measured(10)
+    assert found.enter(wanted).is_measured
+
+
+def test_passes_whose_times_are_on_their_way_are_neither_known_nor_timed_again() -> None:
+    reserve = Reserve(key())
+    for number in range(module._TIMED_PASSES):
+        assert reserve.num_untimed == module._TIMED_PASSES - number
+        reserve.starts_timing()
+    assert (reserve.num_untimed, reserve.is_timed) == (0, False)
+    reserve.not_timed()
+    assert reserve.num_untimed == 1, "one was lost"
+    reserve.starts_timing()
+    for ms in (3.0, 1.0, 2.0):
+        assert not reserve.is_timed
+        reserve.timed({0: ms})
+    assert reserve.is_timed
+    assert reserve.compute_ms == {0: 1.0}
 
 
 def test_covered_is_no_larger_in_any_dimension() -> None:

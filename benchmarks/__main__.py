@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         methods = options.methods or [name for name in METHODS if name not in (options.without or ())]
         wanted = [c for name in options.names for c in suite.expand(name, methods, options.budgets, **common)]
         without = ["without", *options.without] if options.without else []
-        topic = "-".join([*options.names, *(options.methods or without)])
+        topic = options.topic or "-".join([*options.names, *(options.methods or without)])
         if all(cell.method == "resident" for cell in wanted):
             named = ", ".join(options.methods or options.budgets or methods)
             parser.error(f"{', '.join(options.names)} measures none of {named}")
@@ -105,9 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     named.add_argument("names", nargs="+", choices=suite.suites(), metavar="NAME", help="see `list`")
     some = named.add_mutually_exclusive_group()
     some.add_argument("--without", type=_methods, metavar="A,B", help="all methods but these")
-    some.add_argument(
-        "--methods", type=_methods, metavar="A,B", help="only these, and resident; the file is named after them, too"
-    )
+    some.add_argument("--methods", type=_methods, metavar="A,B", help="only these, and resident")
+    named.add_argument("--topic", metavar="NAME", help="of the files (default: the suites and the methods)")
     named.add_argument("--budgets", type=_budgets, metavar="A,B", help="of layerstream's measurements only these")
     for each in (run, named):
         each.add_argument("--scale", choices=["full", "tiny"], default="full")

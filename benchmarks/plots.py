@@ -7,9 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-from benchmarks.cases import FORMS, Form
+from benchmarks.cases import CASES, FORMS
 from benchmarks.records import Record, time_of
 from layerstream.budget import parse_bytes
 
@@ -58,12 +57,17 @@ def make(results: Path, readme: Path) -> list[Path]:
 
 def read(results: Path) -> list[Record]:
     """What was measured at true size, the newest of each cell; files from before the harness have other fields."""
+    measured = [
+        {**record, "file": path.stem}
+        for path in results.glob("*.json")
+        for record in json.loads(path.read_text())
+        if "is_mapped" in record and not record["is_mapped"] and not record["case"].endswith("(tiny)")
+    ]
     found: dict[tuple[object, ...], Record] = {}
-    for path in sorted(results.glob("*.json"), key=lambda p: p.stem.rsplit("_", 1)[-1]):
-        for record in json.loads(path.read_text()):
-            if "is_mapped" in record and not record["is_mapped"] and not record["case"].endswith("(tiny)"):
-                key = tuple(record.get(name) for name in ("case", "form", "method", "vram_budget", "gpu"))
-                found[key] = {**record, "file": path.stem}
+    for record in sorted(measured, key=lambda r: (r["date"], r.get("time") or "", r["file"])):
+        key = tuple(record.get(name) for name in ("case", "form", "method", "vram_budget", "gpu"))
+        if key not in found or time_of(record) is not None:  # one that had no time left says nothing new
+            found[key] = record
     if not found:
         raise NoResultsError(f"no results of `python -m benchmarks` at true size in {results}")
     return list(found.values())
@@ -75,7 +79,7 @@ def table(records: Sequence[Record]) -> list[str]:
     gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
     gpu = max(gpus, key=lambda name: gpus[name])
     alike = [r for r in records if r["gpu"] == gpu and time_of(r) is not None]
-    pairs = sorted(_pairs(alike), key=lambda pair: FORMS.index(cast(Form, pair[1])))
+    pairs = [(case, form) for form in FORMS for case in CASES if (case, form) in _pairs(alike)]
     lines = [
         f"{gpu}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal to resident.",
         "",

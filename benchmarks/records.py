@@ -22,7 +22,7 @@ import layerstream
 Record = dict[str, Any]
 
 # Fields that say where and when, which all records of one run have in common.
-FACTS = ("gpu", "link_gb_per_s", "machine", "versions", "commit", "date")
+FACTS = ("gpu", "link_gb_per_s", "machine", "versions", "commit", "date", "time")
 
 
 def command_line(arguments: Sequence[str]) -> str:
@@ -36,6 +36,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def facts(modules: Sequence[nn.Module], device: torch.device) -> Record:
     """The fields that say what was measured where; none says which machine it was, only what kind."""
+    now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "weights_bytes": sum(t.numel() * t.element_size() for t in tensors_of(modules)),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "simulated",
@@ -43,7 +44,8 @@ def facts(modules: Sequence[nn.Module], device: torch.device) -> Record:
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "date": f"{now:%Y-%m-%d}",
+        "time": f"{now:%H:%M:%S}",
     }
 
 

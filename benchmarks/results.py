@@ -44,11 +44,12 @@ _COSTS = {
 _NOTES = [
     "Each row was measured in a process of its own, resident first and last; ratios are to the mean of both. A "
     "denoiser's time is the median of its passes, which take turns between the texts of guidance, after all warm-ups. "
-    "A pipeline's is a whole call after calls of a step (after those in which a method profiles); of layerstream the "
-    "first call of the process is told as well, and the time is the second's. `~`: extrapolated from calls of one and "
-    "three steps, because a whole one would take too long. `mapped`: the weights lie in a mapped file when streaming "
-    "begins. Peaks are of the whole process, activations and warm-ups included. Stall ms is the sum over all passes of "
-    "the process. Host RSS is the peak of the process, libraries included; before enter: with the weights loaded.",
+    "A pipeline's is a whole call after calls of few steps (after those in which a method profiles); of layerstream, "
+    "where a first call is told, after that one alone. Of short calls it is the median of two or three. `~`: "
+    "extrapolated from calls of one and three steps, because a whole one would take too long. `mapped`: the weights "
+    "lie in a mapped file when streaming begins. Peaks are of the whole process, activations and warm-ups included. "
+    "Stall ms is the sum over all passes of the process. Host RSS is the peak of the process, libraries included; "
+    "before enter: with the weights loaded.",
 ]
 
 

@@ -75,8 +75,11 @@ def _memory(records: Sequence[Record], ours: Sequence[Record]) -> Iterator[str]:
         yield _verdict("host memory 1.02 x weights + 1 GiB", most["host_peak_rss_bytes"], limit, told)
     left = [r for r in ours if r["exit_s"] is not None]
     if left:
-        slowest = max(r["exit_s"] for r in left)
-        yield _verdict("leaving in 0.5 s", slowest, 0.5, f"{slowest:.2f} s at most")
+        slowest = max(left, key=lambda r: r["exit_s"])
+        told = f"{slowest['exit_s']:.2f} s at most"
+        locked = slowest.get("locked_bytes")
+        told += f", which unlocks {locked / 1e9:.1f} GB of pages" if locked else ""
+        yield _verdict("leaving in 0.5 s", slowest["exit_s"], 0.5, told)
     kept = [r["left_on_device_bytes"] for r in ours if r.get("left_on_device_bytes") is not None]
     usual = [r["left_on_device_bytes"] for r in records if r["method"] == "resident" and r.get("left_on_device_bytes")]
     if kept:

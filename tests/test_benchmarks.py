@@ -333,7 +333,7 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     base: dict[str, Any] = {
         "case": "ovis", "form": "denoiser", "gpu": "G", "is_mapped": False, "vram_budget": None, "equal": True,
         "ratio_to_resident": 1.0, "seconds": None, "peak_reserved_bytes": 16 * 10**9, "ms_per_pass": 100.0,
-        "error": None,
+        "error": None, "date": "2026-11-24",
     }  # fmt: skip
     records = [
         {**base, "method": "resident"},
@@ -362,6 +362,22 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     assert readme.read_text() == text
 
 
+def test_the_newest_of_each_cell_counts_unless_it_has_no_time(tmp_path: Path) -> None:
+    base = {"case": "ovis", "form": "denoiser", "gpu": "G", "is_mapped": False, "vram_budget": None, "method": "mmgp"}
+    written = [
+        ("b", "2026-11-23", None, 1.0),
+        ("a", "2026-11-24", "09:00:00", 2.0),
+        ("z", "2026-11-24", None, 3.0),
+        ("y", "2026-11-24", "10:00:00", 4.0),
+        ("x", "2026-11-24", "11:00:00", None),
+    ]
+    for name, date, time_of_day, ms in written:
+        record = {**base, "date": date, "time": time_of_day, "ms_per_pass": ms, "seconds": None}
+        (tmp_path / f"{name}_g_20261124.json").write_text(json.dumps([record]))
+    (found,) = plots.read(tmp_path)
+    assert (found["file"], found["ms_per_pass"]) == ("y_g_20261124", 4.0)
+
+
 # ---- targets
 
 
@@ -380,7 +396,7 @@ def test_targets_are_told_met_or_missed() -> None:
         record_of("resident", None, 100.0),
         record_of("layerstream", "min", 250.0),
         record_of("layerstream", "10GiB", 104.0, predicted_ms_per_pass=102.0, predicted_bound="compute"),
-        record_of("layerstream", "12GiB", 108.0, exit_s=0.6),
+        record_of("layerstream", "12GiB", 108.0, exit_s=0.6, locked_bytes=14 * 10**9),
         record_of("layerstream", "auto", 102.0, left_on_device_bytes=2_000),
         {
             **record_of("layerstream", "6GiB", 180.0, enter_gb_per_s=3.0, enter_s=4.7),
@@ -399,7 +415,7 @@ def test_targets_are_told_met_or_missed() -> None:
         "entering from mapped files at 4 GB/s or more: missed by 25.0 %, 3.0 GB/s"
         "; the slowest took 4.70 s, 4.00 of it to page-lock (3.5 GB/s)",
         "host memory 1.02 x weights + 1 GiB: met, 15.00 GB",
-        "leaving in 0.5 s: missed by 20.0 %, 0.60 s at most",
+        "leaving in 0.5 s: missed by 20.0 %, 0.60 s at most, which unlocks 14.0 GB of pages",
         "leaving no more on the device than running does: missed by 100.0 %",
         "no budget slower than a smaller one (by 1 % or more): missed, 12GiB takes 3.8 % more than 10GiB "
         "(14.00 GB a pass over the bus after 14.00); the resident processes differ by 3.0 %",

@@ -338,7 +338,7 @@ class Streamer:
             self._ledger.start_interval(self._transfer.weights_bytes)
         self._begun = begun
         self._mark_whole(phase_plan)
-        if self._ledger.wants_times:
+        if self._ledger.wants_times and entry != READ:  # then no block runs
             self._timer.begin(self._ledger.starts_timing())
 
     def _begin_by_touch(self, units: Sequence[int], is_grad: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 import layerstream
 from layerstream.phases import Key, Reserve
@@ -128,3 +129,16 @@ def test_times_that_a_pause_loses_are_measured_again() -> None:
         for _ in range(8):
             model(toy_input())
         assert streamer.plan.phase_of("Toy").prediction is not None
+
+
+def test_reading_weights_is_no_pass() -> None:
+    """It would count as one in which no block took any time."""
+    model, other = toy(), nn.Linear(4, 4)
+    device = Behind(passed=torch.inf)
+    with torch.no_grad(), layerstream.offload({"a": model, "b": other}, vram_budget="min", device=device) as streamer:
+        for num_reads in (0, 0, 4, 0, 0, 0, 0):
+            for block in model.blocks[:num_reads]:
+                run(other, passes=5)  # no short turns: those would make one phase of both
+                block.up.weight.sum()  # begins the phase of `a`
+            model(toy_input())
+        assert streamer.plan.phase_of("a").prediction is not None

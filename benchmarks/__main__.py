@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
             "--skip-first-call",
             dest="skips_first_call",
             action="store_true",
-            help="of a pipeline with layerstream: a call of a few steps comes first, and is not told",
+            help="of a pipeline with layerstream: calls of a few steps come first, and are not told",
         )
         each.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
         each.add_argument("--cell-seconds", type=float, default=240, metavar="S", help="limit of each measurement")

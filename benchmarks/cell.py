@@ -43,7 +43,7 @@ class Cell:
         passes: timed passes of a denoiser.
         steps: of a pipeline's call; None: what the case is defined with.
         call_seconds: a peer's call that would take longer is extrapolated from calls of a few steps.
-        tells_first_call: the first call of a pipeline is a whole one, too, and told; else it is one of a few steps.
+        tells_first_call: a pipeline's first call is a whole one, too, and told; else calls of a few steps come first.
         is_mapped: the weights lie in a mapped file, as a checkpoint's do, rather than in memory of their own.
         folder: where the case's weights are, and the output of the first resident measurement.
     """

@@ -6,7 +6,6 @@ from a server that has imported the libraries, so that each begins in a second r
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ _PRELOADED = [
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "transformers.models.t5.modeling_t5",
 ]
+_PREPARING_SECONDS = 300.0  # limit of drawing and writing a case's weights; large ones take half a minute
 _SWEEP = ("min", "4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "auto")
 _PIPELINE_SWEEP = ("6GiB", "10GiB", "auto")  # whole calls take long; `-sweep` has all
 # Where peers take a budget: what ours is compared with at like memory.
@@ -112,31 +112,34 @@ def run(
     started = time.monotonic()
     done: list[Record] = []
     context = _server()
-    with contextlib.ExitStack() as folders:
-        homes: dict[str, str] = {}
-        for each in cells:
-            if each.case not in homes:
-                for other in homes.values():  # one case's weights at a time are large enough
-                    shutil.rmtree(other, ignore_errors=True)
-                home = folders.enter_context(tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="bench-"))
-                homes[each.case] = home
-                # A pipeline's denoiser is the denoiser alone.
-                most = max((c for c in cells if c.case == each.case), key=lambda c: c.form == "pipeline")
-                _in_process(context, measuring.prepare, (replace(most, folder=home),), cell_seconds)
-            placed = replace(each, folder=homes[each.case])
-            left = None if seconds is None else seconds - (time.monotonic() - started)
-            alike = [c for c in cells if (c.case, c.form) == (each.case, each.form)]
-            is_last_resident = each is alike[-1] and each.method == "resident"  # ratios are to both
-            if left is not None and left <= 0 and not is_last_resident:
-                record = _failed(placed, command, f"not begun: the suite's {seconds:.0f} s were over", done)
-            else:
-                limit = cell_seconds if left is None or is_last_resident else min(cell_seconds, left)
-                record = _one(context, placed, command, limit, done)
-            record["cell_s"] = round(time.monotonic() - started - sum(r["cell_s"] for r in done), 1)
-            done.append(record)
-            rate(done)
-            write(done, output, topic)
-            tell(summary(record))
+    # Case by case: the weights of one at a time are large enough.
+    by_case = {case: [c for c in cells if c.case == case] for case in dict.fromkeys(c.case for c in cells)}
+    for of_case in by_case.values():
+        with tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="bench-") as home:
+            # What is the denoiser alone is the pipeline's denoiser, too.
+            most = max(of_case, key=lambda cell: cell.form == "pipeline")
+            try:
+                _in_process(context, measuring.prepare, (replace(most, folder=home),), _PREPARING_SECONDS)
+                missing = None
+            except _WorkerError as exc:
+                missing = f"no weights could be made: {exc}"
+            for each in of_case:
+                left = None if seconds is None else seconds - (time.monotonic() - started)
+                is_last = each is [c for c in of_case if c.form == each.form][-1]
+                is_last_resident = is_last and each.method == "resident"  # ratios are to both
+                placed = replace(each, folder=home)
+                if missing is not None:
+                    record = _failed(placed, command, missing, done)
+                elif left is not None and left <= 0 and not is_last_resident:
+                    record = _failed(placed, command, f"not begun: the suite's {seconds:.0f} s were over", done)
+                else:
+                    limit = cell_seconds if left is None or is_last_resident else min(cell_seconds, left)
+                    record = _one(context, placed, command, limit, done)
+                record["cell_s"] = round(time.monotonic() - started - sum(r["cell_s"] for r in done), 1)
+                done.append(record)
+                rate(done)
+                write(done, output, topic)
+                tell(summary(record))
     return done
 
 

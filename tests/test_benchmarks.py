@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -170,15 +171,8 @@ def hang(setup: Any) -> None:
     time.sleep(600)
 
 
-@pytest.mark.parametrize(
-    ("apply", "error"), [(fail, "this peer cannot"), (die, "the process died"), (hang, "ended after 12 s")]
-)
-def test_a_cell_that_fails_is_a_record_and_the_others_go_on(
-    apply: Any, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    # Forked from here, for the sake of a method that exists only here; the threads of OpenMP do not survive that.
-    import multiprocessing
-
+def fork_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the sake of what exists only here; the threads of OpenMP do not survive that."""
     work = suite._work
 
     def work_alone(*arguments: Any) -> None:
@@ -187,6 +181,15 @@ def test_a_cell_that_fails_is_a_record_and_the_others_go_on(
 
     monkeypatch.setattr(suite, "_work", work_alone)
     monkeypatch.setattr(suite, "_server", lambda: multiprocessing.get_context("fork"))
+
+
+@pytest.mark.parametrize(
+    ("apply", "error"), [(fail, "this peer cannot"), (die, "the process died"), (hang, "ended after 12 s")]
+)
+def test_a_cell_that_fails_is_a_record_and_the_others_go_on(
+    apply: Any, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fork_from_here(monkeypatch)
     monkeypatch.setitem(METHODS, "odd", Method("odd", apply))
     wanted = [Cell("ovis", "denoiser", m, "", scale="tiny", device="cpu", passes=2) for m in ("resident", "odd")]
     done = suite.run(
@@ -197,6 +200,27 @@ def test_a_cell_that_fails_is_a_record_and_the_others_go_on(
     assert done[1]["gpu"] == "simulated"
     assert done == records_in(tmp_path)
     assert suite.are_all_good(done), "a peer that cannot run is no failure of the harness"
+
+
+def test_a_case_whose_weights_cannot_be_made_does_not_lose_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = cell.prepare
+
+    def prepare_some(wanted: Cell) -> None:
+        if wanted.case == "ovis":
+            raise OSError("the disk is full")
+        prepare(wanted)
+
+    fork_from_here(monkeypatch)
+    monkeypatch.setattr(cell, "prepare", prepare_some)
+    cases_in_turn = ("sd35m", "ovis", "sd35m", "ovis")  # measured case by case
+    wanted = [Cell(case, "denoiser", "resident", "", scale="tiny", device="cpu", passes=2) for case in cases_in_turn]
+    done = suite.run(wanted, topic="some", command="-", output=tmp_path, cell_seconds=100)
+    assert [(r["case"], r["error"]) for r in done[:2]] == [("sd35m (tiny)", None)] * 2
+    assert [r["case"] for r in done[2:]] == ["ovis (tiny)"] * 2
+    assert all("no weights could be made: OSError('the disk is full')" in r["error"] for r in done[2:])
+    assert done == records_in(tmp_path)
 
 
 def test_what_has_no_time_left_is_not_begun(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ class Attachments:
                 getattr(place.module, place.kind)[place.name] = original
             attachment.moved_others = []
             for index in attachment.units:
-                self.units[index].binding.restore()
+                with self._device.homes():
+                    self.units[index].binding.restore()
                 attempt(functools.partial(forget_slots, index), "free device memory")
             for place, stand_in in attachment.division.stand_ins:
                 if getattr(place.module, place.kind).get(place.name) is stand_in:

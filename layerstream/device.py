@@ -160,6 +160,9 @@ class Device(Protocol):
     def pinned_staging(self, num_bytes: int) -> torch.Tensor | None:
         """A small page-locked buffer, or None if that is refused too."""
 
+    def homes(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, tensors are made for weights that go back to where they came from."""
+
     def synchronize(self) -> None:
         """Block the host until the device is idle."""
 
@@ -381,6 +384,9 @@ class CudaDevice:
         except RuntimeError:
             _clear_sticky_error()
             return None
+
+    def homes(self) -> contextlib.AbstractContextManager[None]:
+        return _NOTHING
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)

@@ -414,6 +414,9 @@ class SimulatedDevice:
         with self._own_operations():  # host memory
             return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
+    def homes(self) -> contextlib.AbstractContextManager[None]:
+        return self._own_operations()  # host memory
+
     def synchronize(self) -> None:
         self._step("synchronize")
         self._run_copies(until=None)

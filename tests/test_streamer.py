@@ -569,6 +569,31 @@ def test_a_second_thread_is_refused() -> None:
     assert "One call at a time" in str(errors[0])
 
 
+def test_small_originals_are_let_go_of_however_many_components_there_are() -> None:
+    """What describes the components once more would hold the memory of all that is gathered, a second copy of it."""
+
+    def exact(pipe: nn.Module | dict[str, nn.Module]) -> list[bool]:
+        with layerstream.offload(pipe, vram_budget="min", device=adversary()) as streamer:
+            units = streamer._streamer._units.values()
+            return [bound.is_exact for unit in units for bound in unit.binding.tensors]
+
+    alone = exact(toy())
+    assert not all(alone)
+    assert exact({"a": toy(), "b": toy(1)}) == alone + alone
+    tied = {"a": toy(), "b": toy(1), "c": toy(2)}
+    tied["b"].head.weight = tied["a"].head.weight
+    assert exact(tied).count(False) >= 3 * alone.count(False) - 2
+
+
+def test_weights_at_home_are_no_device_memory() -> None:
+    pipe = {"a": toy(), "b": toy(1)}
+    device = adversary()
+    with device.accounting(), layerstream.offload(pipe, vram_budget="min", device=device) as streamer:
+        before = device.allocated_bytes()
+        with streamer.paused():
+            assert device.allocated_bytes() <= before
+
+
 def test_time_to_page_lock_is_a_part_of_the_time_to_enter() -> None:
     with offloaded(toy(), adversary()) as streamer:
         stats = streamer.stats()

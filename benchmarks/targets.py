@@ -28,9 +28,9 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
     if form == "denoiser" and least is not None and rival is not None:
         share = _share(least, rival)
         more = (
-            f"; {_gb_per_s(least, least['loaded_bytes_per_pass'])} GB/s over the bus in "
+            f"; {_gb_per_s(least, least['loaded_bytes_per_pass'])} GB/s over the bus{_of_link(least)} in "
             f"{least['peak_reserved_bytes'] / 1e9:.2f} GB reserved, where it has "
-            f"{_gb_per_s(rival, rival['weights_bytes'])} in {rival['peak_reserved_bytes'] / 1e9:.2f}"
+            f"{_gb_per_s(rival, rival['weights_bytes'])}{_of_link(rival)} in {rival['peak_reserved_bytes'] / 1e9:.2f}"
             if least.get("loaded_bytes_per_pass") and least["peak_reserved_bytes"] and rival["peak_reserved_bytes"]
             else ""
         )
@@ -135,6 +135,11 @@ def _page_locking(entered: Sequence[Record]) -> str:
 
 def _gb_per_s(record: Record, num_bytes: int) -> float:
     return round(num_bytes / record["ms_per_pass"] / 1e6, 1)
+
+
+def _of_link(record: Record) -> str:
+    """What the bus gave in the same process before."""
+    return f" of {record['link_gb_per_s']} measured" if record.get("link_gb_per_s") else ""
 
 
 def _bound(record: Record) -> str:

@@ -133,19 +133,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _methods(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    return names
+    return _names(text, list(METHODS), "no method")
 
 
 def _budgets(text: str) -> list[str]:
-    names = text.split(",")
     known = sorted({e.vram_budget for entries in suite.suites().values() for e in entries if e.vram_budget})
+    return _names(text, known, "no suite has")
+
+
+def _names(text: str, known: Sequence[str], refusal: str) -> list[str]:
+    """The names in "A,B", all of which are known."""
+    names = text.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no suite has {', '.join(unknown)}; there are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{refusal} {', '.join(unknown)}; there are {', '.join(known)}")
     return names
 
 

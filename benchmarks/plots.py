@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES, FORMS
-from benchmarks.records import Record, time_of
-from layerstream.budget import parse_bytes
+from benchmarks.records import Record, budget_order, time_of
 
 START, END = "<!-- headline: made by `make bench-plots` -->", "<!-- end of headline -->"
 _COLOURS = {
@@ -86,7 +85,9 @@ def table(records: Sequence[Record]) -> list[str]:
         "| | " + " | ".join(f"{case}, {form}" for case, form in pairs) + " |",
         "|---|" + "---|" * len(pairs),
     ]
-    rows = sorted({(r["method"], r["vram_budget"]) for r in alike}, key=_row_order)
+    rows = sorted(
+        {(r["method"], r["vram_budget"]) for r in alike}, key=lambda row: (_METHODS.index(row[0]), budget_order(row[1]))
+    )
     for method, budget in rows:
         cells = []
         for case, form in pairs:
@@ -111,13 +112,6 @@ def _cell(record: Record) -> str:
     peak = record["peak_reserved_bytes"]
     text = ratio if peak is None else f"{ratio} / {peak / 1e9:.1f}"
     return f"**{text}**" if record["equal"] else text
-
-
-def _row_order(row: tuple[str, str | None]) -> tuple[int, float]:
-    method, budget = row
-    if budget in (None, "min"):
-        return _METHODS.index(method), 0.0
-    return _METHODS.index(method), float("inf") if budget == "auto" else float(parse_bytes(budget))
 
 
 def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream.budget import parse_bytes
 
 Record = dict[str, Any]
 
@@ -75,6 +77,13 @@ def time_of(record: Record) -> float | None:
     """Milliseconds of a denoiser's pass, or seconds of a pipeline's call; None if it was not measured."""
     time: float | None = record["ms_per_pass"] if record["form"] == "denoiser" else record["seconds"]
     return time
+
+
+def budget_order(vram_budget: str | None) -> float:
+    """By which budgets are sorted: bytes, the least before and all that is free behind every size."""
+    if vram_budget in (None, "min"):
+        return 0.0
+    return math.inf if vram_budget == "auto" else float(parse_bytes(vram_budget))
 
 
 def tensors_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:

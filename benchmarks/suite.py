@@ -123,10 +123,10 @@ def run(
                 missing = None
             except _WorkerError as exc:
                 missing = f"no weights could be made: {exc}"
+            last = {cell.form: cell for cell in of_case}
             for each in of_case:
                 left = None if seconds is None else seconds - (time.monotonic() - started)
-                is_last = each is [c for c in of_case if c.form == each.form][-1]
-                is_last_resident = is_last and each.method == "resident"  # ratios are to both
+                is_last_resident = each is last[each.form] and each.method == "resident"  # ratios are to both
                 placed = replace(each, folder=home)
                 if missing is not None:
                     record = _failed(placed, command, missing, done)

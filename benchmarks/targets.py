@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from benchmarks.records import Record, time_of
-from layerstream.budget import parse_bytes
+from benchmarks.records import Record, budget_order, time_of
 
 _NOISE = 1.01  # a budget that is slower than a smaller one by less is not told
 _GIB = 2**30
@@ -90,9 +89,7 @@ def _memory(records: Sequence[Record], ours: Sequence[Record]) -> Iterator[str]:
 
 def _order(ours: dict[str | None, Record], resident: Sequence[float]) -> Iterator[str]:
     """Whether more memory was never slower."""
-    sized = [(parse_bytes(b), r) for b, r in ours.items() if b not in (None, "min", "auto")]
-    ordered = [r for _, r in sorted(sized, key=lambda pair: pair[0])]
-    ordered = [*([ours["min"]] if "min" in ours else []), *ordered, *([ours["auto"]] if "auto" in ours else [])]
+    ordered = [ours[budget] for budget in sorted((b for b in ours if b is not None), key=budget_order)]
     if len(ordered) < 2:
         return
     slower = [(a, b) for a, b in pairwise(ordered) if _share(b, a) > _NOISE]

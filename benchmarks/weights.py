@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,13 +79,12 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-        pieces = []
+        places = []
         for key, tensor in tensors.items():
             view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
-            start = 8 + len(text) + header[key]["data_offsets"][0]
-            pieces += [(view[i : i + _PIECE_BYTES], start + i) for i in range(0, len(view), _PIECE_BYTES)]
+            places.append((view, 8 + len(text) + header[key]["data_offsets"][0]))
         file.flush()
-        _each(pieces, lambda piece, offset: os.pwrite(file.fileno(), piece, offset))
+        _each(places, lambda piece, offset: os.pwrite(file.fileno(), piece, offset))
 
 
 def _read(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,25 +92,23 @@ def _read(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))
-        pieces: list[tuple[memoryview, int]] = []
+        places = []
         found = {}
         for key, entry in header.items():
             if key == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
             raw = torch.empty(end - start, dtype=torch.uint8)
-            view = memoryview(raw.numpy())
-            pieces += [
-                (view[i : i + _PIECE_BYTES], 8 + header_bytes + start + i) for i in range(0, end - start, _PIECE_BYTES)
-            ]
+            places.append((memoryview(raw.numpy()), 8 + header_bytes + start))
             found[key] = raw.view(like[key].dtype).view(entry["shape"])
 
-        _each(pieces, lambda piece, offset: os.preadv(file.fileno(), [piece], offset))
+        _each(places, lambda piece, offset: os.preadv(file.fileno(), [piece], offset))
     return found
 
 
-def _each(pieces: list[tuple[memoryview, int]], move: Callable[[memoryview, int], int]) -> None:
-    """Move every piece to or from its place in a file; one call may move less than it is asked for."""
+def _each(places: Sequence[tuple[memoryview, int]], move: Callable[[memoryview, int], int]) -> None:
+    """Move memory to or from its offsets in a file, in pieces by several threads; one call may move less than asked."""
+    pieces = [(view[i : i + _PIECE_BYTES], at + i) for view, at in places for i in range(0, len(view), _PIECE_BYTES)]
 
     def whole(place: tuple[memoryview, int]) -> None:
         piece, offset = place

@@ -16,7 +16,6 @@ from torch import nn
 
 from layerstream import compiled
 from layerstream.absent import nan_scalar
-from layerstream.binding import UnitBinding
 from layerstream.blocks import UnitSpec
 from layerstream.device import Device
 from layerstream.errors import LayerstreamWarning
@@ -52,7 +51,7 @@ class Attachments:
 
     Attributes:
         all: in the order of attaching.
-        units, stored, bindings: by unit index.
+        units, stored: by unit index.
         units_of: by the id of their block.
         root_of: component by the id of its root, and of its compiled form.
         of_component: by the component's name.
@@ -62,7 +61,6 @@ class Attachments:
         self.all: list[Attachment] = []
         self.units: dict[int, Unit] = {}
         self.stored: dict[int, StoredUnit] = {}
-        self.bindings: dict[int, UnitBinding] = {}
         self.units_of: dict[int, tuple[int, ...]] = {}
         self.root_of: dict[int, str] = {}
         self.of_component: dict[str, Attachment] = {}
@@ -98,7 +96,7 @@ class Attachments:
                 unit.spec = replace(unit.spec, index=self._indices.setdefault(unit.spec.name, len(self._indices)))
                 index = unit.spec.index
                 attachment.units.append(index)
-                self.units[index], self.bindings[index] = unit, unit.binding
+                self.units[index] = unit
                 self.stored[index] = attachment.store.add(unit.binding)
                 unit.binding.prepare(index, nans, load_absent)
                 for module in unit.called:
@@ -146,7 +144,6 @@ class Attachments:
         for index in gone:
             self.units.pop(index, None)
             self.stored.pop(index, None)
-            self.bindings.pop(index, None)
 
     # ---- inside
 

@@ -83,7 +83,7 @@ class Streamer:
         self._device = device
         self._attached = Attachments(device)
         self._units = self._attached.units
-        self._transfer = TransferEngine(device, self._attached.stored, self._attached.bindings, self.stats)
+        self._transfer = TransferEngine(device, self._attached.stored, self._units, self.stats)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._calls = RunningCalls()
         self._stacks: list[tuple[list[int], bool]] = []

@@ -28,6 +28,7 @@ from layerstream.device import Device, Event, Stream, engine_tensors
 from layerstream.errors import TransferError
 from layerstream.host_store import StoredUnit
 from layerstream.stats import PhaseStats, Stats
+from layerstream.units import Unit
 
 _STAGING_BUFFERS = 3
 _STAGING_BYTES = 2**25  # copies of 32 MiB run at full speed
@@ -93,15 +94,15 @@ class TransferEngine:
     """Owns every slot; the only caller of `Device.copy`.
 
     Args:
-        stored, bindings: by unit index; the streamer adds and removes units.
+        stored, units: by unit index; the streamer adds and removes units.
     """
 
     def __init__(
-        self, device: Device, stored: Mapping[int, StoredUnit], bindings: Mapping[int, UnitBinding], stats: Stats
+        self, device: Device, stored: Mapping[int, StoredUnit], units: Mapping[int, Unit], stats: Stats
     ) -> None:
         self._device = device
         self._stored = stored
-        self._bindings = bindings
+        self._units = units
         self._stats = stats
         self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
         self._staging: _StagingRing | None = None
@@ -199,7 +200,7 @@ class TransferEngine:
         """
         if slot.unit is not None or unit in self._loaded:
             raise TransferError(f"unit {unit} loaded into a slot that holds unit {slot.unit}, or loaded twice")
-        slot.prepare(unit, self._stored[unit], self._bindings[unit])
+        slot.prepare(unit, self._stored[unit], self._units[unit].binding)
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         slot.ready = self._copy(unit, slot.pieces[unit], slot.after)

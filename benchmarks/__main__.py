@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--without", type=_methods, metavar="A,B", help="all methods but these")
     some.add_argument("--methods", type=_methods, metavar="A,B", help="only these, and resident")
     named.add_argument("--topic", metavar="NAME", help="of the files (default: the suites and the methods)")
-    named.add_argument("--budgets", type=_budgets, metavar="A,B", help="of layerstream's measurements only these")
+    named.add_argument("--budgets", type=_budgets, metavar="A,B", help="of methods that take one only these")
     for each in (run, named):
         each.add_argument("--scale", choices=["full", "tiny"], default="full")
         each.add_argument("--device", choices=["cuda", "cpu"], help="cpu: the simulated one (default: the GPU)")

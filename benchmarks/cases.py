@@ -45,8 +45,12 @@ class Work:
         return self.modules["transformer"]
 
     @property
+    def passes_per_step(self) -> int:
+        return 1 if GUIDANCE[self.case] == "batched" else len(_SEEDS)
+
+    @property
     def num_inputs(self) -> int:
-        return 1 if self.form == "pipeline" or GUIDANCE[self.case] == "batched" else len(_SEEDS)
+        return 1 if self.form == "pipeline" else self.passes_per_step
 
     def inputs(self, device: torch.device) -> list[dict[str, Any]]:
         """Arguments of a pass for each text, on the device; the latents are the same."""

@@ -238,7 +238,7 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         record["seconds_first_call"] = record["seconds_all_calls"][0]
     else:
         limit = math.inf if cell.method == "resident" else cell.call_seconds
-        record["seconds"] = _extrapolated(timed, steps, limit, _even(method.num_warm_ups) // 2)
+        record["seconds"] = _extrapolated(timed, steps, limit, math.ceil(method.num_warm_ups / work.passes_per_step))
         record["is_extrapolated"] = record["seconds"] is not None
     if not record.get("is_extrapolated") and (record["seconds_first_call"] or 0) < cell.call_seconds:
         loaded = setup.tell().get("stats_loaded_bytes")
@@ -259,10 +259,12 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
 def _extrapolated(timed: Any, steps: int, limit: float, num_warm_up_steps: int) -> float | None:
     """Warm up; seconds of a call if that is more than `limit`, from calls of few steps, else None."""
     few, more = _FEW_STEPS
-    first = timed(few)
-    if num_warm_up_steps > few:  # it profiles in its first passes
+    least = timed(few)
+    profiles = num_warm_up_steps > more  # in its first passes, which tell nothing of those that follow
+    if profiles:
         timed(num_warm_up_steps)
-    least = first if first > _SLOW_CALL_S else timed(few)
+    if profiles or least <= _SLOW_CALL_S:
+        least = timed(few)
     if least * steps <= limit or steps <= more:
         return None
     per_step = (timed(more) - least) / (more - few)

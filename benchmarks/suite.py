@@ -6,17 +6,21 @@ from a server that has imported the libraries, so that each begins in a second r
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import functools
 import multiprocessing
 import os
 import queue
+import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -36,6 +40,7 @@ _PRELOADED = [
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "transformers.models.t5.modeling_t5",
 ]
+_TELL, _FRAMES = signal.SIGUSR1, 4  # asks a worker where it is, and how much of that is told
 _PREPARING_SECONDS = 300.0  # limit of drawing and writing a case's weights; large ones take half a minute
 _SWEEP = ("min", "4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "auto")
 _PIPELINE_SWEEP = ("6GiB", "10GiB", "auto")  # whole calls take long; `-sweep` has all
@@ -224,30 +229,43 @@ def _in_process(context: Any, function: Callable[..., Any], arguments: tuple[Any
         _WorkerError: it took longer than `seconds`, or the process died.
     """
     answers = context.Queue()
-    worker = context.Process(target=_work, args=(answers, function, arguments))
-    worker.start()
-    end = time.monotonic() + seconds
-    try:
-        while True:
-            try:
-                kind, answer = answers.get(timeout=0.1)
-                break
-            except queue.Empty:
-                if time.monotonic() > end:
-                    raise _WorkerError(f"ended after {seconds:.0f} s") from None
-                if not worker.is_alive() and answers.empty():
-                    raise _WorkerError(f"the process died (exit code {worker.exitcode})") from None
-    finally:
-        worker.join(timeout=5)  # it also gives its memory back
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
+    with tempfile.NamedTemporaryFile("r", prefix="bench-", suffix=".stack") as stack:
+        worker = context.Process(target=_work, args=(answers, stack.name, function, arguments))
+        worker.start()
+        end = time.monotonic() + seconds
+        try:
+            while True:
+                try:
+                    kind, answer = answers.get(timeout=0.1)
+                    break
+                except queue.Empty:
+                    if time.monotonic() > end:
+                        where = _whereabouts(worker, stack)
+                        worker.kill()
+                        raise _WorkerError(f"ended after {seconds:.0f} s{where}") from None
+                    if not worker.is_alive() and answers.empty():
+                        raise _WorkerError(f"the process died (exit code {worker.exitcode})") from None
+        finally:
+            worker.join(timeout=5)  # it also gives its memory back
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
     if kind == "error":
         raise _WorkerError(answer)
     return answer
 
 
-def _work(answers: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _whereabouts(worker: Any, stack: IO[str]) -> str:
+    """The innermost calls of a worker that has not answered, as ", in f (a.py:1), in g (b.py:2)"; "" if unknown."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker.pid, _TELL)
+    time.sleep(1.0)  # a handler in C writes it, whatever the worker's Python waits for
+    frames = re.findall(r'File "(?:.*/)?(.+)", line (\d+) in (.+)', stack.read())
+    return "".join(f", in {name} ({file}:{line})" for file, line, name in frames[:_FRAMES])
+
+
+def _work(answers: Any, stack: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    faulthandler.register(_TELL, Path(stack).open("w"), all_threads=False)  # noqa: SIM115 (as long as this process lives)
     try:
         answers.put(("answer", function(*arguments)))
     except Exception as exc:
@@ -272,10 +290,10 @@ def _fast_folder() -> str | None:
 def expand(
     name: str, methods: Sequence[str] | None = None, budgets: Sequence[str] | None = None, **common: Any
 ) -> Iterator[Cell]:
-    """The cells of the suite `name`; only those of `methods`, and of ours those of `budgets`, if they are given."""
+    """The cells of the suite `name`; only those of `methods`, and of these `budgets` or without one, if given."""
     for entry in suites()[name]:
         is_method = methods is None or entry.method in (*methods, "resident")
-        if is_method and (budgets is None or entry.method != "layerstream" or entry.vram_budget in budgets):
+        if is_method and (budgets is None or entry.vram_budget is None or entry.vram_budget in budgets):
             yield Cell(entry.case, entry.form, entry.method, "", entry.vram_budget, is_mapped=entry.is_mapped, **common)
 
 

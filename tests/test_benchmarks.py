@@ -184,7 +184,8 @@ def fork_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("apply", "error"), [(fail, "this peer cannot"), (die, "the process died"), (hang, "ended after 12 s")]
+    ("apply", "error"),
+    [(fail, "this peer cannot"), (die, "the process died"), (hang, "ended after 12 s, in hang (test_benchmarks.py:")],
 )
 def test_a_cell_that_fails_is_a_record_and_the_others_go_on(
     apply: Any, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -273,8 +274,21 @@ def test_a_call_that_would_take_too_long_is_extrapolated(
         calls.append(count)
         return 2.0 + slow * count
 
-    assert cell._extrapolated(timed, steps, 100, 1) == expected
+    assert cell._extrapolated(timed, steps, 100, 2) == expected
     assert calls == wanted
+
+
+@pytest.mark.parametrize("steps", [40, 50])
+def test_nothing_is_extrapolated_from_passes_that_profile(steps: int) -> None:
+    passes = 0
+
+    def timed(count: int) -> float:
+        nonlocal passes
+        seconds = sum(20.0 if n < 14 else 2.5 for n in range(passes, passes + count))
+        passes += count
+        return seconds
+
+    assert cell._extrapolated(timed, steps, 100, 14) == (None if steps == 40 else 125.0)
 
 
 def test_ratios_are_to_the_mean_of_the_resident_ones() -> None:
@@ -305,12 +319,13 @@ def test_a_suite_can_be_narrowed_to_methods() -> None:
     ]  # fmt: skip
 
 
-def test_a_suite_can_be_narrowed_to_budgets_of_ours() -> None:
-    found = list(suite.expand("ovis", ["layerstream", "vllm_omni"], ["min", "10GiB"], scale="tiny"))
+def test_a_suite_can_be_narrowed_to_budgets() -> None:
+    found = list(suite.expand("ovis", ["layerstream", "vllm_omni", "flextensor"], ["min", "10GiB"], scale="tiny"))
     told = [(c.form, c.method, c.vram_budget) for c in found if c.method != "resident"]
     assert told == [
         ("denoiser", "layerstream", "min"), ("denoiser", "layerstream", "10GiB"), ("denoiser", "vllm_omni", None),
-        ("pipeline", "layerstream", "10GiB"), ("pipeline", "vllm_omni", None),
+        ("denoiser", "flextensor", "10GiB"),
+        ("pipeline", "layerstream", "10GiB"), ("pipeline", "vllm_omni", None), ("pipeline", "flextensor", "10GiB"),
     ]  # fmt: skip
 
 

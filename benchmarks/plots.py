@@ -65,7 +65,9 @@ def read(results: Path) -> list[Record]:
     found: dict[tuple[object, ...], Record] = {}
     for record in sorted(measured, key=lambda r: (r["date"], r.get("time") or "", r["file"])):
         key = tuple(record.get(name) for name in ("case", "form", "method", "vram_budget", "gpu"))
-        if key not in found or time_of(record) is not None:  # one that had no time left says nothing new
+        if (
+            key not in found or time_of(record) is not None or time_of(found[key]) is None
+        ):  # a failure takes no time away
             found[key] = record
     if not found:
         raise NoResultsError(f"no results of `python -m benchmarks` at true size in {results}")
@@ -74,10 +76,10 @@ def read(results: Path) -> list[Record]:
 
 def table(records: Sequence[Record]) -> list[str]:
     """Lines of Markdown: a row for each method and budget, a column for each case and form, of the GPU with most of
-    them: time as a ratio to resident, and the peak of reserved memory."""
+    them: time as a ratio to resident, and the peak of reserved memory; below, why those without a time have none."""
     gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
     gpu = max(gpus, key=lambda name: gpus[name])
-    alike = [r for r in records if r["gpu"] == gpu and time_of(r) is not None]
+    alike = [r for r in records if r["gpu"] == gpu]
     pairs = [(case, form) for form in FORMS for case in CASES if (case, form) in _pairs(alike)]
     lines = [
         f"{gpu}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal to resident.",
@@ -88,21 +90,24 @@ def table(records: Sequence[Record]) -> list[str]:
     rows = sorted(
         {(r["method"], r["vram_budget"]) for r in alike}, key=lambda row: (_METHODS.index(row[0]), budget_order(row[1]))
     )
+    found = {(r["case"], r["form"], r["method"], r["vram_budget"]): r for r in alike}
+    reasons: dict[str, int] = {}
     for method, budget in rows:
-        cells = []
-        for case, form in pairs:
-            found = [
-                r
-                for r in alike
-                if (r["case"], r["form"], r["method"], r["vram_budget"]) == (case, form, method, budget)
-            ]
-            cells.append(_cell(found[-1]) if found else "")
+        cells = [_cell(found.get((*pair, method, budget)), reasons) for pair in pairs]
         name = _LABELS.get(method, method) + (f", {budget}" if budget else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if reasons:
+        lines += ["", "No time: " + "; ".join(f"[{number}] {reason}" for reason, number in reasons.items()) + "."]
     return lines
 
 
-def _cell(record: Record) -> str:
+def _cell(record: Record | None, reasons: dict[str, int]) -> str:
+    """What the table says of a record: without a time, the number in `reasons` of why, which is added there."""
+    if record is None:
+        return ""
+    if time_of(record) is None:
+        innermost = ", in ".join((record["error"] or "not told").split(", in ")[:2])
+        return f"[{reasons.setdefault(innermost, len(reasons) + 1)}]"
     if record["method"] == "resident":
         mean = (time_of(record) or 0.0) / (record["ratio_to_resident"] or 1.0)  # of the first and the last
         ratio = f"{mean:.1f} ms" if record["form"] == "denoiser" else f"{mean:.2f} s"
@@ -122,15 +127,17 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
 
     alike = [r for r in records if (r["case"], r["form"]) == (case, form)]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for method in dict.fromkeys(r["method"] for r in alike):
+    for method, extrapolated in sorted({_kind(r) for r in alike}, key=lambda kind: (_METHODS.index(kind[0]), kind[1])):
         points = sorted(
             (r["peak_reserved_bytes"] / 1e9, time_of(r))
             for r in alike
-            if r["method"] == method and time_of(r) is not None and r["peak_reserved_bytes"]
+            if _kind(r) == (method, extrapolated) and time_of(r) is not None and r["peak_reserved_bytes"]
         )
         if points:
             line = "o-" if method == "layerstream" else "o"
-            axes.plot(*zip(*points, strict=True), line, color=_COLOURS[method], label=_LABELS.get(method, method))
+            fill, mark = ("none", ", extrapolated") if extrapolated else ("full", "")
+            label = _LABELS.get(method, method) + mark
+            axes.plot(*zip(*points, strict=True), line, color=_COLOURS[method], fillstyle=fill, label=label)
     axes.set_xlabel("peak of reserved device memory, GB")
     axes.set_ylabel("ms a pass" if form == "denoiser" else "s a call")
     axes.set_yscale("log")
@@ -146,6 +153,11 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _kind(record: Record) -> tuple[str, bool]:
+    """Its method, and whether its time is extrapolated: what a colour and a mark stand for."""
+    return record["method"], bool(record.get("is_extrapolated"))
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[str, str]]:

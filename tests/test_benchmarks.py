@@ -378,7 +378,9 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
         {**base, "method": "resident"},
         {**base, "method": "layerstream", "vram_budget": "6GiB", "ms_per_pass": 150.0, "ratio_to_resident": 1.5,
          "peak_reserved_bytes": 6 * 10**9},
-        {**base, "method": "mmgp", "ms_per_pass": None, "error": "cannot", "ratio_to_resident": None},
+        {**base, "method": "mmgp", "ms_per_pass": None, "error": "ended after 9 s, in f (a.py:1), in g (b.py:2)",
+         "ratio_to_resident": None},
+        {**base, "method": "vllm_omni", "ms_per_pass": None, "error": "cannot", "ratio_to_resident": None},
         {**base, "method": "resident", "case": "ovis (tiny)"},
     ]  # fmt: skip
     (tmp_path / "ovis_g_20261124.json").write_text(json.dumps(records))
@@ -396,7 +398,9 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     assert "| | ovis, denoiser |" in text
     assert "| resident | **100.0 ms / 16.0** |" in text
     assert "| layerstream, 6GiB | **1.50 x / 6.0** |" in text
-    assert "mmgp" not in text, "it did not run"
+    assert "| vllm-omni, layerwise | [1] |\n" in text
+    assert "| mmgp | [2] |\n" in text
+    assert "\nNo time: [1] cannot; [2] ended after 9 s, in f (a.py:1).\n" in text
     plots.make(tmp_path, readme)
     assert readme.read_text() == text
 
@@ -415,6 +419,17 @@ def test_the_newest_of_each_cell_counts_unless_it_has_no_time(tmp_path: Path) ->
         (tmp_path / f"{name}_g_20261124.json").write_text(json.dumps([record]))
     (found,) = plots.read(tmp_path)
     assert (found["file"], found["ms_per_pass"]) == ("y_g_20261124", 4.0)
+
+
+def test_the_newest_reason_counts_where_there_is_no_time(tmp_path: Path) -> None:
+    base = {"case": "ovis", "form": "denoiser", "gpu": "G", "is_mapped": False, "vram_budget": None, "method": "mmgp"}
+    records = [
+        {**base, "date": "2026-11-24", "time": time_of_day, "ms_per_pass": None, "seconds": None, "error": time_of_day}
+        for time_of_day in ("11:00:00", "09:00:00")
+    ]
+    (tmp_path / "x_g_20261124.json").write_text(json.dumps(records))
+    (found,) = plots.read(tmp_path)
+    assert found["error"] == "11:00:00"
 
 
 # ---- targets
@@ -447,8 +462,8 @@ def test_targets_are_told_met_or_missed() -> None:
     ]
     told = "\n".join(targets.lines(done))
     for line in (
-        "at the least budget as fast as vllm-omni's hooks: missed by 4.2 %, 1.042 x its time; 56.0 GB/s over the "
-        "bus of 54.5 measured in 2.00 GB reserved, where it has 58.3 in 2.00",
+        "at the least budget as fast as vllm-omni's hooks: missed by 4.2 %, 1.042 x its time; GB/s over the bus: "
+        "56.0 of 54.5 measured in 2.00 GB reserved, where it has 58.3 in 2.00 GB reserved",
         "at 10 GiB at most 1.05 x resident: met, 1.040 x, predicted 102.0 ms, compute-bound",
         "when everything fits at most 1.01 x: missed by 1.0 %, 1.020 x",
         "entering in place at 15 GB/s or more: met",

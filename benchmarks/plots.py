@@ -65,9 +65,8 @@ def read(results: Path) -> list[Record]:
     found: dict[tuple[object, ...], Record] = {}
     for record in sorted(measured, key=lambda r: (r["date"], r.get("time") or "", r["file"])):
         key = tuple(record.get(name) for name in ("case", "form", "method", "vram_budget", "gpu"))
-        if (
-            key not in found or time_of(record) is not None or time_of(found[key]) is None
-        ):  # a failure takes no time away
+        # A failure takes no older time away.
+        if key not in found or time_of(record) is not None or time_of(found[key]) is None:
             found[key] = record
     if not found:
         raise NoResultsError(f"no results of `python -m benchmarks` at true size in {results}")

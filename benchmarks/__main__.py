@@ -61,13 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             method.check()
         except MissingPeerError as exc:
             parser.error(str(exc))
-        cell = Cell(options.case, options.form, options.method, "", options.vram_budget, **common)
-        wanted = [Cell(options.case, options.form, "resident", "", **common), cell]
-        if options.is_mapped:
-            wanted[-1] = Cell(**{**cell.as_dict(), "is_mapped": True})
+        measured = options.case, options.form
+        cell = Cell(*measured, method.name, "", options.vram_budget, is_mapped=options.is_mapped, **common)
+        first, last = (Cell(*measured, "resident", "", **common) for _ in range(2))
+        wanted = [first] if method.name == "resident" else [first, cell, last]
         topic = f"{options.case}-{options.form}-{options.method}"
-        if method.name == "resident":
-            wanted = wanted[:1]
         refused = suite.refusal(cell) if method.name == "layerstream" else None
         if refused is not None:
             parser.error(refused)
@@ -93,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    run = commands.add_parser("run", help="one measurement, and the resident one it is compared with")
+    run = commands.add_parser("run", help="one measurement, resident before and after it")
     run.add_argument("--case", choices=CASES, required=True)
     run.add_argument("--form", choices=FORMS, default="denoiser")
     run.add_argument("--method", choices=METHODS, default="layerstream")

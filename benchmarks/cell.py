@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,6 @@ class Cell:
     call_seconds: float = 120
     tells_first_call: bool = True
     is_mapped: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def prepare(cell: Cell) -> None:

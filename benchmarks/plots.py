@@ -79,7 +79,8 @@ def table(records: Sequence[Record]) -> list[str]:
     gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
     gpu = max(gpus, key=lambda name: gpus[name])
     alike = [r for r in records if r["gpu"] == gpu]
-    pairs = [(case, form) for form in FORMS for case in CASES if (case, form) in _pairs(alike)]
+    measured = _pairs(alike)
+    pairs = [(case, form) for form in FORMS for case in CASES if (case, form) in measured]
     lines = [
         f"{gpu}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal to resident.",
         "",

@@ -19,7 +19,7 @@ from layerstream.absent import nan_scalar
 from layerstream.blocks import UnitSpec
 from layerstream.device import Device
 from layerstream.errors import LayerstreamWarning
-from layerstream.host_store import HostStore, StoredUnit
+from layerstream.host_store import HostStore, StoredUnit, Stretches
 from layerstream.intercept import Interception, Listener
 from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
 
@@ -85,10 +85,11 @@ class Attachments:
             listener: what the hooks call.
             load_absent: makes units present that something looks at.
         """
+        stretches = Stretches(self._device, (b for unit in division.units for b in unit.binding.tensors))
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         for group in connected(layouts, division):
             part = division if len(group) == len(layouts) else part_of(division, group)
-            attachment = Attachment(tuple(group), part, HostStore(self._device))
+            attachment = Attachment(tuple(group), part, HostStore(self._device, stretches))
             self.all.append(attachment)
             for place, stand_in in part.stand_ins:
                 getattr(place.module, place.kind)[place.name] = stand_in

@@ -67,11 +67,12 @@ class UnitBinding:
     _versions: list[int] = field(default_factory=list)  # when they were bound, and where
     _addresses: list[int] = field(default_factory=list)
 
-    def rehome(self, bound: BoundTensor, master: torch.Tensor, *, is_exact: bool) -> None:
-        """Its bytes were copied to `master`; the memory they came from is let go unless it `is_exact`ly restored."""
+    def rehome(self, bound: BoundTensor, master: torch.Tensor, *, keeps_home: bool, is_handed_back: bool) -> None:
+        """Its bytes were copied to `master`. The memory they came from is let go unless it `keeps_home`; then `master`
+        itself is handed back, or its values in memory of their own."""
         bound.master = master
-        if not is_exact:
-            bound.home, bound.is_exact = master, False
+        if not keeps_home:
+            bound.home, bound.is_exact = master, is_handed_back
             make_present([bound.tensor], [master])
 
     def prepare(

@@ -28,6 +28,7 @@ Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
 
 _LINK_PROBES = 4  # the fastest counts: one of them may meet other traffic, and a quarter too little was seen
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU of the process
 _SEGMENT_BYTES = 2**21  # CUDA's caching allocator takes memory for requests of 10 MiB and more in steps of this
 
 
@@ -369,7 +370,7 @@ class CudaDevice:
     def register(self, address: int, num_bytes: int) -> bool:
         # The runtime sets the device per thread, and registering may run in a pool of threads.
         with torch.cuda.device(self.torch_device):
-            error = int(self._cudart.cudaHostRegister(address, num_bytes, 0))
+            error = int(self._cudart.cudaHostRegister(address, num_bytes, _PORTABLE))
         if error:
             _clear_sticky_error()
         return error == 0

@@ -26,6 +26,20 @@ class BudgetError(LayerstreamError, ValueError):
         self.needed_bytes = needed_bytes
 
 
+class HostMemoryError(LayerstreamError, MemoryError):
+    """The weights cannot be held in host memory.
+
+    Attributes:
+        needed_bytes: how much more memory this process would take.
+        available_bytes: how much more it can have.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int | None = None, available_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
 class AdapterError(LayerstreamError, ValueError):
     """An adapter described a component wrongly (a name that does not exist, a block listed twice)."""
 

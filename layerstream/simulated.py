@@ -354,7 +354,7 @@ class SimulatedDevice:
             num_bytes = 0
             for target, source in pieces:
                 self._check_overwrite(target)
-                self._check_registration(source)
+                self._check_source(source)
                 num_bytes += target.numel()
                 if self.is_poisoned:
                     target.fill_(0xFF)
@@ -541,15 +541,27 @@ class SimulatedDevice:
                 )
         buffer.last_copy = self._copy_clock[COPY_STREAM]
 
-    def _check_registration(self, source: torch.Tensor) -> None:
-        """A copy must come from one registration or from none: a GPU answers `invalid argument` else."""
+    def check_host_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether a copy from or to a dense host tensor, by whomever, would be one of page-locked memory.
+
+        Raises:
+            TransferError: it begins in a registration and ends beyond it, in another one or in none, where a GPU
+                answers `invalid argument`. One that begins outside is an ordinary copy, whatever it crosses.
+        """
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        for start, num_bytes in self.registered.items():
+            if start <= first < start + num_bytes and first < last:
+                if last > start + num_bytes:
+                    raise TransferError(
+                        f"invalid argument: a copy of {last - first} bytes ends {last - start - num_bytes} bytes "
+                        "behind the registration it begins in"
+                    )
+                return True
+        return False
+
+    def _check_source(self, source: torch.Tensor) -> None:
         self.num_copied_pieces += 1
-        first, last = source.data_ptr(), source.data_ptr() + max(source.numel(), 1)
-        touching = [s for s, n in self.registered.items() if s < last and first < s + n]
-        if not touching:
-            self.num_pageable_pieces += 1
-        elif len(touching) > 1 or not (touching[0] <= first and last <= touching[0] + self.registered[touching[0]]):
-            raise TransferError(f"one copy of {source.numel()} bytes straddles {len(touching)} registrations")
+        self.num_pageable_pieces += not self.check_host_copy(source)
 
     def _access(self, tensor: torch.Tensor) -> None:
         if not tensor.numel():

@@ -262,7 +262,7 @@ def test_rehomed_inexactly_lets_go_of_the_original() -> None:
     binding = binding_of(parameter)
     (bound,) = binding.tensors
     master = torch.empty_strided(bound.shape, bound.strides).copy_(bound.home)
-    binding.rehome(bound, master, is_exact=False)
+    binding.rehome(bound, master, keeps_home=False, is_handed_back=False)
     assert torch._C._storage_Use_Count(storage._cdata) == 1, "only this test looks at the original"
     assert parameter.data_ptr() == master.data_ptr()
     binding.absent()
@@ -278,7 +278,7 @@ def test_rehomed_exactly_keeps_the_original() -> None:
     binding = binding_of(parameter)
     (bound,) = binding.tensors
     master = torch.empty_strided(bound.shape, bound.strides).copy_(bound.home)
-    binding.rehome(bound, master, is_exact=True)
+    binding.rehome(bound, master, keeps_home=True, is_handed_back=False)
     assert bound.master is master
     assert state(parameter) == before
     binding.absent()

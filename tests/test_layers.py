@@ -17,6 +17,7 @@ RANKS = {
     "errors": 0,
     "_version": 0,
     "allocator": 0,
+    "host_memory": 0,
     "blocks": 1,
     "budget": 1,
     "stats": 1,
@@ -29,6 +30,7 @@ RANKS = {
     "calls": 2,
     "compiled": 2,
     "order": 2,
+    "page_locks": 2,
     "plan": 2,
     "simulated": 2,
     "binding": 3,
@@ -52,7 +54,7 @@ RANKS = {
     "__main__": 10,
 }
 # Not only lower ranks: nothing of the package at all but themselves.
-ALONE = {"allocator", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent", "standins"}
+ALONE = {"allocator", "host_memory", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent", "standins"}
 PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "pace", "order", "plan", "phases", "report"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}

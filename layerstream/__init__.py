@@ -3,7 +3,7 @@
 from layerstream._version import __version__
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.registry import register_adapter
-from layerstream.api import LayerStreamer, offload, plan
+from layerstream.api import LayerStreamer, active, offload, plan
 from layerstream.errors import (
     AdapterError,
     AlreadyOffloadedError,
@@ -43,6 +43,7 @@ __all__ = [
     "StreamerStateError",
     "TransferError",
     "__version__",
+    "active",
     "offload",
     "plan",
     "register_adapter",

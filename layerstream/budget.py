@@ -45,6 +45,11 @@ def parse_bytes(text: str) -> int:
     return int(Fraction(match.group(1)) * scale)  # exact, whatever the number of digits
 
 
+def auto_bytes(free_bytes: int) -> int:
+    """The budget that "auto" is: what is free, less a small reserve."""
+    return max(0, free_bytes - max(_AUTO_RESERVE_LEAST_BYTES, int(_AUTO_RESERVE_FRACTION * free_bytes)))
+
+
 def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int) -> int | None:
     """The budget in bytes, or None for "min" (the least that works, which only the plan knows).
 
@@ -60,7 +65,7 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
         if word == "min":
             return None
         if word == "auto":
-            return max(0, free_bytes - max(_AUTO_RESERVE_LEAST_BYTES, int(_AUTO_RESERVE_FRACTION * free_bytes)))
+            return auto_bytes(free_bytes)
         budget_bytes = parse_bytes(vram_budget)
     elif isinstance(vram_budget, int) and not isinstance(vram_budget, bool):
         budget_bytes = vram_budget

@@ -48,7 +48,7 @@ Range = tuple[int, int]  # [start, end) in addresses
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes as uint8 [num_bytes], sharing its memory; the tensor is dense."""
     start = tensor.storage_offset() * tensor.element_size()
-    flat = torch.empty(0, dtype=torch.uint8, device="cpu")  # whatever the default device is
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return flat.set_(tensor.untyped_storage(), start, (tensor.numel() * tensor.element_size(),), (1,))
 
 

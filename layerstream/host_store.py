@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import time
 import warnings
 import weakref
@@ -51,6 +50,7 @@ from layerstream.host_memory import (
     whole_pages,
 )
 from layerstream.page_locks import PageLocks, page_locks_of
+from layerstream.references import is_held
 
 IN_PLACE_LEAST_BYTES = 2**20
 # Of a stretch of memory that is locked as one. What else it holds is locked, and of a file mapping made anonymous
@@ -319,19 +319,6 @@ def _release_locks(device: Device, locks: PageLocks, units: list[StoredUnit]) ->
 
 
 def _is_held_elsewhere(bound: BoundTensor) -> bool:
-    """Whether anything but this parameter looks at its storage."""
+    """Whether anything but this parameter, and our view of its home, looks at its storage."""
     storage = bound.home.untyped_storage()
-    try:
-        count = torch._C._storage_Use_Count(storage._cdata)
-    except AttributeError:
-        return True  # cannot tell: keep it, at the price of the copy
-    # In C++: the parameter, `home` and `storage` itself. In Python, where a storage is one object however often it is
-    # asked for: as many as of a storage that nobody holds, which depends on the version of torch.
-    return bool(count > 3) or sys.getrefcount(storage) > _python_references()
-
-
-@functools.cache
-def _python_references() -> int:
-    tensor = torch.empty(1, device="cpu")  # alive, or its storage would be held by one less
-    storage = tensor.untyped_storage()
-    return sys.getrefcount(storage)
+    return is_held(storage, num_own=2)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from layerstream.blocks import Placement, UnitSpec
+from layerstream.blocks import Placement, UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.errors import BudgetError
 from layerstream.pace import Pace, Prediction, Search, predict_pass
@@ -106,9 +106,10 @@ class Plan:
 
     Attributes:
         budget_bytes: what is allowed; None for "the least".
-        least_bytes: the least weights under which every phase runs.
+        least_bytes: the least weights under which every phase runs, those that stay whole included.
         needed_bytes: the smallest budget that would do, as far as reserves are known.
         granularity: every buffer takes a multiple of it.
+        whole: what stays on the device as it is, in every phase.
     """
 
     units: tuple[UnitSpec, ...]
@@ -119,10 +120,17 @@ class Plan:
     costs: Costs | None = None
     granularity: int = 1
     num_slots: int | None = None
+    whole: tuple[WholeSpec, ...] = ()
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of what stays on the device as it is."""
+        return sum(spec.num_bytes for spec in self.whole)
 
     @property
     def peak_bytes(self) -> int:
-        return max((p.weights_bytes + (p.phase.reserve_bytes or 0) for p in self.phases), default=0)
+        most = max((p.weights_bytes + (p.phase.reserve_bytes or 0) for p in self.phases), default=0)
+        return most + self.whole_bytes
 
     def phase_of(self, component: str) -> PhasePlan:
         return next(p for p in self.phases if component in p.phase.components)
@@ -200,6 +208,7 @@ def make_plan(
     costs: Costs | None = None,
     num_slots: int | None = None,
     granularity: int = 1,
+    whole: Sequence[WholeSpec] = (),
 ) -> Plan:
     """Decide for every phase what is on the device while it runs.
 
@@ -209,14 +218,16 @@ def make_plan(
         costs: assumed where not measured.
         num_slots: fix the number of slots (at least 2), where so many fit.
         granularity: every buffer is rounded up to a multiple of it.
+        whole: weights that are on the device as they are throughout.
     Raises:
         BudgetError: a phase does not fit even with all that can stream streaming.
     """
-    drafts, needed = _drafts_within(units, phases, budget_bytes, costs, granularity)
+    drafts, needed = _drafts_within(units, phases, budget_bytes, costs, granularity, whole)
+    whole_bytes = sum(spec.num_bytes for spec in whole)
     for draft in drafts:
         draft.take_least(num_slots if budget_bytes is None else None)
         if budget_bytes is not None and draft.phase.reserve_bytes is not None:
-            draft.capacity_bytes = budget_bytes - draft.phase.reserve_bytes
+            draft.capacity_bytes = budget_bytes - whole_bytes - draft.phase.reserve_bytes
     known = [d for d in drafts if d.capacity_bytes is not None]
     if known:
         _fill(drafts, known, num_slots)
@@ -224,32 +235,49 @@ def make_plan(
         units=tuple(units),
         phases=tuple(d.plan() for d in drafts),
         budget_bytes=budget_bytes,
-        least_bytes=max((d.least_bytes for d in drafts), default=0),
+        least_bytes=max((d.least_bytes for d in drafts), default=0) + whole_bytes,
         needed_bytes=needed,
         costs=costs,
         granularity=granularity,
         num_slots=num_slots,
+        whole=tuple(whole),
     )
 
 
 def check_budget(
-    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int | None, *, granularity: int = 1
+    units: Sequence[UnitSpec],
+    phases: Sequence[Phase],
+    budget_bytes: int | None,
+    *,
+    granularity: int = 1,
+    whole: Sequence[WholeSpec] = (),
 ) -> None:
     """Raise the BudgetError that `make_plan` would, without making a plan; none if there is no budget."""
-    _drafts_within(units, phases, budget_bytes, None, granularity)
+    _drafts_within(units, phases, budget_bytes, None, granularity, whole)
 
 
 def _drafts_within(
-    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int | None, costs: Costs | None, granularity: int
+    units: Sequence[UnitSpec],
+    phases: Sequence[Phase],
+    budget_bytes: int | None,
+    costs: Costs | None,
+    granularity: int,
+    whole: Sequence[WholeSpec],
 ) -> tuple[list[_Draft], int]:
     """A draft of each phase, and the smallest budget that holds the least of all."""
     for unit in units:
         assert sum(unit.component in p.components for p in phases) == 1, unit.name
     drafts = [_Draft(units, phase, costs, granularity) for phase in phases]
-    needed = max((d.needed_bytes for d in drafts), default=0)
+    needed = max((d.needed_bytes for d in drafts), default=0) + sum(spec.num_bytes for spec in whole)
     if budget_bytes is not None and budget_bytes < needed:
         worst = max(drafts, key=lambda d: d.needed_bytes)
-        raise BudgetError(worst.too_small(budget_bytes), budget_bytes=budget_bytes, needed_bytes=needed)
+        is_known = all(phase.reserve_bytes is not None for phase in phases)
+        raise BudgetError(
+            worst.too_small(budget_bytes, whole),
+            budget_bytes=budget_bytes,
+            least_bytes=needed,
+            needed_bytes=needed if is_known else None,
+        )
     return drafts, needed
 
 
@@ -530,8 +558,9 @@ class _Draft:
         ms_per_byte = sum(measured[b.index] for b in known) / num_bytes if num_bytes else _COMPUTE_MS_PER_GB / 1e9
         return [measured.get(u.index, u.num_bytes * ms_per_byte if u.is_block else 0.0) for u in self.units]
 
-    def too_small(self, budget_bytes: int) -> str:
-        needed, reserve = self.needed_bytes, self.phase.reserve_bytes
+    def too_small(self, budget_bytes: int, whole: Sequence[WholeSpec]) -> str:
+        whole_bytes, reserve = sum(spec.num_bytes for spec in whole), self.phase.reserve_bytes
+        needed = self.needed_bytes + whole_bytes
         shape, name = self.least_shape, " and ".join(f"`{c}`" for c in self.phase.components)
         parts = []
         if shape.others:
@@ -551,6 +580,9 @@ class _Draft:
                 else ""
             )
             parts.append(f"the weights outside stacks ({format_bytes(self.base_bytes)}{named})")
+        if whole:
+            kinds = ", ".join(sorted({kind for spec in whole for kind in spec.kinds}))
+            parts.append(f"the weights that stay on the device whole ({format_bytes(whole_bytes)} of {kinds})")
         if reserve is not None:
             parts.append(f"activations and other tensors ({format_bytes(reserve)}, measured)")
         before = " before activations" if reserve is None else ""

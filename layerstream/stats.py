@@ -42,7 +42,8 @@ class Stats:
     stall_ms: float = 0.0
     budget_bytes: int = 0  # 0: no limit ("min")
     peak_reserved_bytes: int = 0
-    peak_device_bytes: int = 0  # weights on the device: bases, residents, slots
+    peak_device_bytes: int = 0  # weights on the device: bases, residents, slots, and those that stay whole
+    whole_bytes: int = 0  # of weights that are no plain tensors, and are on the device as they are
     context_bytes: int = 0  # outside torch's allocator, when streaming began
     foreign_bytes: int = 0  # held by others through torch's allocator, when streaming began
     pinned_bytes: int = 0

@@ -181,7 +181,7 @@ def test_moving_while_active(number: int) -> None:
     model = toy()
     expected, before = run(twin(model)), describe(model)
     with layerstream.offload(model, vram_budget="min", device=adversary()):
-        with pytest.raises(layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be moved.*Leave the offload"):
+        with pytest.raises(layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be moved.*leave the offload"):
             MOVES[number](model)
         assert_equal(run(model), expected)
         model.to("cpu")  # where it is

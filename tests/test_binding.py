@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from layerstream.absent import is_absent, nan_scalar
+from layerstream.absent import AbsentClasses, is_absent, nan_scalar
 from layerstream.binding import BoundTensor, UnitBinding
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def binding_of(*tensors: torch.Tensor) -> UnitBinding:
     binding = UnitBinding([BoundTensor.of(f"t{i}", t) for i, t in enumerate(tensors)])
-    binding.prepare(0, lambda dtype: nan_scalar(dtype, CPU), lambda units: None)
+    binding.prepare(0, lambda dtype: nan_scalar(dtype, CPU), AbsentClasses(lambda units: None))
     return binding
 
 
@@ -154,7 +154,7 @@ def test_absent_allocates_nothing() -> None:
         return nan_scalar(dtype, CPU)
 
     binding = UnitBinding([BoundTensor.of("t", t) for t in tensors])
-    binding.prepare(0, nans, lambda units: None)
+    binding.prepare(0, nans, AbsentClasses(lambda units: None))
     assert len(made) == 3
     for _ in range(3):
         binding.absent()

@@ -427,7 +427,7 @@ def test_a_freed_buffer_takes_memory_while_somebody_looks_at_it() -> None:
     device.free(buffer)
     del buffer
     assert (device.buffer_bytes, device.reserved_bytes()) == (0, 2 * KIB)
-    with pytest.raises(SimulatedOutOfMemoryError, match=r"0 of 2048 free \(buffers 0, activations 2048, foreign 0\)"):
+    with pytest.raises(SimulatedOutOfMemoryError, match=r"0 of 2048 free \(buffers 0, activations 2048, whole 0, foreign 0\)"):
         device.allocate(1)
     del view
     assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (0, 2 * KIB)
@@ -679,7 +679,7 @@ def test_the_cap_holds_for_buffers_activations_and_foreign_tensors() -> None:
         with pytest.raises(
             SimulatedOutOfMemoryError,
             match=r"2048 bytes asked for, 1024 of 4096 that the cap allows of 65536 free "
-            r"\(buffers 1024, activations 2048, foreign 0\)",
+            r"\(buffers 1024, activations 2048, whole 0, foreign 0\)",
         ):
             x + 1
         with pytest.raises(SimulatedOutOfMemoryError, match="1280 bytes asked for, 1024 of 4096"):

@@ -20,6 +20,7 @@ from layerstream.errors import (
     TransferError,
 )
 from layerstream.plan import Plan
+from layerstream.report import Report
 from layerstream.stats import Stats
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "MovedWhileStreamingError",
     "PipelineError",
     "Plan",
+    "Report",
     "Stats",
     "StreamerStateError",
     "TransferError",

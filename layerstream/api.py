@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from html import escape
 from traceback import clear_frames
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from layerstream.adapters.registry import adapter_for
-from layerstream.budget import format_bytes, parse_bytes, resolve_budget
+from layerstream.budget import format_budget, format_bytes, parse_bytes, resolve_budget
 from layerstream.changes import (
     CHANGING_METHODS,
     MERGING_METHODS,
@@ -31,7 +32,7 @@ from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import AlreadyOffloadedError, LayerstreamWarning, PipelineError, StreamerStateError
 from layerstream.intercept import Interception, refuse_rivals
 from layerstream.plan import Phase, Plan, make_plan
-from layerstream.report import report
+from layerstream.report import Report, streamer_html
 from layerstream.simulated import SimulatedDevice
 from layerstream.stats import Stats
 from layerstream.streamer import Streamer
@@ -48,7 +49,8 @@ class LayerStreamer:
     """Streams a pipeline's weights while it is active: as a context manager, by `start` and `close`, or as a decorator.
 
     Made by `layerstream.offload`, which documents the arguments. Nothing happens before it is entered; after leaving,
-    by return or by any exception, the pipeline is as it was. It can be entered again.
+    by return or by any exception, the pipeline is as it was. It can be entered again. It prints its plan, and notebooks
+    show its report as well; what one GiB more would buy is in them once `plan` or `report()` was asked for.
     """
 
     def __init__(
@@ -291,21 +293,21 @@ class LayerStreamer:
 
     @property
     def plan(self) -> Plan:
-        """The present plan: what was measured so far is in it.
+        """The present plan: what was measured so far is in it, and what one GiB more would buy.
 
         Raises:
             StreamerStateError: it was never started.
         """
-        return self._started("plan").plan
+        return self._started("plan").plan.with_next_gib()
 
-    def report(self) -> str:
-        """What happened since the last start, as text: bytes, stalls and peak of each phase, and what bounds it.
+    def report(self) -> Report:
+        """What happened since the last start: bytes, stalls and peak of each phase, and what bounds it.
 
         Raises:
             StreamerStateError: it was never started.
         """
         streamer = self._started("report")
-        return report(streamer.plan, streamer.look(), streamer.phase_stats)
+        return Report.of(streamer.plan.with_next_gib(), streamer.look(), streamer.phase_stats)
 
     def _started(self, what: str) -> Streamer:
         if self._last is None:
@@ -320,12 +322,19 @@ class LayerStreamer:
             return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
         stats = self._last.stats
         state = "active" if self.is_active else "closed"
-        budget = format_bytes(stats.budget_bytes) if stats.budget_bytes else "the least"
+        budget = format_budget(stats.budget_bytes or None)
         return (
-            f"LayerStreamer({state}, budget {budget}: {stats.num_resident_blocks} blocks resident, "
+            f"LayerStreamer({state}, {budget}: {stats.num_resident_blocks} blocks resident, "
             f"{stats.num_streamed_blocks} streamed, at most {format_bytes(stats.peak_device_bytes)} of weights on the "
             "device)"
         )
+
+    def _repr_html_(self) -> str:
+        if self._last is None:
+            return f"<code>{escape(repr(self))}</code>"
+        streamer = self._last
+        report = Report.of(streamer.plan, streamer.look(), streamer.phase_stats)
+        return streamer_html(repr(self), streamer.plan, report)
 
     def _make_device(self) -> Device:
         return _device_of(self._device)
@@ -359,8 +368,8 @@ def offload(
         pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, or a dict of modules. A class or
             function is decorated; without it, the result is a decorator.
         vram_budget: what the process may reserve on the device, activations and all other tensors included: int bytes,
-            "8GiB", "8GB", "auto" (what is free, less a small reserve) or "min" (the least of weights: everything
-            streamed, and no limit for the rest).
+            "8GiB" (or "8G"), "8GB", "50%" of the device's memory, "auto" (what is free, less a small reserve) or "min"
+            (the least of weights: everything streamed, and no limit for the rest).
         device: where to run: a CUDA device, or "cpu" for the simulated one. Default: the current GPU, else "cpu".
 
     Returns: a `LayerStreamer` (or, for a class or function, that, decorated).

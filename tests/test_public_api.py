@@ -28,6 +28,7 @@ NAMES = {
     "MovedWhileStreamingError",
     "PipelineError",
     "Plan",
+    "Report",
     "Stats",
     "StreamerStateError",
     "TransferError",
@@ -66,7 +67,10 @@ def test_every_public_name_is_documented(name: str) -> None:
     assert not (thing.__doc__ or "").startswith(f"{name}(")
 
 
-@pytest.mark.parametrize("cls", [layerstream.LayerStreamer, layerstream.Adapter, layerstream.Stats])
+@pytest.mark.parametrize(
+    "cls",
+    [layerstream.LayerStreamer, layerstream.Adapter, layerstream.Plan, layerstream.Report, layerstream.Stats],
+)
 def test_every_public_method_is_documented(cls: type) -> None:
     for name, member in vars(cls).items():
         is_public = not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))

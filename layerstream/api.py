@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from layerstream.adapters.registry import adapter_for
-from layerstream.budget import format_budget, format_bytes, parse_bytes, resolve_budget
+from layerstream.budget import format_budget, format_bytes, parse_reserve, resolve_budget
 from layerstream.changes import (
     CHANGING_METHODS,
     MERGING_METHODS,
@@ -309,6 +309,24 @@ class LayerStreamer:
         streamer = self._started("report")
         return Report.of(streamer.plan.with_next_gib(), streamer.look(), streamer.phase_stats)
 
+    def _plan_anew(
+        self, vram_budget: int | str | None, device: torch.device | str | int | Device | None, reserve_bytes: int | None
+    ) -> Plan:
+        """The plan under other arguments; those that are None are as they are now."""
+        streamer = self._started("plan")
+        present, found = streamer.plan, streamer.device
+        other = found if device is None else _device_of(device)
+        if other.torch_device != found.torch_device:  # where no times were measured
+            found, vram_budget = other, "auto" if vram_budget is None else vram_budget
+            present = replace(present, costs=None, granularity=other.rounded_bytes(1))
+        budget = present.budget_bytes
+        if vram_budget is not None:
+            # The allocator is held to our own budget now; what would be free without it is all that others leave.
+            total_bytes = found.total_bytes()
+            free_bytes = total_bytes - found.context_bytes()
+            budget = resolve_budget(vram_budget, free_bytes=free_bytes, total_bytes=total_bytes)
+        return present.under(budget, reserve_bytes=reserve_bytes).with_next_gib()
+
     def _started(self, what: str) -> Streamer:
         if self._last is None:
             raise StreamerStateError(f"no {what} yet: the streamer was never started.")
@@ -389,9 +407,9 @@ def offload(
 def plan(
     pipe: Any,
     *,
-    vram_budget: int | str = "auto",
+    vram_budget: int | str | None = None,
     device: torch.device | str | int | Device | None = None,
-    reserve: int | str = 0,
+    reserve: int | str | None = None,
 ) -> Plan:
     """What `offload` would do with this pipeline; moves nothing. `print(plan)` shows a table.
 
@@ -399,30 +417,35 @@ def plan(
 
     Weights on the meta device are planned as well, so a model too large for this machine can be looked at.
 
+    A pipeline that streams now gives its present plan; with arguments, the plan under these, with the times and
+    activations that were measured so far.
+
     Args:
-        pipe, vram_budget, device: as for `offload`.
-        reserve: device memory that every phase of the call takes for activations: int bytes or "1GiB". `offload`
-            measures it; here it is an assumption.
+        pipe, device: as for `offload`.
+        vram_budget: as for `offload`. Default: "auto"; of what streams on that device, its own.
+        reserve: device memory that every phase of the call takes for activations: int bytes or a size such as "1GiB".
+            `offload` measures it; here it is an assumption. Default: none; of what streams, what was measured.
 
     Returns: a `Plan`; its `phases` say which units are resident, `least_bytes` what works, `peak_bytes` what is used.
-    A pipeline that streams now gives its present plan, with what was measured.
 
     Raises:
         PipelineError, AdapterError, DeviceError: see `offload`.
         BudgetError: unparsable, larger than the device, or too small.
     """
-    components = {name: uncompiled(module) for name, module in _components(pipe).items()}
-    for component in components.values():
-        owner = _ACTIVE.get(component)
+    reserve_bytes = None if reserve is None else parse_reserve(reserve)
+    for component in _components(pipe).values():
+        owner = _ACTIVE.get(uncompiled(component))
         streamer = owner() if owner is not None else None
         if streamer is not None:
-            return streamer.plan
+            if vram_budget is None and device is None and reserve_bytes is None:
+                return streamer.plan
+            return streamer._plan_anew(vram_budget, device, reserve_bytes)
     found = _device_of(device)
     layouts = _layouts(pipe)
     units = [unit.spec for unit in divide(layouts, is_preview=True).units]
-    reserve_bytes = parse_bytes(reserve) if isinstance(reserve, str) else reserve
-    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes) for layout in layouts]
-    return make_plan(units, phases, _resolve(vram_budget, found), granularity=found.rounded_bytes(1))
+    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes or 0, is_assumed=True) for layout in layouts]
+    budget = _resolve("auto" if vram_budget is None else vram_budget, found)
+    return make_plan(units, phases, budget, granularity=found.rounded_bytes(1))
 
 
 def _device_of(device: torch.device | str | int | Device | None) -> Device:

@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{method.name} needs --vram-budget")
         if options.vram_budget is not None and not method.takes_budget:
             parser.error(f"{method.name} takes no --vram-budget")
+        if "%" in str(options.vram_budget):
+            parser.error(f"--vram-budget {options.vram_budget} is another size on another GPU; results go by sizes")
         try:
             method.check()
         except MissingPeerError as exc:

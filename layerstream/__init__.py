@@ -21,6 +21,7 @@ from layerstream.errors import (
     TransferError,
 )
 from layerstream.plan import Plan
+from layerstream.report import Report
 from layerstream.stats import Stats
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "MovedWhileStreamingError",
     "PipelineError",
     "Plan",
+    "Report",
     "Stats",
     "StreamerStateError",
     "TransferError",

@@ -7,11 +7,13 @@ import functools
 import inspect
 import logging
 import math
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from html import escape
 from traceback import clear_frames
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -19,7 +21,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from layerstream.budget import format_bytes, parse_bytes, resolve_budget
+from layerstream.budget import format_budget, format_bytes, parse_reserve, resolve_budget
 from layerstream.changes import (
     CHANGING_METHODS,
     MERGING_METHODS,
@@ -42,7 +44,7 @@ from layerstream.errors import (
 from layerstream.intercept import Interception, refuse_rivals
 from layerstream.pipeline_watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
 from layerstream.plan import Phase, Plan, make_plan
-from layerstream.report import report
+from layerstream.report import Report, entered_line, streamer_html
 from layerstream.stats import Stats
 from layerstream.streamer import Streamer
 from layerstream.units import divide
@@ -59,7 +61,8 @@ class LayerStreamer:
     """Streams a pipeline's weights while it is active: as a context manager, by `start` and `close`, or as a decorator.
 
     Made by `layerstream.offload`, which documents the arguments. Nothing happens before it is entered; after leaving,
-    by return or by any exception, the pipeline is as it was. It can be entered again.
+    by return or by any exception, the pipeline is as it was. It can be entered again. It prints its plan, and notebooks
+    show its report as well; what one GiB more would buy is in them once `plan` or `report()` was asked for.
     """
 
     def __init__(
@@ -139,6 +142,11 @@ class LayerStreamer:
         except BaseException:
             self.close()
             raise
+        if streamer.has_shown_progress or _log.isEnabledFor(logging.INFO):
+            line = entered_line(streamer.plan, streamer.stats)
+            _log.info("%s", line)
+            if streamer.has_shown_progress:  # it took its time: what came of it, in the bar's place
+                print(f"layerstream: {line}", file=sys.stderr)
 
     def _watch(self) -> None:
         """Mark the components as ours, and pause around the calls that change them."""
@@ -373,21 +381,40 @@ class LayerStreamer:
 
     @property
     def plan(self) -> Plan:
-        """The present plan: what was measured so far is in it.
+        """The present plan: what was measured so far is in it, and what one GiB more would buy.
 
         Raises:
             StreamerStateError: it was never started.
         """
-        return self._started("plan").plan
+        return self._started("plan").plan.with_next_gib()
 
-    def report(self) -> str:
-        """What happened since the last start, as text: bytes, stalls and peak of each phase, and what bounds it.
+    def report(self) -> Report:
+        """What happened since the last start: bytes, stalls and peak of each phase, and what bounds it.
 
         Raises:
             StreamerStateError: it was never started.
         """
         streamer = self._started("report")
-        return report(streamer.plan, streamer.look(), streamer.phase_stats)
+        stats = streamer.look()
+        return Report.of(streamer.plan.with_next_gib(), stats, streamer.phase_stats, streamer.least_bytes)
+
+    def _plan_anew(
+        self, vram_budget: int | str | None, device: torch.device | str | int | Device | None, reserve_bytes: int | None
+    ) -> Plan:
+        """The plan under other arguments; those that are None are as they are now."""
+        streamer = self._started("plan")
+        present, found = streamer.plan, streamer.device
+        other = found if device is None else _device_of(device)
+        if other.torch_device != found.torch_device:  # where no times were measured
+            found, vram_budget = other, "auto" if vram_budget is None else vram_budget
+            present = replace(present, costs=None, granularity=other.rounded_bytes(1))
+        budget = present.budget_bytes
+        if vram_budget is not None:
+            # The allocator is held to our own budget now; what would be free without it is all that others leave.
+            total_bytes = found.total_bytes()
+            free_bytes = total_bytes - found.context_bytes()
+            budget = resolve_budget(vram_budget, free_bytes=free_bytes, total_bytes=total_bytes)
+        return present.under(budget, reserve_bytes=reserve_bytes).with_next_gib()
 
     def _started(self, what: str) -> Streamer:
         if self._last is None:
@@ -402,12 +429,20 @@ class LayerStreamer:
             return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
         stats = self._last.stats
         state = "active" if self.is_active else "closed"
-        budget = format_bytes(stats.budget_bytes) if stats.budget_bytes else "the least"
+        budget = format_budget(stats.budget_bytes or None)
         return (
-            f"LayerStreamer({state}, budget {budget}: {stats.num_resident_blocks} blocks resident, "
+            f"LayerStreamer({state}, {budget}: {stats.num_resident_blocks} blocks resident, "
             f"{stats.num_streamed_blocks} streamed, at most {format_bytes(stats.peak_device_bytes)} of weights on the "
             "device)"
         )
+
+    def _repr_html_(self) -> str:
+        if self._last is None:
+            return f"<code>{escape(repr(self))}</code>"
+        streamer = self._last
+        stats = streamer.look()
+        report = Report.of(streamer.plan, stats, streamer.phase_stats, streamer.least_bytes)
+        return streamer_html(repr(self), streamer.plan, report)
 
     def _make_device(self) -> Device:
         return _device_of(self._device)
@@ -503,8 +538,8 @@ def offload(
         pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, or a dict of modules (what else it
             holds is passed over). A class or function is decorated; without it, the result is a decorator.
         vram_budget: what the process may reserve on the device, activations and all other tensors included: int bytes,
-            "8GiB", "8GB", "auto" (what is free, less a small reserve) or "min" (the least of weights: everything
-            streamed, and no limit for the rest).
+            "8GiB" (or "8G"), "8GB", "50%" of the device's memory, "auto" (what is free, less a small reserve) or "min"
+            (the least of weights: everything streamed, and no limit for the rest).
         device: where to run: a CUDA device, or "cpu" for the simulated one. Default: the current GPU, else "cpu".
         call_timeout: one call at a time: how many seconds a second caller waits for the first. None: as long as it
             takes; 0: not at all. Then it gets a `ConcurrentUseError`; the call that runs is never touched.
@@ -540,9 +575,9 @@ def active(pipe: Any) -> LayerStreamer | None:
 def plan(
     pipe: Any,
     *,
-    vram_budget: int | str = "auto",
+    vram_budget: int | str | None = None,
     device: torch.device | str | int | Device | None = None,
-    reserve: int | str = 0,
+    reserve: int | str | None = None,
 ) -> Plan:
     """What `offload` would do with this pipeline; moves nothing. `print(plan)` shows a table.
 
@@ -550,31 +585,35 @@ def plan(
 
     Weights on the meta device are planned as well, so a model too large for this machine can be looked at.
 
+    A pipeline that streams now gives its present plan; with arguments, the plan under these, with the times and
+    activations that were measured so far.
+
     Args:
-        pipe, vram_budget, device: as for `offload`.
-        reserve: device memory that every phase of the call takes for activations: int bytes or "1GiB". `offload`
-            measures it; here it is an assumption.
+        pipe, device: as for `offload`.
+        vram_budget: as for `offload`. Default: "auto"; of what streams on that device, its own.
+        reserve: device memory that every phase of the call takes for activations: int bytes or a size such as "1GiB".
+            `offload` measures it; here it is an assumption. Default: none; of what streams, what was measured.
 
     Returns: a `Plan`; its `phases` say which units are resident, `least_bytes` what works, `peak_bytes` what is used.
-    A pipeline that streams now gives its present plan, with what was measured.
 
     Raises:
         PipelineError, AdapterError, DeviceError: see `offload`.
         BudgetError: unparsable, larger than the device, or too small.
     """
     some_components_of(pipe)
+    reserve_bytes = None if reserve is None else parse_reserve(reserve)
     running = active(pipe)
     if running is not None:
-        return running.plan
+        if vram_budget is None and device is None and reserve_bytes is None:
+            return running.plan
+        return running._plan_anew(vram_budget, device, reserve_bytes)
     found = _device_of(device)
     layouts = layouts_of(pipe)
     division = divide(layouts, is_preview=True)
     units = [unit.spec for unit in division.units]
-    reserve_bytes = parse_bytes(reserve) if isinstance(reserve, str) else reserve
-    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes) for layout in layouts]
-    return make_plan(
-        units, phases, _resolve(vram_budget, found), granularity=found.rounded_bytes(1), whole=division.whole()
-    )
+    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes or 0, is_assumed=True) for layout in layouts]
+    budget = _resolve("auto" if vram_budget is None else vram_budget, found)
+    return make_plan(units, phases, budget, granularity=found.rounded_bytes(1), whole=division.whole())
 
 
 def _device_of(device: torch.device | str | int | Device | None) -> Device:

@@ -23,6 +23,7 @@ from layerstream.device import Device
 from layerstream.errors import LayerstreamWarning
 from layerstream.host_store import HostStore, StoredUnit, Stretches
 from layerstream.intercept import Interception, Listener
+from layerstream.progress import Progress
 from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
 
 
@@ -89,6 +90,7 @@ class Attachments:
         layouts: Sequence[ComponentLayout],
         division: Division,
         listener: Listener,
+        progress: Progress,
     ) -> None:
         """Take hold of components. Call under `engine_tensors`; what failed half-way can be detached.
 
@@ -110,10 +112,11 @@ class Attachments:
                 attachment.units.append(index)
                 self.units[index] = unit
                 self.stored[index] = attachment.store.add(unit.binding)
+                progress.add(unit.spec.num_bytes)
                 unit.binding.prepare(index, nans, self._classes)
                 for module in unit.called:
                     self.units_of[id(module)] = (*self.units_of.get(id(module), ()), index)
-            attachment.store.pin()
+            attachment.store.pin(progress.add)
             for unit in part.units:
                 unit.binding.absent()
             self._install_hooks(attachment, listener)

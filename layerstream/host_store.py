@@ -25,7 +25,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -222,14 +222,14 @@ class HostStore:
         self._units.append(unit)
         return unit
 
-    def pin(self) -> None:
-        """Page-lock everything added, and cut it into segments."""
+    def pin(self, tell: Callable[[int], object] = lambda num_bytes: None) -> None:
+        """Page-lock everything added, and cut it into segments; `tell` hears of bytes that are done."""
         started = time.perf_counter()
         locks = page_locks_of(self._device)
         wanted = self._wanted(locks)
         spans = list(dict.fromkeys(span for each in wanted for span in each))
         touch([span for span in spans if span in self._stretches.files and locks.overlapping(span) is None])
-        held = dict(zip(spans, locks.acquire(self._device, spans), strict=True))
+        held = dict(zip(spans, locks.acquire(self._device, spans, tell), strict=True))
         counted: set[Range] = set()
         for unit, each in zip(self._units, wanted, strict=True):
             for lock in [lock for span in each if (lock := held[span]) is not None]:

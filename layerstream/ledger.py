@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from layerstream.blocks import UnitSpec, WholeSpec
-from layerstream.budget import auto_bytes, format_bytes, parse_bytes
+from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_bytes
 from layerstream.device import Device
 from layerstream.errors import BudgetError
 from layerstream.phases import Key, PhaseTracker, Reserve
@@ -114,12 +114,14 @@ class Ledger:
         outside_bytes: int,
     ) -> None:
         """Raise BudgetError if the budget cannot hold the least beside `outside_bytes` of others."""
-        phases = [Phase((name,), is_repeated, outside_bytes or None) for name, is_repeated in components]
+        phases = [
+            Phase((name,), is_repeated, outside_bytes or None, is_of_others=True) for name, is_repeated in components
+        ]
         limit = self._device.total_bytes() if self.budget_bytes is None else self.budget_bytes
         try:
             check_budget(units, phases, limit, granularity=self._grain, whole=whole)
         except BudgetError as exc:
-            certain = self._certain_bytes(exc.least_bytes or 0, outside_bytes)
+            certain = self._certain_bytes(exc.least_bytes or 0)
             raise BudgetError(
                 f"{exc} What a call takes beside that is not known before it has run: {_certain(certain)}",
                 budget_bytes=exc.budget_bytes,
@@ -127,10 +129,9 @@ class Ledger:
                 needed_bytes=certain,
             ) from None
 
-    def _certain_bytes(self, least_bytes: int, taken_bytes: int) -> int:
+    def _certain_bytes(self, least_bytes: int) -> int:
         """A budget that does if any does: all there is, but for what else needs memory on the device."""
-        free = self._device.free_bytes() + taken_bytes
-        return max(least_bytes, auto_bytes(min(free, self._device.total_bytes())))
+        return max(least_bytes, auto_bytes(self._device.total_bytes() - self._device.context_bytes()))
 
     @property
     def plan(self) -> Plan:
@@ -138,6 +139,18 @@ class Ledger:
         if self._plan is None:
             self._plan = self._make(self._tracker.phases(0), None)
         return self._plan
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The smallest budget in which all that has run would run again; None: that is not known yet."""
+        plan, taken = self.plan, self._tracker.taken_bytes(self._outside_bytes)
+        ran = [
+            None if took is None else phase_plan.least_bytes + took + plan.whole_bytes
+            for phase_plan, took in zip(plan.phases, taken, strict=True)
+            if phase_plan.phase.name in self.stats_of
+        ]
+        known = [num_bytes for num_bytes in ran if num_bytes is not None]
+        return max(known) if known and len(known) == len(ran) else None
 
     # ---- entering components
 
@@ -172,7 +185,8 @@ class Ledger:
         self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
         self.phase_stats = self.stats_of.setdefault(phase_plan.phase.name, PhaseStats())
         self.phase_stats.num_passes += 1
-        self.phase_stats.reserve_bytes = phase_plan.phase.reserve_bytes
+        if reserve.over_bytes is not None:
+            self.phase_stats.reserve_bytes = reserve.over_bytes + self._outside_bytes
         return phase_plan
 
     def again(self, component: str) -> None:
@@ -309,7 +323,7 @@ class Ledger:
         least = self.plan.phase_of(component).least_bytes if component else self.plan.least_bytes
         reached = least + others + tried_bytes
         is_known = self._reserve is not None and self._reserve.is_measured
-        needed = reached if is_known else self._certain_bytes(reached, self._device.allocated_bytes())
+        needed = reached if is_known else self._certain_bytes(reached)
         budget = "the device" if self.budget_bytes is None else f"vram_budget {format_bytes(self.budget_bytes)}"
         if self.budget_bytes is not None and reached <= self.budget_bytes:
             advice = "The next call gets all the room there is: call again, or make"
@@ -444,7 +458,5 @@ def _give_back(device: Device, claim: object) -> None:
 
 
 def _certain(num_bytes: int) -> str:
-    return (
-        f"{num_bytes} bytes ({format_bytes(num_bytes)}), all that is free here, will do if anything does "
-        '(vram_budget="auto"), and report() then names the least.'
-    )
+    size = "" if is_unlimited(num_bytes) else f": {num_bytes} bytes ({format_bytes(num_bytes)}) here"
+    return f'vram_budget="auto", all that is free{size}, does if anything does, and report() then names the least.'

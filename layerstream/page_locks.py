@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from layerstream.device import Device
@@ -34,8 +34,10 @@ class PageLocks:
         with self._mutex:
             return self._overlapping(span)
 
-    def acquire(self, device: Device, spans: Sequence[Range]) -> list[Range | None]:
-        """Hold a lock on each span, page-aligned and disjoint.
+    def acquire(
+        self, device: Device, spans: Sequence[Range], tell: Callable[[int], object] = lambda num_bytes: None
+    ) -> list[Range | None]:
+        """Hold a lock on each span, page-aligned and disjoint; `tell` hears of bytes that are done.
 
         Returns: for each the lock that has it, perhaps a larger one; None where the system refused, or where a lock
             has only a part of it: two registrations must not share a page, nor one tensor lie in two.
@@ -45,7 +47,7 @@ class PageLocks:
             missing = [span for span, lock in zip(spans, known, strict=True) if lock is None]
             made: list[Range] = []
             try:
-                self._register(device, missing, made)
+                self._register(device, missing, made, tell)
             except BaseException:
                 for start, _ in made:
                     device.unregister(start)
@@ -79,7 +81,9 @@ class PageLocks:
                 return lock
         return None
 
-    def _register(self, device: Device, spans: Sequence[Range], made: list[Range]) -> None:
+    def _register(
+        self, device: Device, spans: Sequence[Range], made: list[Range], tell: Callable[[int], object]
+    ) -> None:
         is_refused = threading.Event()
 
         def register(span: Range) -> None:
@@ -87,6 +91,7 @@ class PageLocks:
             if not is_refused.is_set():
                 if device.register(span[0], span[1] - span[0]):
                     made.append(span)
+                    tell(span[1] - span[0])
                 else:
                     is_refused.set()
 

@@ -372,15 +372,21 @@ class SimulatedDevice:
             self._copy_time_ms = max([self._copy_time_ms, *(e.time_ms for e in after)])
             self._last_copy = queued = _Copy([])
             self._queue.append(queued)
-            for number, (target, source) in enumerate(pieces):
-                if number:
-                    self._step("piece", progresses=False)  # what fails here leaves the pieces before on their way
-                self._check_overwrite(target)
-                self._check_source(source)
-                if self.is_poisoned:
-                    target.fill_(0xFF)
-                queued.pieces.append((target, source))
-                self._copy_time_ms += target.numel() / self.link_gb_per_s / 1e6
+            try:
+                for number, (target, source) in enumerate(pieces):
+                    if number:
+                        self._step("piece", progresses=False)  # what fails here leaves the pieces before on their way
+                    self._check_overwrite(target)
+                    self._check_source(source)
+                    if self.is_poisoned:
+                        target.fill_(0xFF)
+                    queued.pieces.append((target, source))
+                    self._copy_time_ms += target.numel() / self.link_gb_per_s / 1e6
+            except BaseException:
+                if not queued.pieces:
+                    self._queue.remove(queued)
+                    queued.is_done = True
+                raise
             self._progress()
             return SimulatedEvent(dict(clock), self._copy_time_ms, queued)
 

@@ -47,6 +47,8 @@ from layerstream.outputs import refuse_backward, without_aliases
 from layerstream.phases import READ
 from layerstream.plan import PhasePlan, Plan
 from layerstream.profiling import Ranges
+from layerstream.progress import Progress
+from layerstream.report import predicted_line
 from layerstream.stats import PhaseStats, Stats
 from layerstream.timing import PassTimer
 from layerstream.transfer import Slot, TransferEngine
@@ -87,6 +89,7 @@ class Streamer:
         self.gate = Gate(call_timeout)
         self.owner: object = None
         self.is_closed = False
+        self.has_shown_progress = False
         self.device = device
         self.is_paused = False
         self._describe = describe
@@ -104,6 +107,7 @@ class Streamer:
         self._order = OrderLearner([])
         self._applied: PhasePlan | None = None
         self._begun: tuple[object, ...] | None = None  # how the last outermost call entered
+        self._told: set[str] = set()  # phases whose predicted time is in the log
         self._in_method: int | None = None  # the id of a component whose method runs
         self._ticket: Ticket | None = None  # of a bare component that runs, or of a weight that is read
         self._last_use: Ticket | None = None
@@ -144,8 +148,15 @@ class Streamer:
 
     def look(self) -> Stats:
         """The counters, with the device's memory as it is now."""
+        if self.gate.running is None and not self.is_closed:
+            self._ledger.end_interval()  # all that was to be seen of the last call was seen
         self._ledger.look()
         return self.stats
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The smallest budget in which all that has run would run again; None: that is not known."""
+        return self._ledger.least_bytes
 
     # ---- entering and leaving
 
@@ -258,8 +269,13 @@ class Streamer:
         Args:
             all_names: the pipeline's components, these among them, in its order.
         """
-        with engine_tensors():
-            self._attached.attach(layouts, division, self)
+        # Everything is looked at, and then page-locked.
+        progress = Progress(2 * sum(unit.spec.num_bytes for unit in division.units))
+        try:
+            with engine_tensors():
+                self._attached.attach(layouts, division, self, progress)
+        finally:
+            self.has_shown_progress |= progress.close()
         self._device.empty_cache()  # what the components had on the device is given up
         self._note_components(all_names, changed)
 
@@ -402,6 +418,7 @@ class Streamer:
             self._read_times()
             self._begun = None  # until it has worked
             phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
+            self._tell_prediction(phase_plan)
             self._transfer.phase = self._ledger.phase_stats
             self._apply(phase_plan)
             bases = [u for u in sorted(phase_plan.resident) if not self._units[u].spec.is_block]
@@ -411,6 +428,15 @@ class Streamer:
         self._mark_whole(phase_plan)
         if self._ledger.wants_times and entry != READ:  # then no block runs
             self._timer.begin(self._ledger.starts_timing())
+
+    def _tell_prediction(self, phase_plan: PhasePlan) -> None:
+        """Once a phase: how long its passes will take."""
+        name = phase_plan.phase.name
+        if phase_plan.prediction is not None and name not in self._told:
+            self._told.add(name)
+            line = predicted_line(self.plan)
+            if line is not None:
+                _log.info("%s", line)
 
     def _begin_by_touch(self, units: Sequence[int], is_grad: bool) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins

@@ -112,6 +112,7 @@ def test_one_measurement_from_a_mapped_file(tmp_path: Path) -> None:
         (["run", "--case", "ovis", "--method", "model_offload", *TINY], "runs only as pipeline"),
         (["run", "--case", "ovis", "--method", "flextensor", *TINY], "needs --vram-budget"),
         (["run", "--case", "ovis", "--method", "vllm_omni", "--vram-budget", "1GiB", *TINY], "takes no --vram-budget"),
+        (["run", "--case", "ovis", "--vram-budget", "50%", *TINY], "50% is another size on another GPU"),
         (["suite", "everything"], "invalid choice: 'everything'"),
         (["suite", "ovis-quick", "--methods", "magic"], "no method magic"),
         (["suite", "ovis-quick", "--methods", "mmgp", *TINY], "measures none of mmgp"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from layerstream import PipelineError, cli, demo
+from layerstream.arguments import budget
 from layerstream.standins import build_tiny
 
 # Servers do not end by themselves: tests/test_servers.py.
@@ -49,6 +50,14 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1000", 1000), ("8GiB", "8GiB"), ("8G", "8G"), ("50%", "50%"), ("auto", "auto"), ("Min", "min")],
+)
+def test_a_budget_is_what_offload_takes(text: str, expected: int | str) -> None:
+    assert budget(text) == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "COMMAND"),
@@ -57,6 +66,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--width", "wide"], "invalid number value: 'wide'"),
         (["demo", "--dtype", "int8"], "int8"),
         (["demo", "--vram-budget", "8 elephants"], "'8 elephants' is not a size"),
+        (["demo", "--vram-budget", "0%"], "'0%' is 0 bytes"),
         (["demo", "--output", "no/such/folder/x.png"], "no file in an existing folder"),
         (["demo", "--device", "cuda:99"], 'device "cuda:99" does not exist'),
         (["demo", "--model", "./no-such-folder"], "there is no folder ./no-such-folder"),

@@ -427,7 +427,8 @@ def test_a_freed_buffer_takes_memory_while_somebody_looks_at_it() -> None:
     device.free(buffer)
     del buffer
     assert (device.buffer_bytes, device.reserved_bytes()) == (0, 2 * KIB)
-    with pytest.raises(SimulatedOutOfMemoryError, match=r"0 of 2048 free \(buffers 0, activations 2048, whole 0, foreign 0\)"):
+    told = r"0 of 2048 free \(buffers 0, activations 2048, whole 0, foreign 0\)"
+    with pytest.raises(SimulatedOutOfMemoryError, match=told):
         device.allocate(1)
     del view
     assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (0, 2 * KIB)

@@ -20,8 +20,8 @@ from layerstream.absent import AbsentParameter, AbsentTensor
 from layerstream.simulated import SimulatedDevice
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.standins.components import finish
-from layerstream.standins.recipes import picture, replaced
-from layerstream.standins.tokenizers import QWEN_VOCAB_SIZE
+from layerstream.standins.repository.tiny.recipes import picture, replaced
+from layerstream.standins.repository.tokenizers import QWEN_VOCAB_SIZE
 from tests.fakes import adversary, assert_restored, describe
 
 pytest.importorskip("diffusers")

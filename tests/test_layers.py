@@ -56,6 +56,7 @@ ALONE = {"allocator", "errors", "_version", "blocks", "stats", "tables", "pace",
 PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "pace", "order", "plan", "phases", "report"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}
+ONLY_IN_THE_REPOSITORY = "layerstream.standins.repository"
 WRITES_DATA = {"binding", "absent", "standins"}  # stand-ins are built, not streamed, there
 NAMES_CUDA = {"device", "allocator"}
 
@@ -122,6 +123,8 @@ def faults(source: str, module: str) -> list[str]:
             other = part_of(name)
             if name == "layerstream":
                 continue  # of `from layerstream import x`; x itself is looked at
+            if name.startswith(ONLY_IN_THE_REPOSITORY) and not module.startswith(ONLY_IN_THE_REPOSITORY):
+                found.append(f"{module} imports {name}, which is in no wheel")
             if other not in RANKS:
                 # A name of the package's __init__ rather than a module of its own.
                 found.append(f"{module} imports {name}, which is no module with a rank")
@@ -189,6 +192,9 @@ def test_the_package_itself_is_of_the_highest_rank() -> None:
         ("adapters.base", "from ..streamer import Streamer", "(rank 5) imports layerstream.streamer (rank 6)"),
         ("streamer", "from layerstream import offload", "imports layerstream.offload, which is no module with a rank"),
         ("standins.tiny", "from layerstream.errors import LayerstreamError", "should import nothing of the package"),
+        ("standins.demo", "from layerstream.standins.repository import tiny", "which is in no wheel"),
+        ("demo", "from layerstream.standins.repository.tiny import build_tiny", "which is in no wheel"),
+        ("cli", "import_module('layerstream.standins.repository')", "which is in no wheel"),
         ("order", "from layerstream.errors import LayerstreamError", "should import nothing of the package"),
         ("order", "import torch", "should be pure"),
         ("plan", "def f():\n    from torch import nn", "should be pure"),
@@ -220,6 +226,7 @@ def test_the_check_can_fail(module: str, source: str, fault: str) -> None:
         ("binding", "p.data = view"),
         ("streamer", "x = p.data\ny.data_ptr()"),
         ("demo", "import diffusers"),
+        ("standins.repository.tiny.video", "from layerstream.standins.repository.tiny.recipes import Recipe"),
         ("transfer", "'torch.cuda in a string or a comment'  # torch.cuda"),
         ("__main__", "from layerstream.cli import main"),
         ("__init__", "from layerstream.api import offload"),

@@ -15,6 +15,7 @@ PACKAGE = Path(layerstream.__file__).parent
 # A module imports only from strictly lower ranks; the modules of one folder may import each other.
 RANKS = {
     "errors": 0,
+    "_import_torch": 0,
     "_version": 0,
     "allocator": 0,
     "blocks": 1,
@@ -52,7 +53,19 @@ RANKS = {
     "__main__": 10,
 }
 # Not only lower ranks: nothing of the package at all but themselves.
-ALONE = {"allocator", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent", "standins"}
+ALONE = {
+    "allocator",
+    "errors",
+    "_import_torch",
+    "_version",
+    "blocks",
+    "stats",
+    "tables",
+    "pace",
+    "order",
+    "absent",
+    "standins",
+}
 PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "pace", "order", "plan", "phases", "report"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}

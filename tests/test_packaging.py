@@ -48,6 +48,42 @@ def test_the_check_of_imports_can_fail() -> None:
     assert "torch._dynamo" in heavy_after("import layerstream\nimport torch._dynamo")
 
 
+def run_without_numpy(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter that finds no numpy, and in which warnings are errors."""
+    program = f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\nsys.modules['numpy'] = None\n{code}"
+    command = [sys.executable, "-W", "error", "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_importing_and_streaming_without_numpy_is_silent() -> None:
+    done = run_without_numpy("""
+import layerstream, torch
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+model, x = Model(), torch.ones(1, 64)
+with torch.inference_mode():
+    resident = model(x)
+    with layerstream.offload(model, vram_budget="min", device="cpu") as streamer:
+        print(torch.equal(model(x), resident), streamer.stats().num_loads > 3)
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True True\n", "")
+
+
+def test_the_check_for_silence_can_fail() -> None:
+    done = run_without_numpy("import torch")
+    assert "Failed to initialize NumPy" in done.stderr
+    assert done.returncode == 1
+
+
 def test_licence_and_types_are_in_the_source() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert (Path(layerstream.__file__).parent / "py.typed").is_file()

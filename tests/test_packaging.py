@@ -20,7 +20,7 @@ from layerstream.adapters import registry
 from layerstream.standins import build_tiny, repository
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "PIL", "torch._dynamo", "torch._inductor")
 REPOSITORY = ROOT / "layerstream" / "standins" / "repository"
 NOT_RUN = "<!-- not run by the tests"

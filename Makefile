@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types slow gpu-test bench bench-plots budget-table clean
+.PHONY: help demo test lint rules format types slow wheel versions gpu-test bench bench-plots budget-table clean
 
 help:
 	@echo "make demo      run a stand-in pipeline resident and streamed, compare the images (ARGS=... for options)"
@@ -15,6 +15,8 @@ help:
 	@echo "make lint      ruff: rules and format"
 	@echo "make types     mypy, strict"
 	@echo "make slow      the long tests: examples, the stand-in demo, a wheel, sweeps"
+	@echo "make wheel     source distribution and wheel in dist, and the wheel tried in an empty environment"
+	@echo "make versions  the quick tests with the oldest and newest Python, torch and diffusers: docs/versions.md"
 	@echo "make gpu-test  the tests that need a CUDA GPU"
 	@echo "make bench     the benchmark harness (ARGS='run --case ovis', 'suite NAME', 'list')"
 	@echo "make bench-plots   pictures, and the tables of README.md and benchmarks/README.md, from benchmarks/results"
@@ -35,8 +37,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(INSTALLED)
+lint: rules format
+
+rules: $(INSTALLED)
 	$(BIN)/python -m ruff check .
+
+format: $(INSTALLED)
 	$(BIN)/python -m ruff format --check .
 
 types: $(INSTALLED)
@@ -45,6 +51,15 @@ types: $(INSTALLED)
 # pytest says 5 when there is no such test.
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
+
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m tools.try_wheel
+
+# Environments of their own, in .versions: ARGS="oldest" for one of them, ARGS=--list for their names.
+versions:
+	$(PYTHON) -m tools.versions $(ARGS)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
@@ -59,5 +74,5 @@ budget-table: $(INSTALLED)
 	$(BIN)/python -m benchmarks.budget_table
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-*.png
+	rm -rf $(VENV) .wheel-venv .versions build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-*.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,9 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from layerstream.standins import DENOISERS, build_denoiser, denoiser_inputs
-from layerstream.standins.full_size import Scale
-from layerstream.standins.pipelines import build_pipeline, pipeline_call
+from layerstream.standins.repository import (
+    DENOISERS,
+    build_denoiser,
+    build_pipeline,
+    denoiser_inputs,
+    pipeline_call,
+)
+from layerstream.standins.repository.full_size.specs import Scale
 from layerstream.standins.weights import unfilled
 
 CASES: tuple[str, ...] = DENOISERS

@@ -25,7 +25,7 @@ from benchmarks.methods import METHODS, MissingPeerError, Setup
 from benchmarks.records import FACTS, Record, facts, locked_bytes, peak_rss_bytes, rss_bytes
 from layerstream.budget import parse_bytes
 from layerstream.errors import BudgetError
-from layerstream.standins.full_size import Scale
+from layerstream.standins.repository.full_size.specs import Scale
 
 _SLOW_PASS_MS = 1000  # what takes longer is timed fewer times
 _SLOW_PASSES = 2

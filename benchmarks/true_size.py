@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerstream.standins import DENOISERS, denoiser_inputs
+from layerstream.standins import DENOISERS, build_pipeline, denoiser_inputs
 from layerstream.standins.components import image_vae
 from layerstream.standins.libraries import diffusers, transformers
-from layerstream.standins.pipelines import build_pipeline
 from layerstream.standins.weights import cast_floating_, unfilled
 
 Modules = dict[str, nn.Module]

@@ -1,5 +1,6 @@
 """Run diffusion pipelines on GPUs too small for them: weights streamed block by block, the same image bit for bit."""
 
+from layerstream import _import_torch  # noqa: F401 - before anything else imports torch
 from layerstream._version import __version__
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.registry import register_adapter

@@ -22,7 +22,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, cell, pages, plots, suite, targets, weights
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, Method, MissingPeerError
-from layerstream.standins.pipelines import build_pipeline
+from layerstream.standins import build_pipeline
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--scale", "tiny", "--device", "cpu"]

@@ -101,9 +101,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def weights(folder: Path, name: str, number: int) -> Path:
     """LoRA weights for the denoiser and the first text encoder, in a file as users have them."""
-    donor = build_tiny(name)
-    of = {"unet" if "unet" in donor.components else "transformer": denoiser(donor), "text_encoder": donor.text_encoder}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # also around the building: models of transformers 4 draw numbers in it
+        donor = build_tiny(name)
+        of = {"unet" if "unet" in donor.components else "transformer": denoiser(donor)}
+        of["text_encoder"] = donor.text_encoder
         denoiser(donor).add_adapter(config("to_q", "to_v", "to_out.0"))
         donor.text_encoder.add_adapter(config("q_proj", "v_proj", "fc1"))
     generator = torch.Generator().manual_seed(number)
@@ -129,7 +130,8 @@ def fused_projections(pipe: Any, name: str, folder: Path) -> Iterator[str]:
 @functools.cache
 def another(name: str, seed: int) -> Any:
     """A pipeline to take weights from; built before the device counts what is made."""
-    return build_tiny(name, seed=seed)
+    with torch.random.fork_rng(devices=[]):  # as in `weights`
+        return build_tiny(name, seed=seed)
 
 
 def loaded_states(pipe: Any, name: str, folder: Path) -> Iterator[str]:

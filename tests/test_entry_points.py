@@ -7,6 +7,7 @@ encoder is entered, the denoiser ran just before, so that room has to be made.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -20,8 +21,8 @@ from layerstream.absent import AbsentParameter, AbsentTensor
 from layerstream.simulated import SimulatedDevice
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.standins.components import finish
-from layerstream.standins.recipes import picture, replaced
-from layerstream.standins.tokenizers import QWEN_VOCAB_SIZE
+from layerstream.standins.repository.tiny.recipes import picture, replaced
+from layerstream.standins.repository.tokenizers import QWEN_VOCAB_SIZE
 from tests.fakes import adversary, assert_restored, describe
 
 pytest.importorskip("diffusers")
@@ -413,12 +414,19 @@ def clip_of(pipe: Any) -> Any:
     return getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
 
 
+def run_layer(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The states after a layer of a CLIP encoder, without masks: one argument in transformers 5, two before."""
+    masks = [name for name in inspect.signature(layer.forward).parameters if name.endswith("attention_mask")]
+    output = layer(states, **dict.fromkeys(masks))
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 PARTS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Any]] = {
     # What pipelines do with clip_skip: a norm, outside of the model's call.
     "norm": lambda clip, ids, states: clip.final_layer_norm(states),
     "embeddings": lambda clip, ids, states: clip.embeddings(ids),
     "encoder": lambda clip, ids, states: clip.encoder(inputs_embeds=states)[0],
-    "layer": lambda clip, ids, states: clip.encoder.layers[2](states, attention_mask=None),
+    "layer": lambda clip, ids, states: run_layer(clip.encoder.layers[2], states),
     "inside a layer": lambda clip, ids, states: clip.encoder.layers[1].mlp(states),
     "weight of a layer": lambda clip, ids, states: states @ clip.encoder.layers[1].mlp.fc1.weight.T,
 }
@@ -541,7 +549,7 @@ def test_blocks_driven_from_outside(order: tuple[int, ...]) -> None:
     def act() -> tuple[torch.Tensor, ...]:
         hidden = states
         for number in order:
-            hidden = clip.encoder.layers[number](hidden, attention_mask=None)
+            hidden = run_layer(clip.encoder.layers[number], hidden)
         return hidden, pipe.text_encoder(ids)[0]
 
     check(pipe, act)

@@ -15,6 +15,7 @@ PACKAGE = Path(layerstream.__file__).parent
 # A module imports only from strictly lower ranks; the modules of one folder may import each other.
 RANKS = {
     "errors": 0,
+    "_import_torch": 0,
     "_version": 0,
     "allocator": 0,
     "host_memory": 0,
@@ -64,11 +65,12 @@ RANKS = {
 }
 # Not only lower ranks: nothing of the package at all but themselves.
 ALONE = {"allocator", "host_memory", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent"}
-ALONE |= {"standins", "progress", "profiling", "references"}
+ALONE |= {"_import_torch", "standins", "progress", "profiling", "references"}
 PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "summary", "pace", "order", "plan", "phases"}
 PURE |= {"report"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}
+ONLY_IN_THE_REPOSITORY = "layerstream.standins.repository"
 WRITES_DATA = {"binding", "absent", "standins"}  # stand-ins are built, not streamed, there
 NAMES_CUDA = {"device", "allocator"}
 
@@ -135,6 +137,8 @@ def faults(source: str, module: str) -> list[str]:
             other = part_of(name)
             if name == "layerstream":
                 continue  # of `from layerstream import x`; x itself is looked at
+            if name.startswith(ONLY_IN_THE_REPOSITORY) and not module.startswith(ONLY_IN_THE_REPOSITORY):
+                found.append(f"{module} imports {name}, which is in no wheel")
             if other not in RANKS:
                 # A name of the package's __init__ rather than a module of its own.
                 found.append(f"{module} imports {name}, which is no module with a rank")
@@ -202,6 +206,9 @@ def test_the_package_itself_is_of_the_highest_rank() -> None:
         ("adapters.base", "from ..streamer import Streamer", "(rank 5) imports layerstream.streamer (rank 6)"),
         ("streamer", "from layerstream import offload", "imports layerstream.offload, which is no module with a rank"),
         ("standins.tiny", "from layerstream.errors import LayerstreamError", "should import nothing of the package"),
+        ("standins.demo", "from layerstream.standins.repository import tiny", "which is in no wheel"),
+        ("demo", "from layerstream.standins.repository.tiny import build_tiny", "which is in no wheel"),
+        ("cli", "import_module('layerstream.standins.repository')", "which is in no wheel"),
         ("order", "from layerstream.errors import LayerstreamError", "should import nothing of the package"),
         ("order", "import torch", "should be pure"),
         ("plan", "def f():\n    from torch import nn", "should be pure"),
@@ -233,6 +240,7 @@ def test_the_check_can_fail(module: str, source: str, fault: str) -> None:
         ("binding", "p.data = view"),
         ("streamer", "x = p.data\ny.data_ptr()"),
         ("demo", "import diffusers"),
+        ("standins.repository.tiny.video", "from layerstream.standins.repository.tiny.recipes import Recipe"),
         ("transfer", "'torch.cuda in a string or a comment'  # torch.cuda"),
         ("__main__", "from layerstream.cli import main"),
         ("__init__", "from layerstream.api import offload"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,17 @@ from typing import Any
 import pytest
 
 import layerstream
+from layerstream import standins
 from layerstream.adapters import registry
-from layerstream.standins import build_tiny
+from layerstream.standins import build_tiny, repository
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "PIL", "torch._dynamo", "torch._inductor")
+REPOSITORY = ROOT / "layerstream" / "standins" / "repository"
 NOT_RUN = "<!-- not run by the tests"
 
 
@@ -44,32 +51,130 @@ def test_the_check_of_imports_can_fail() -> None:
     assert "torch._dynamo" in heavy_after("import layerstream\nimport torch._dynamo")
 
 
+def run_without_numpy(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter that finds no numpy, and in which warnings are errors."""
+    program = f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\nsys.modules['numpy'] = None\n{code}"
+    command = [sys.executable, "-W", "error", "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_importing_and_streaming_without_numpy_is_silent() -> None:
+    done = run_without_numpy("""
+import layerstream, torch
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+model, x = Model(), torch.ones(1, 64)
+with torch.inference_mode():
+    resident = model(x)
+    with layerstream.offload(model, vram_budget="min", device="cpu") as streamer:
+        print(torch.equal(model(x), resident), streamer.stats().num_loads > 3)
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True True\n", "")
+
+
+def test_the_check_for_silence_can_fail() -> None:
+    done = run_without_numpy("import torch")
+    assert "Failed to initialize NumPy" in done.stderr
+    assert done.returncode == 1
+
+
 def test_licence_and_types_are_in_the_source() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert (Path(layerstream.__file__).parent / "py.typed").is_file()
 
 
+def shipped() -> set[str]:
+    """What the wheel should hold of the package, as paths from the root."""
+    paths = [*(ROOT / "layerstream").rglob("*.py"), ROOT / "layerstream" / "py.typed"]
+    return {path.relative_to(ROOT).as_posix() for path in paths if REPOSITORY not in path.parents}
+
+
 @pytest.mark.slow
-def test_wheel(tmp_path: Path) -> None:
+def test_wheel_and_source_distribution(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("build")
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "layerstream", source / "layerstream", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=240)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        texts = {n.rsplit("/")[-1]: archive.read(n).decode() for n in names if ".dist-info/" in n}
-    for path in (ROOT / "layerstream").rglob("*.py"):
-        assert path.relative_to(ROOT).as_posix() in names
-    assert "layerstream/py.typed" in names
+    for name in ("layerstream", "tests", "benchmarks", "examples", "tools"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # The wheel is built from the source distribution.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    (wheel,), (archive,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as opened:
+        names = set(opened.namelist())
+        texts = {n.rsplit("/")[-1]: opened.read(n).decode() for n in names if ".dist-info/" in n}
+    assert {name for name in names if ".dist-info/" not in name} == shipped()
     assert "LICENSE" in texts
     assert "layerstream = layerstream.cli:main" in texts["entry_points.txt"]
     assert f"Version: {layerstream.__version__}\n" in texts["METADATA"]
-    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "examples/"))]
+    with tarfile.open(archive) as tar:
+        members = {member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()}
+    assert {name for name in members if name.endswith((".py", ".typed"))} == shipped()
+    assert {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"} <= members
+
+
+def test_stand_ins_of_the_repository_are_not_shipped() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    setuptools = pytest.importorskip("setuptools")
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = setuptools.find_packages(str(ROOT), **found)
+    assert {name.replace(".", "/") for name in packages} == {str(Path(path).parent) for path in shipped()}
+    assert "layerstream/standins/demo.py" in shipped()
+    assert "layerstream/standins/repository/__init__.py" not in shipped()
+
+
+def test_names_of_the_repository_are_found_in_a_checkout() -> None:
+    assert sorted(standins._IN_REPOSITORY) == sorted(repository.__all__)
+    for name in repository.__all__:
+        assert getattr(standins, name) is getattr(repository, name)
+    assert not hasattr(standins, "build_small")
+
+
+def test_an_installed_package_says_what_is_only_in_the_repository(tmp_path: Path) -> None:
+    for path in shipped():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    code = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}]
+from layerstream.standins import *
+from layerstream import standins
+print(standins.__file__, build_demo.__name__)
+try:
+    from layerstream.standins import build_tiny
+except ImportError as error:
+    print(error)
+try:
+    standins.run_tiny
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, *errors = done.stdout.splitlines()
+    assert found == f"{tmp_path / 'layerstream' / 'standins' / '__init__.py'} build_demo"
+    assert [error.partition(" ")[0] for error in errors] == ["build_tiny", "run_tiny"]
+    assert all("is only in the repository of layerstream" in e and "pip install --editable" in e for e in errors)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_need_no_checkout(path: Path) -> None:
+    taken = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in taken if node.module == "layerstream.standins" for alias in node.names}
+    assert names <= set(standins.__all__)
+    assert "layerstream.standins.repository" not in path.read_text()
 
 
 def test_everything_set_up_installs_is_pinned() -> None:

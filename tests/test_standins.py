@@ -22,15 +22,14 @@ from layerstream.standins import (
     run_tiny,
     skip_init,
 )
-from layerstream.standins.tokenizers import (
-    clip_tokenizer,
+from layerstream.standins.repository.tokenizers import (
     glm_processor,
     letter_tokenizer,
     qwen_tokenizer,
     qwen_vl_processor,
     roberta_tokenizer,
-    t5_tokenizer,
 )
+from layerstream.standins.tokenizers import clip_tokenizer, t5_tokenizer
 from layerstream.standins.weights import INIT_IMPORTERS, POOL_VALUES_CPU, RESET_LAYERS, cast_floating_
 
 pytest.importorskip("diffusers", reason="the stand-ins are diffusers pipelines")

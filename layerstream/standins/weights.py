@@ -138,17 +138,6 @@ def _skip_reset(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build modules in `dtype` at once: a cast afterwards would need the memory of both."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def unfilled() -> Iterator[None]:
     """Let this thread's `fill_normal_` do nothing, for weights that come from elsewhere: no page of what is built has
     been touched then."""

@@ -6,7 +6,7 @@ import torch
 
 from layerstream.standins.components import clip_text_encoder, image_vae
 from layerstream.standins.libraries import Library, diffusers, transformers
-from layerstream.standins.recipes import ENCODER_LAYERS, HIDDEN, Recipe, picture
+from layerstream.standins.repository.tiny.recipes import ENCODER_LAYERS, HIDDEN, Recipe, picture
 from layerstream.standins.tokenizers import clip_tokenizer
 
 # As in the real models: attention on all levels but the lowest (or, in XL, the highest).

@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from layerstream.standins.components import flow_scheduler, gemma2_encoder, image_vae, t5_encoder
+from layerstream.standins.components import flow_scheduler, image_vae, t5_encoder
 from layerstream.standins.libraries import diffusers
-from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe
-from layerstream.standins.tokenizers import letter_tokenizer, t5_tokenizer
+from layerstream.standins.repository.components import gemma2_encoder
+from layerstream.standins.repository.tiny.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe
+from layerstream.standins.repository.tokenizers import letter_tokenizer
+from layerstream.standins.tokenizers import t5_tokenizer
 
 
 def _aura_flow() -> dict[str, Any]:

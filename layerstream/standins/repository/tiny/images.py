@@ -6,19 +6,26 @@ from typing import Any
 
 import torch
 
-from layerstream.standins.components import (
-    clip_text_encoder,
-    flow_scheduler,
-    image_vae,
+from layerstream.standins.components import clip_text_encoder, flow_scheduler, image_vae, t5_encoder
+from layerstream.standins.libraries import diffusers
+from layerstream.standins.repository.components import (
     qwen3_encoder,
     qwen3_vl_encoder,
     qwen25_vl_encoder,
-    t5_encoder,
     video_vae_options,
 )
-from layerstream.standins.libraries import diffusers
-from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, SIDE, Recipe, picture, pil_picture, replaced
-from layerstream.standins.tokenizers import clip_tokenizer, qwen_tokenizer, qwen_vl_processor, t5_tokenizer
+from layerstream.standins.repository.tiny.recipes import (
+    BLOCKS,
+    ENCODER_LAYERS,
+    HIDDEN,
+    SIDE,
+    Recipe,
+    picture,
+    pil_picture,
+    replaced,
+)
+from layerstream.standins.repository.tokenizers import qwen_tokenizer, qwen_vl_processor
+from layerstream.standins.tokenizers import clip_tokenizer, t5_tokenizer
 
 
 def _sd3() -> dict[str, Any]:

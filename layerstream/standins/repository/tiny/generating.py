@@ -4,8 +4,8 @@ from typing import Any
 
 from layerstream.standins.components import flow_scheduler, image_vae, t5_encoder
 from layerstream.standins.libraries import diffusers, transformers
-from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe
-from layerstream.standins.tokenizers import (
+from layerstream.standins.repository.tiny.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe
+from layerstream.standins.repository.tokenizers import (
     BYTE_VOCAB_SIZE,
     GLM_CODES,
     GLM_VOCAB_SIZE,
@@ -13,8 +13,8 @@ from layerstream.standins.tokenizers import (
     glm_ids,
     glm_processor,
     roberta_tokenizer,
-    t5_tokenizer,
 )
+from layerstream.standins.tokenizers import t5_tokenizer
 
 
 def _glm_vision_language() -> Any:

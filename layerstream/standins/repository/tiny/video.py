@@ -3,24 +3,20 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
-from layerstream.standins.components import (
-    clip_text_encoder,
-    flow_scheduler,
-    image_vae,
-    llama_encoder,
-    qwen25_vl_encoder,
-    t5_encoder,
-    video_vae_options,
-)
+from layerstream.standins.components import clip_text_encoder, flow_scheduler, image_vae, t5_encoder
 from layerstream.standins.libraries import Library, diffusers
-from layerstream.standins.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, PROMPT, Recipe, pil_picture, replaced
-from layerstream.standins.tokenizers import (
-    clip_tokenizer,
-    letter_tokenizer,
-    qwen_tokenizer,
-    qwen_vl_processor,
-    t5_tokenizer,
+from layerstream.standins.repository.components import llama_encoder, qwen25_vl_encoder, video_vae_options
+from layerstream.standins.repository.tiny.recipes import (
+    BLOCKS,
+    ENCODER_LAYERS,
+    HIDDEN,
+    PROMPT,
+    Recipe,
+    pil_picture,
+    replaced,
 )
+from layerstream.standins.repository.tokenizers import letter_tokenizer, qwen_tokenizer, qwen_vl_processor
+from layerstream.standins.tokenizers import clip_tokenizer, t5_tokenizer
 
 
 def _wan_parts() -> dict[str, Any]:

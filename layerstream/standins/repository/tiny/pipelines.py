@@ -6,12 +6,12 @@ import torch
 
 from layerstream.standins.components import finish
 from layerstream.standins.libraries import diffusers
-from layerstream.standins.recipes import NEGATIVE_PROMPT, PROMPT, SIDE, Recipe
-from layerstream.standins.tiny_generating import GENERATING_RECIPES
-from layerstream.standins.tiny_images import IMAGE_RECIPES
-from layerstream.standins.tiny_transformers import TRANSFORMER_RECIPES
-from layerstream.standins.tiny_unets import UNET_RECIPES
-from layerstream.standins.tiny_video import VIDEO_RECIPES
+from layerstream.standins.repository.tiny.generating import GENERATING_RECIPES
+from layerstream.standins.repository.tiny.images import IMAGE_RECIPES
+from layerstream.standins.repository.tiny.recipes import NEGATIVE_PROMPT, PROMPT, SIDE, Recipe
+from layerstream.standins.repository.tiny.transformers import TRANSFORMER_RECIPES
+from layerstream.standins.repository.tiny.unets import UNET_RECIPES
+from layerstream.standins.repository.tiny.video import VIDEO_RECIPES
 from layerstream.standins.weights import skip_init
 
 _RECIPES: dict[str, Recipe] = {

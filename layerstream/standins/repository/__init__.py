@@ -1,0 +1,27 @@
+"""Stand-ins for tests and benchmarks, which are in the repository only: the wheel leaves this folder out.
+
+`tiny` holds small pipelines with every class, block stack and call path of the real ones, `full_size` pipelines and
+denoisers at their true size.
+"""
+
+from layerstream.standins.repository.full_size import (
+    DENOISERS,
+    PIPELINES,
+    build_denoiser,
+    build_pipeline,
+    denoiser_inputs,
+    pipeline_call,
+)
+from layerstream.standins.repository.tiny import TINY_PIPELINES, build_tiny, run_tiny
+
+__all__ = [
+    "DENOISERS",
+    "PIPELINES",
+    "TINY_PIPELINES",
+    "build_denoiser",
+    "build_pipeline",
+    "build_tiny",
+    "denoiser_inputs",
+    "pipeline_call",
+    "run_tiny",
+]

@@ -212,17 +212,19 @@ class SimulatedDevice:
             return stream
 
     @contextlib.contextmanager
-    def use_stream(self, stream: SimulatedStream) -> Iterator[None]:
-        """Make `stream` this thread's compute stream, ordered after and before the one it replaces."""
+    def use_stream(self, stream: SimulatedStream, *, is_ordered: bool = True) -> Iterator[None]:
+        """Make `stream` this thread's compute stream, ordered after and before the one it replaces, or by nothing."""
         thread = threading.get_ident()
         outer = self.compute_stream()
-        self.wait(stream, self.record(outer))
+        if is_ordered:
+            self.wait(stream, self.record(outer))
         self._used_stream[thread] = stream
         try:
             yield
         finally:
             self._used_stream[thread] = outer
-            self.wait(outer, self.record(stream))
+            if is_ordered:
+                self.wait(outer, self.record(stream))
 
     def compute(self, ms: float) -> None:
         """Spend simulated time on this thread's compute stream."""

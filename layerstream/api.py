@@ -128,7 +128,7 @@ class LayerStreamer:
             call_timeout=self._call_timeout,
             num_slots=self._num_slots,
             find_replaced=self._find_replaced,
-            find_dropped=self._find_dropped,
+            let_go=self._let_go_of_dropped,
         )
         layouts = layouts_of(self._pipe)
         if not any(stack.blocks for layout in layouts for stack in layout.stacks):
@@ -175,11 +175,12 @@ class LayerStreamer:
                 return name
         return None
 
-    def _find_dropped(self) -> list[str]:
-        """The names of components that are in a dict no longer; of an object, that is seen when it happens."""
-        if not isinstance(self._pipe, Mapping):
-            return []
-        return [name for name in self._called if self._pipe.get(name) is None]
+    def _let_go_of_dropped(self) -> None:
+        """Components that are in a dict no longer; of an object, that is seen when it happens."""
+        if isinstance(self._pipe, Mapping):
+            for name in [name for name in self._called if self._pipe.get(name) is None]:
+                with self._paused(name):
+                    pass
 
     def _now(self, name: str, module: nn.Module) -> object:
         return self._pipe.get(name, module) if isinstance(self._pipe, Mapping) else getattr(self._pipe, name, module)

@@ -34,7 +34,10 @@ _MOST_QUANTUM_BYTES = 2**26
 # With this part of the budget free, what others allocate in the middle of a phase is looked at every few passes only.
 _AMPLE_SHARE = 8
 _WATCHED_PASSES = 8
-_TRIED = re.compile(r"[Tt]ried to allocate ([0-9.]+ [KMGT]?i?B|[0-9]+ bytes)|([0-9]+ bytes) asked for")
+# What errors of allocators say, torch's and the simulated one's: what was asked for, and what there was by then.
+_SIZE = r"([0-9.]+ (?:[KMGT]?i?B|bytes))"
+_TRIED = re.compile(rf"[Tt]ried to allocate {_SIZE}|{_SIZE} asked for")
+_HELD = re.compile(rf"{_SIZE} is allocated")
 
 
 class Ledger:
@@ -143,14 +146,10 @@ class Ledger:
     @property
     def least_bytes(self) -> int | None:
         """The smallest budget in which all that has run would run again; None: that is not known yet."""
-        plan, taken = self.plan, self._tracker.taken_bytes(self._outside_bytes)
-        ran = [
-            None if took is None else phase_plan.least_bytes + took + plan.whole_bytes
-            for phase_plan, took in zip(plan.phases, taken, strict=True)
-            if phase_plan.phase.name in self.stats_of
-        ]
-        known = [num_bytes for num_bytes in ran if num_bytes is not None]
-        return max(known) if known and len(known) == len(ran) else None
+        ran = [p for p in self.plan.phases if p.phase.name in self.stats_of]
+        beside = [self.stats_of[p.phase.name].most_beside_bytes for p in ran]
+        known = [p.least_bytes + most for p, most in zip(ran, beside, strict=True) if most is not None]
+        return max(known) + self.plan.whole_bytes if known and len(known) == len(ran) else None
 
     # ---- entering components
 
@@ -236,6 +235,7 @@ class Ledger:
             return
         peak = self.look()
         self.phase_stats.peak_weights_bytes = max(self.phase_stats.peak_weights_bytes, weights)
+        self.phase_stats.most_beside_bytes = max(self.phase_stats.most_beside_bytes or 0, peak - weights)
         if not self._reserve.is_measured:
             over = max(0, peak - weights - self._outside_bytes)
             margin = _MARGIN_GRAINS * self._grain + self._device.page_bytes()
@@ -307,21 +307,27 @@ class Ledger:
                 self._device.allocated_bytes(),
             )
 
-    def explain(self, error: BaseException, weights_bytes: int) -> BudgetError:
-        """The error for an allocation that was refused."""
-        self._num_ooms, self._is_unchecked = self._device.num_ooms(), False
-        tried = _TRIED.search(str(error))
-        tried_bytes = parse_bytes((tried.group(1) or tried.group(2)).replace("bytes", "B")) if tried else 0
-        size = f" of {format_bytes(tried_bytes)}" if tried_bytes else ""
-        return self._error(f"an allocation{size} was refused", tried_bytes, weights_bytes)
+    def explain(self, error: BaseException, weights_bytes: int, *, is_for_weights: bool) -> BudgetError:
+        """The error for an allocation that was refused.
 
-    def _error(self, what: str, tried_bytes: int, weights_bytes: int) -> BudgetError:
+        Args:
+            is_for_weights: what was asked for is part of the least that weights take.
+        """
+        self._num_ooms, self._is_unchecked = self._device.num_ooms(), False
+        tried_bytes, held_bytes = _found(_TRIED, error), _found(_HELD, error)
+        size = f" of {format_bytes(tried_bytes)}" if tried_bytes else ""
+        # Beside the weights, when it was refused; the peak may have been at another moment.
+        wanted_bytes = max(0, held_bytes - weights_bytes) + (0 if is_for_weights else tried_bytes)
+        return self._error(f"an allocation{size} was refused", wanted_bytes, weights_bytes)
+
+    def _error(self, what: str, wanted_bytes: int, weights_bytes: int) -> BudgetError:
         peak = max(self._device.peak_reserved_bytes(), self._device.reserved_bytes())
         others = max(0, peak - weights_bytes)
         component = self._reserve.key.component if self._reserve is not None else None
         where = f" in `{component}`" if component else ""
-        least = self.plan.phase_of(component).least_bytes if component else self.plan.least_bytes
-        reached = least + others + tried_bytes
+        plan = self.plan
+        least = plan.phase_of(component).least_bytes + plan.whole_bytes if component else plan.least_bytes
+        reached = least + max(others, wanted_bytes)
         is_known = self._reserve is not None and self._reserve.is_measured
         needed = reached if is_known else self._certain_bytes(reached)
         budget = "the device" if self.budget_bytes is None else f"vram_budget {format_bytes(self.budget_bytes)}"
@@ -448,6 +454,12 @@ class Ledger:
             self._refused.add(partners)
             return
         self._tracker.merge(partners)
+
+
+def _found(pattern: re.Pattern[str], error: BaseException) -> int:
+    """Bytes in an error's text; 0 if it does not say."""
+    match = pattern.search(str(error))
+    return 0 if match is None else parse_bytes(next(filter(None, match.groups())).replace("bytes", "B"))
 
 
 def _give_back(device: Device, claim: object) -> None:

@@ -535,7 +535,7 @@ class SimulatedDevice:
             raise SimulatedOutOfMemoryError(
                 f"simulated device: {num_bytes} bytes asked for, {max(limit - taken, 0)} of {limit}{kind} free "
                 f"(buffers {self.buffer_bytes}, activations {self._activations.num_bytes()}, "
-                f"whole {self._whole_bytes}, foreign {self._foreign_bytes})"
+                f"whole {self._whole_bytes}, foreign {self._foreign_bytes}); {taken} bytes is allocated"
             )
         self._peak_bytes = max(self._peak_bytes, taken + num_bytes)
 

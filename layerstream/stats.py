@@ -10,6 +10,7 @@ class PhaseStats:
     """What happened in one phase of the calls: counters since the streamer started.
 
     `reserve_bytes` is what the phase takes on the device beside the weights, as last measured; None: not yet.
+    `most_beside_bytes` is the most that there was beside the weights, other tensors included; None: not read yet.
     `stall_ms_by_unit` divides `stall_ms` by the unit (its index in the plan) whose load was waited for.
     """
 
@@ -22,6 +23,7 @@ class PhaseStats:
     peak_reserved_bytes: int = 0
     peak_weights_bytes: int = 0
     reserve_bytes: int | None = None
+    most_beside_bytes: int | None = None
 
 
 @dataclass(slots=True)

@@ -71,7 +71,7 @@ class Streamer:
         call_timeout: seconds that a caller waits for another's call to end; None: as long as it takes.
         num_slots: fixes the number of slots of every phase; the plan chooses otherwise.
         find_replaced: names a component that is another module than it was.
-        find_dropped: names components that the pipeline has no longer.
+        let_go: lets go of components that the pipeline has no longer; called between two calls.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Streamer:
         call_timeout: float | None = None,
         num_slots: int | None = None,
         find_replaced: Callable[[], str | None] = lambda: None,
-        find_dropped: Callable[[], Collection[str]] = tuple,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
@@ -94,7 +94,7 @@ class Streamer:
         self.is_paused = False
         self._describe = describe
         self._find_replaced = find_replaced
-        self._find_dropped = find_dropped
+        self._let_go = let_go
         self._device = device
         self._attached = Attachments(device, self.load_absent, self._unit_home)
         self._units = self._attached.units
@@ -490,6 +490,10 @@ class Streamer:
         """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
         if phase_plan is self._applied:
             return
+        with self._ranges("phase", phase_plan.phase.name):
+            self._lay_out(phase_plan)
+
+    def _lay_out(self, phase_plan: PhasePlan) -> None:
         self._applied = None
         transfer = self._transfer
         wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
@@ -528,7 +532,7 @@ class Streamer:
         try:
             return allocate()
         except torch.OutOfMemoryError as exc:
-            raise self.explain(exc) from exc
+            raise self.explain(exc, is_for_weights=True) from exc
 
     def _give_up(self, unit: int) -> None:
         """Take a resident unit's room from it."""
@@ -570,9 +574,9 @@ class Streamer:
         for reserve in self._timer.drop():
             reserve.not_timed()
 
-    def explain(self, error: BaseException) -> BudgetError:
+    def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
-        return self._ledger.explain(error, self._transfer.weights_bytes)
+        return self._ledger.explain(error, self._transfer.weights_bytes, is_for_weights=is_for_weights)
 
     # ---- what the hooks say
 
@@ -769,10 +773,7 @@ class Streamer:
 
     def _catch_up(self) -> None:
         """Between two calls: what the last one cast and left so is laid out anew, what was dropped is let go of."""
-        for dropped in self._find_dropped():
-            if dropped in self._attached.of_component:
-                with self.paused(dropped):
-                    pass
+        self._let_go()
         for component in list(self._cast_inside):
             bindings = [self._units[i].binding for i in self._attached.of_component[component].units]
             if any(b.tensor.dtype != b.dtype for binding in bindings if binding.is_present for b in binding.tensors):

@@ -94,10 +94,11 @@ def test_an_interrupt_between_two_copies_of_a_load(error: BaseException) -> None
     with torch.no_grad():
         expected = model(x)
     num_between = 0
-    for operation in range(80):
+    for operation in range(60):
         device = adversary()
         with (
-            layerstream.offload(model, vram_budget="min", device=device) as streamer,
+            # Slots come and go: in the first passes everything streams, then all of it stays.
+            layerstream.offload(model, vram_budget=10**8, device=device),
             device.checking(),
             torch.no_grad(),
         ):
@@ -107,10 +108,8 @@ def test_an_interrupt_between_two_copies_of_a_load(error: BaseException) -> None
                     model(x)
             num_between += device.operations[-1] == "piece"
             device.fail_at(10**9, error)
-            if operation % 2:
-                with streamer.paused():  # gives all device memory back
-                    pass
-            assert torch.equal(model(x), expected)
+            for _ in range(3):
+                assert torch.equal(model(x), expected)
         assert device.buffer_bytes == 0
     assert num_between > 3
 

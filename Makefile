@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint rules format types slow wheel versions gpu-test bench bench-plots clean
+.PHONY: help demo test lint rules format types slow wheel versions gpu-test bench bench-plots budget-table clean
 
 help:
 	@echo "make demo      run a stand-in pipeline resident and streamed, compare the images (ARGS=... for options)"
@@ -19,7 +19,8 @@ help:
 	@echo "make versions  the quick tests with the oldest and newest Python, torch and diffusers: docs/versions.md"
 	@echo "make gpu-test  the tests that need a CUDA GPU"
 	@echo "make bench     the benchmark harness (ARGS='run --case ovis', 'suite NAME', 'list')"
-	@echo "make bench-plots  pictures and the README's table from benchmarks/results"
+	@echo "make bench-plots   pictures, and the tables of README.md and benchmarks/README.md, from benchmarks/results"
+	@echo "make budget-table  the tables of docs/choosing-a-budget.md, by the planner; takes two minutes"
 	@echo "make clean     remove the virtual environment and caches"
 
 # Made again when what it installs has changed. pip and setuptools come first, because the pins are theirs too.
@@ -68,6 +69,9 @@ bench: $(INSTALLED)
 
 bench-plots: $(INSTALLED)
 	$(BIN)/python -m benchmarks plots
+
+budget-table: $(INSTALLED)
+	$(BIN)/python -m benchmarks.budget_table
 
 clean:
 	rm -rf $(VENV) .wheel-venv .versions build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-*.png

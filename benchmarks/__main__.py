@@ -16,6 +16,7 @@ from benchmarks import suite
 from benchmarks.cases import CASES, FORMS
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, MissingPeerError
+from benchmarks.pages import NoPlaceError
 from benchmarks.records import command_line
 from layerstream.arguments import Parser, budget, positive
 
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import plots  # matplotlib takes its time
 
         try:
-            plots.make(options.results, options.readme)
-        except plots.NoResultsError as exc:
+            plots.make(options.results, options.readme, options.page)
+        except (plots.NoResultsError, NoPlaceError) as exc:
             parser.error(str(exc))
         return 0
     device = options.device or ("cuda" if options.scale == "full" else suite.default_device())
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{method.name} needs --vram-budget")
         if options.vram_budget is not None and not method.takes_budget:
             parser.error(f"{method.name} takes no --vram-budget")
+        if "%" in str(options.vram_budget):
+            parser.error(f"--vram-budget {options.vram_budget} is another size on another GPU; results go by sizes")
         try:
             method.check()
         except MissingPeerError as exc:
@@ -124,9 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--cell-seconds", type=float, default=240, metavar="S", help="limit of each measurement")
         each.add_argument("--seconds", type=float, metavar="S", help="limit of all of them")
     commands.add_parser("list", help="cases, forms, methods and suites")
-    plots = commands.add_parser("plots", help="pictures and the table for the README, from the result files")
+    plots = commands.add_parser("plots", help="pictures and the tables of the README and of a page, from the files")
     plots.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     plots.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
+    plots.add_argument(
+        "--page", type=Path, default=Path("benchmarks/README.md"), metavar="FILE", help="the long table's"
+    )
     return parser
 
 

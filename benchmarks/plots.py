@@ -1,17 +1,19 @@
-"""Pictures of time against memory, and the headline table that the README includes, made from the result files."""
+"""Pictures of time against memory, a short table for the README and a long one for the benchmarks' page, made from the
+result files."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES, FORMS
+from benchmarks.pages import write_parts
 from benchmarks.records import Record, budget_order, time_of
 
-START, END = "<!-- headline: made by `make bench-plots` -->", "<!-- end of headline -->"
+TARGET = "bench-plots"
+SHORT, LONG = "short table", "long table"  # names of the parts of pages
 _COLOURS = {
     "resident": "black",
     "layerstream": "tab:red",
@@ -32,26 +34,27 @@ _LABELS = {
     "vllm_omni": "vllm-omni, layerwise",
     "flextensor": "FlexTensor",
 }
+# Of the short table: what readers know the cases by, our budgets in it, and the card that the others must fit.
+_MODELS = {"sd35m": "Stable Diffusion 3.5 medium", "ovis": "Ovis-Image-7B", "longcat": "LongCat-Image"}
+_SHORT_BUDGETS = ("10GiB", "6GiB")
+_CARD_GIB = 12
 
 
 class NoResultsError(Exception):
     """There is nothing to draw."""
 
 
-def make(results: Path, readme: Path) -> list[Path]:
-    """Draw a picture for each case and form, and put the table into the README; returns the pictures.
+def make(results: Path, readme: Path, page: Path) -> list[Path]:
+    """Draw a picture for each case and form, and put the tables into the README and the page; returns the pictures.
 
     Raises:
-        NoResultsError: no result files of the harness at true size, or a README without a place for the table.
+        NoResultsError: no result files of the harness at true size.
+        NoPlaceError: a page without a place for its table.
     """
     records = read(results)
-    text = readme.read_text() if readme.exists() else ""
-    if START not in text or END not in text:
-        raise NoResultsError(f"{readme} has no lines {START!r} and {END!r}, between which the table goes")
-    pictures = [_draw(records, case, form, results) for case, form in _pairs(records)]
-    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-    readme.write_text(pattern.sub(lambda _: "\n".join([START, "", *table(records), "", END]), text))
-    return pictures
+    write_parts(readme, {SHORT: short_table(records)}, TARGET)
+    write_parts(page, {LONG: table(records)}, TARGET)
+    return [_draw(records, case, form, results) for case, form in _pairs(records)]
 
 
 def read(results: Path) -> list[Record]:
@@ -73,16 +76,64 @@ def read(results: Path) -> list[Record]:
     return list(found.values())
 
 
+def short_table(records: Sequence[Record]) -> list[str]:
+    """Lines of Markdown: whole calls in seconds and GiB, a column for each case, on the GPU with most of them; none
+    where no whole call was measured."""
+    calls = _of_one_gpu([r for r in records if r["form"] == "pipeline"])
+    columns = [case for case in CASES if (case, "pipeline") in _pairs(calls)]
+    if not columns:
+        return []
+    found = {(r["case"], r["method"], r["vram_budget"]): r for r in calls}
+    rows = [("all of it on the GPU", [found.get((case, "resident", None)) for case in columns])]
+    for budget in _SHORT_BUDGETS:
+        rows.append((f"**layerstream, {budget}**", [found.get((case, "layerstream", budget)) for case in columns]))
+    fastest = [_fastest_other(calls, case) for case in columns]
+    rows.append((f"the fastest other way within {_CARD_GIB} GiB", fastest))
+    offload = [found.get((case, "model_offload", None)) for case in columns]
+    rows.append(("diffusers' `enable_model_cpu_offload()`", offload))
+    lines = [
+        "| one image | " + " | ".join(_MODELS.get(case, case) for case in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *("| " + " | ".join([name, *map(_short_cell, cells)]) + " |" for name, cells in rows),
+    ]
+    others: dict[str, list[str]] = {}
+    for case, record in zip(columns, fastest, strict=True):
+        if record is not None:
+            others.setdefault(_LABELS.get(record["method"], record["method"]), []).append(_MODELS.get(case, case))
+    if others:
+        told = "; ".join(f"{method} ({' and '.join(cases)})" for method, cases in others.items())
+        lines += ["", f"The fastest other ways: {told}."]
+    return lines
+
+
+def _fastest_other(calls: Sequence[Record], case: str) -> Record | None:
+    """Of other libraries' calls that gave the same image within the card's memory."""
+    timed = [
+        (time, r["method"], r)
+        for r in calls
+        if r["case"] == case and r["equal"] and r["method"] not in ("resident", "layerstream")
+        if (time := time_of(r)) is not None and (r["peak_reserved_bytes"] or 0) <= _CARD_GIB * 2**30
+    ]
+    return min(timed, default=(0.0, "", None))[2]
+
+
+def _short_cell(record: Record | None) -> str:
+    if record is None:
+        return ""
+    time, peak = time_of(record), record["peak_reserved_bytes"]
+    if time is None or peak is None:
+        return (record["error"] or "not told").split(", in ")[0]
+    return f"{'~' if record.get('is_extrapolated') else ''}{time:.1f} s, {peak / 2**30:.1f} GiB"
+
+
 def table(records: Sequence[Record]) -> list[str]:
     """Lines of Markdown: a row for each method and budget, a column for each case and form, of the GPU with most of
     them: time as a ratio to resident, and the peak of reserved memory; below, why those without a time have none."""
-    gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
-    gpu = max(gpus, key=lambda name: gpus[name])
-    alike = [r for r in records if r["gpu"] == gpu]
+    alike = _of_one_gpu(records)
     measured = _pairs(alike)
     pairs = [(case, form) for form in FORMS for case in CASES if (case, form) in measured]
     lines = [
-        f"{gpu}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal to resident.",
+        f"{alike[0]['gpu']}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal.",
         "",
         "| | " + " | ".join(f"{case}, {form}" for case, form in pairs) + " |",
         "|---|" + "---|" * len(pairs),
@@ -158,6 +209,12 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
 def _kind(record: Record) -> tuple[str, bool]:
     """Its method, and whether its time is extrapolated: what a colour and a mark stand for."""
     return record["method"], bool(record.get("is_extrapolated"))
+
+
+def _of_one_gpu(records: Sequence[Record]) -> list[Record]:
+    """Those of the GPU with most times."""
+    gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
+    return [r for r in records if r["gpu"] == max(gpus, key=lambda name: gpus[name])] if gpus else []
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[str, str]]:

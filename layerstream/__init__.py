@@ -4,7 +4,7 @@ from layerstream import _import_torch  # noqa: F401 - before anything else impor
 from layerstream._version import __version__
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.registry import register_adapter
-from layerstream.api import LayerStreamer, offload, plan
+from layerstream.api import LayerStreamer, active, offload, plan
 from layerstream.errors import (
     AdapterError,
     AlreadyOffloadedError,
@@ -13,6 +13,7 @@ from layerstream.errors import (
     CompiledWholeError,
     ConcurrentUseError,
     DeviceError,
+    HostMemoryError,
     LayerstreamError,
     LayerstreamWarning,
     MovedWhileStreamingError,
@@ -21,6 +22,7 @@ from layerstream.errors import (
     TransferError,
 )
 from layerstream.plan import Plan
+from layerstream.report import Report
 from layerstream.stats import Stats
 
 __all__ = [
@@ -32,16 +34,19 @@ __all__ = [
     "CompiledWholeError",
     "ConcurrentUseError",
     "DeviceError",
+    "HostMemoryError",
     "LayerStreamer",
     "LayerstreamError",
     "LayerstreamWarning",
     "MovedWhileStreamingError",
     "PipelineError",
     "Plan",
+    "Report",
     "Stats",
     "StreamerStateError",
     "TransferError",
     "__version__",
+    "active",
     "offload",
     "plan",
     "register_adapter",

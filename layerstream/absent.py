@@ -1,70 +1,96 @@
-"""Parameters and buffers whose bytes are elsewhere.
+"""Parameters and buffers whose bytes are elsewhere, or that nobody may look at unseen.
 
-An absent tensor is the user's own object with its class switched to `AbsentParameter` or `AbsentTensor`, over
-one NaN of the right dtype on the right device, expanded to the right shape. Shape, dtype, device, strides and
+An absent tensor is the user's own object with its class switched to a child of `AbsentParameter` or `AbsentTensor`,
+over one NaN of the right dtype on the right device, expanded to the right shape. Shape, dtype, device, strides and
 the like are answered from there; anything that could look at the bytes (`__torch_function__` sees every
 operator, getter and method) first loads the whole unit, after which the object is a plain parameter again and
 the operation runs on that. Code that slips past `__torch_function__` meets NaN, never another block's weights.
 
 Per-operation loading would not do: `nn.TransformerEncoderLayer` asks `has_torch_function` and leaves its fast
 path, which changes the last bits. After the first touch nothing is left to ask about.
+
+While no call runs, tensors whose bytes *are* on the device have their class switched, too (*guarded*): what is read
+through them then may be written (`weight.data[0] = row`), which no version counter tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+Load = Callable[[Sequence[int]], None]
+
 
 class AbsentRecord(NamedTuple):
-    """What is known of one absent tensor.
-
-    `load(unit indices)` makes the units' tensors present, all at once; it belongs to their streamer.
-    """
+    """What is known of one absent tensor."""
 
     name: str
     unit: int
     strides: tuple[int, ...]
-    load: Callable[[Sequence[int]], None]
 
 
-# The record hangs on the tensor, so that it goes with it, and only while it is absent: whatever copies or pickles the
-# tensor loads it first, so the attribute never travels.
-_RECORD = "_layerstream_absent"
+class AbsentClasses:
+    """The two classes of one streamer's absent tensors.
+
+    They are its own, so that a tensor leads to its streamer by its class, and keeps it alive, with nothing hung on the
+    tensor that a copy or a pickle would carry along.
+
+    Args:
+        load: makes units' tensors present, all at once, given their indices.
+        stand_in: gives an absent tensor's twin over its bytes at home.
+    """
+
+    def __init__(self, load: Load, stand_in: Callable[[torch.Tensor], torch.Tensor | None] = lambda t: None) -> None:
+        self.load, self.stand_in = load, stand_in
+        self.records: dict[int, AbsentRecord] = {}  # by the id of the tensor, which lives as long as its record
+        own = {"__module__": __name__, "__slots__": (), "_classes": self}
+        self.of_parameters: type[torch.Tensor] = type("AbsentParameter", (AbsentParameter,), dict(own))
+        self.of_buffers: type[torch.Tensor] = type("AbsentTensor", (AbsentTensor,), dict(own))
+
+    def of(self, tensor: torch.Tensor) -> type[torch.Tensor]:
+        """The class of a plain tensor while it is absent."""
+        return self.of_parameters if type(tensor) is nn.Parameter else self.of_buffers
 
 
 def make_absent(
-    tensors: Iterable[torch.Tensor], placeholders: Iterable[torch.Tensor], records: Iterable[AbsentRecord]
+    tensors: Iterable[torch.Tensor], placeholders: Iterable[torch.Tensor], classes: Iterable[type[torch.Tensor]]
 ) -> None:
     """Let go of the tensors' bytes: they answer metadata, and load on any other use."""
-    for tensor, placeholder, record in zip(tensors, placeholders, records, strict=True):
+    for tensor, placeholder, cls in zip(tensors, placeholders, classes, strict=True):
         # Data first: once the class is switched, setting `.data` would itself be a use.
         tensor.data = placeholder
-        tensor.__dict__[_RECORD] = record
-        tensor.__class__ = AbsentParameter if type(tensor) is nn.Parameter else AbsentTensor
+        tensor.__class__ = cls
 
 
-def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
-    """Point each tensor at its data; it is a plain `Parameter` or `Tensor` again."""
-    for tensor, view in zip(tensors, data, strict=True):
+def make_present(
+    tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor], classes: Iterable[type[torch.Tensor]]
+) -> None:
+    """Point each tensor at its data; it is a plain `Parameter` or `Tensor`, as `classes` say, again."""
+    for tensor, view, cls in zip(tensors, data, classes, strict=True):
         # Class first: the setter would otherwise go through `__torch_function__`.
-        kind = type(tensor)
-        if kind is AbsentParameter:
-            tensor.__dict__.pop(_RECORD, None)
-            tensor.__class__ = nn.Parameter
-        elif kind is AbsentTensor:
-            tensor.__dict__.pop(_RECORD, None)
-            tensor.__class__ = torch.Tensor
+        tensor.__class__ = cls
         tensor.data = view
 
 
+def switch(tensors: Iterable[torch.Tensor], classes: Iterable[type[torch.Tensor]]) -> None:
+    """Only the classes: what the tensors point at stays."""
+    for tensor, cls in zip(tensors, classes, strict=True):
+        tensor.__class__ = cls
+
+
 def is_absent(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's bytes are elsewhere now."""
-    return type(tensor) is AbsentParameter or type(tensor) is AbsentTensor
+    """Whether looking at the tensor's bytes loads them, or is at least noticed."""
+    return issubclass(type(tensor), _Absent)
+
+
+def at_home(tensor: torch.Tensor) -> torch.Tensor:
+    """An absent tensor's twin over its bytes at home, for code that only reads; any other tensor itself."""
+    found = type(tensor)._classes.stand_in(tensor) if isinstance(tensor, _Absent) else None
+    return tensor if found is None else found
 
 
 def nan_scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -80,6 +106,7 @@ class _Absent:
     """Behaviour shared by the two classes; only ever reached by switching `__class__`."""
 
     __slots__ = ()
+    _classes: ClassVar[AbsentClasses]
 
     @classmethod
     def __torch_function__(
@@ -90,7 +117,7 @@ class _Absent:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _LAYOUT:
-            record = args[0].__dict__.get(_RECORD)
+            record = _record_of(args[0])
             if record is not None:
                 with torch._C.DisableTorchFunctionSubclass():
                     size, dtype = args[0].size(), args[0].dtype
@@ -124,15 +151,22 @@ class AbsentTensor(_Absent, torch.Tensor):
     """A buffer whose bytes are not on the device now."""
 
 
+def _record_of(tensor: torch.Tensor) -> AbsentRecord | None:
+    """The record of an absent tensor; None of one whose streaming has ended, or that torch made of one."""
+    classes: AbsentClasses | None = getattr(type(tensor), "_classes", None)
+    return None if classes is None else classes.records.get(id(tensor))
+
+
 def _load_all(used: Any) -> None:
     """Load the units of all absent tensors in `used`, together, so that none evicts another."""
-    units: dict[Callable[[Sequence[int]], None], list[int]] = {}
+    units: dict[AbsentClasses, set[int]] = {}
     for leaf in tree_leaves(used):
-        record = leaf.__dict__.get(_RECORD) if isinstance(leaf, _Absent) else None
-        if record is not None:
-            units.setdefault(record.load, []).append(record.unit)
-    for load, numbers in units.items():
-        load(sorted(set(numbers)))
+        if isinstance(leaf, _Absent):
+            record = _record_of(leaf)  # type: ignore[arg-type]  # the classes are tensors', their mixin is not
+            if record is not None:
+                units.setdefault(leaf._classes, set()).add(record.unit)
+    for classes, numbers in units.items():
+        classes.load(sorted(numbers))
 
 
 def _getters(*names: str) -> set[Any]:

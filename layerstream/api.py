@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
+import math
+import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from html import escape
 from traceback import clear_frames
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -16,39 +21,48 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from layerstream.adapters.registry import adapter_for
-from layerstream.budget import format_bytes, parse_bytes, resolve_budget
+from layerstream.budget import format_budget, format_bytes, parse_reserve, resolve_budget
 from layerstream.changes import (
     CHANGING_METHODS,
     MERGING_METHODS,
     READING_METHODS,
     adapter_layers,
+    entries_of,
     merging_on,
     methods_of,
 )
 from layerstream.compiled import uncompiled
+from layerstream.components import components_of, layouts_of, some_components_of
+from layerstream.decorating import decorated
 from layerstream.device import CudaDevice, Device, find_device
-from layerstream.errors import AlreadyOffloadedError, LayerstreamWarning, PipelineError, StreamerStateError
+from layerstream.errors import (
+    AlreadyOffloadedError,
+    BudgetError,
+    LayerstreamWarning,
+    StreamerStateError,
+)
 from layerstream.intercept import Interception, refuse_rivals
+from layerstream.pipeline_watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
 from layerstream.plan import Phase, Plan, make_plan
-from layerstream.report import report
-from layerstream.simulated import SimulatedDevice
+from layerstream.report import Report, entered_line, streamer_html
 from layerstream.stats import Stats
 from layerstream.streamer import Streamer
-from layerstream.units import ComponentLayout, divide
+from layerstream.units import divide
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-# Who streams which component, so that entering twice is refused; weak both ways, so that nothing here keeps a
-# pipeline alive that its user has dropped without closing.
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[LayerStreamer]] = weakref.WeakKeyDictionary()
+_log = logging.getLogger("layerstream")
+_ACTIVE = ACTIVE
+# One at a time begins to stream, or joins and leaves what decorated calls share.
+_ENTERING = threading.RLock()
 
 
 class LayerStreamer:
     """Streams a pipeline's weights while it is active: as a context manager, by `start` and `close`, or as a decorator.
 
     Made by `layerstream.offload`, which documents the arguments. Nothing happens before it is entered; after leaving,
-    by return or by any exception, the pipeline is as it was. It can be entered again.
+    by return or by any exception, the pipeline is as it was. It can be entered again. It prints its plan, and notebooks
+    show its report as well; what one GiB more would buy is in them once `plan` or `report()` was asked for.
     """
 
     def __init__(
@@ -57,14 +71,18 @@ class LayerStreamer:
         *,
         vram_budget: int | str = "auto",
         device: torch.device | str | int | Device | None = None,
+        call_timeout: float | None = None,
     ) -> None:
         self._pipe = pipe
         self._vram_budget = vram_budget
         self._device = device
+        self._call_timeout = _checked_timeout(call_timeout)
         self._streamer: Streamer | None = None
         self._last: Streamer | None = None  # what it did can be asked after it is closed
         self._changes = Interception()
+        self._pipelines = PipelineWatch()
         self._called: Mapping[str, nn.Module] = {}
+        self._num_guests: int | None = None  # decorated calls that share it; None: nobody but its user ends it
         self._num_slots: int | None = None  # set by benchmarks and tests; the plan chooses otherwise
 
     # ---- entering and leaving
@@ -74,32 +92,45 @@ class LayerStreamer:
 
         Raises:
             StreamerStateError: it is active already, or was made without a pipeline.
-            PipelineError, AlreadyOffloadedError, BudgetError, DeviceError, AdapterError, CompiledWholeError: see
-                `offload`. Nothing has changed then.
+            PipelineError, AlreadyOffloadedError, BudgetError, DeviceError, AdapterError, CompiledWholeError,
+            HostMemoryError: see `offload`. Nothing has changed then.
         """
         if self._pipe is None:
             raise StreamerStateError(
                 "offload() without a pipeline is a decorator. Give it one: `with layerstream.offload(pipe):`."
             )
+        while True:
+            self._wait_for_closing()
+            for owner in _touching(some_components_of(self._pipe)):
+                owner._wait_for_closing()
+            with _ENTERING:
+                if not any(owner._is_closing for owner in (self, *_touching(some_components_of(self._pipe)))):
+                    self._start()
+                    return self
+
+    def _start(self) -> None:
         if self.is_active:
             raise StreamerStateError(
-                "this streamer is active already. Leave it (or call close()) before entering again."
+                "this streamer is active already: `layerstream.active(pipe)` gives it, should you have lost it. Leave "
+                "it (or call close()) before entering again."
             )
         self.close()  # of what ended by itself
-        called = _components(self._pipe)
+        called = some_components_of(self._pipe)
         components = {name: uncompiled(module) for name, module in called.items()}
         _refuse_active(components)
         refuse_rivals(self._pipe, components)
         device = self._make_device()
         budget = _resolve(self._vram_budget, device)
         streamer = Streamer(
-            functools.partial(_layouts, self._pipe),
+            functools.partial(layouts_of, self._pipe),
             device,
             budget,
+            call_timeout=self._call_timeout,
             num_slots=self._num_slots,
             find_replaced=self._find_replaced,
+            find_dropped=self._find_dropped,
         )
-        layouts = _layouts(self._pipe)
+        layouts = layouts_of(self._pipe)
         if not any(stack.blocks for layout in layouts for stack in layout.stacks):
             _warn_nothing_streams(components)
         streamer.owner = self  # hooks keep the engine alive, the engine keeps us: dropped by its user, it can be closed
@@ -107,52 +138,78 @@ class LayerStreamer:
         self._streamer = self._last = streamer
         try:
             self._watch()
+            self._pipelines.install(self._pipe)
         except BaseException:
             self.close()
             raise
-        return self
+        if streamer.has_shown_progress or _log.isEnabledFor(logging.INFO):
+            line = entered_line(streamer.plan, streamer.stats)
+            _log.info("%s", line)
+            if streamer.has_shown_progress:  # it took its time: what came of it, in the bar's place
+                print(f"layerstream: {line}", file=sys.stderr)
 
     def _watch(self) -> None:
         """Mark the components as ours, and pause around the calls that change them."""
-        self._called = _components(self._pipe)
+        self._called = components_of(self._pipe)
         components = {name: uncompiled(module) for name, module in self._called.items()}
         for component, module in components.items():
+            ACTIVE[module] = weakref.ref(self)
             for layer in adapter_layers(module):
                 for name in MERGING_METHODS:  # of one component only: there is a call for each layer
                     self._changes.watch_change(layer, name, functools.partial(self._paused, component))
-        for owner in [self._pipe, *components.values()]:
-            if isinstance(owner, nn.Module):
-                _ACTIVE[owner] = weakref.ref(self)
-            if not isinstance(owner, Mapping):
-                for name in methods_of(owner, CHANGING_METHODS):
-                    self._changes.watch_change(owner, name, self.paused)
-                for name in methods_of(owner, READING_METHODS):
-                    self._changes.watch_change(owner, name, self._paused_if_idle)
+            for name in methods_of(module, CHANGING_METHODS):
+                self._changes.watch_change(module, name, self.paused)
+            for name in methods_of(module, READING_METHODS):
+                self._changes.watch_call(module, name, functools.partial(self._read, module))
+            for name in methods_of(module, RIVAL_METHODS):
+                refuse = functools.partial(self._refuse_rival_call, f"{type(module).__name__}.{name}()")
+                self._changes.watch_call(module, name, refuse)
 
     def _find_replaced(self) -> str | None:
         """The name of a component that is another module now than when streaming began."""
         if isinstance(self._pipe, nn.Module):
             return None
         for name, module in self._called.items():
-            is_dict = isinstance(self._pipe, Mapping)
-            now = self._pipe.get(name, module) if is_dict else getattr(self._pipe, name, module)
+            now = self._now(name, module)
             if now is not module and isinstance(now, nn.Module) and uncompiled(now) is not uncompiled(module):
                 return name
         return None
 
+    def _find_dropped(self) -> list[str]:
+        """The names of components that are in a dict no longer; of an object, that is seen when it happens."""
+        if not isinstance(self._pipe, Mapping):
+            return []
+        return [name for name in self._called if self._pipe.get(name) is None]
+
+    def _now(self, name: str, module: nn.Module) -> object:
+        return self._pipe.get(name, module) if isinstance(self._pipe, Mapping) else getattr(self._pipe, name, module)
+
     def _unwatch(self) -> None:
         self._changes.remove()
-        for module in [m for m, owner in _ACTIVE.items() if owner() is self]:
-            del _ACTIVE[module]
+        for module in [m for m, owner in ACTIVE.items() if owner() is self]:
+            del ACTIVE[module]
 
     def close(self) -> None:
         """Stop streaming and restore the pipeline. Closing twice, or before starting, does nothing.
 
+        While a call runs in another thread this only says that streaming is to end: it does when that call ends, and
+        entering again waits for it.
+
         Raises:
-            ConcurrentUseError: another thread is in the middle of a call; nothing has changed.
+            StreamerStateError: called in the middle of a call, by whoever runs it; nothing has changed.
         """
         streamer = self._streamer
         if streamer is None:
+            return
+        if streamer.is_inside:
+            raise StreamerStateError(
+                "close() was called in the middle of a call of this pipeline, which would go on without its weights. "
+                "Call it when the call has returned."
+            )
+        streamer.gate.when_free(functools.partial(self._close_now, streamer))
+
+    def _close_now(self, streamer: Streamer) -> None:
+        if self._streamer is not streamer:
             return
         try:
             streamer.close()
@@ -161,6 +218,18 @@ class LayerStreamer:
             if streamer.is_closed:
                 self._streamer = None
                 self._unwatch()
+                self._pipelines.remove()
+
+    @property
+    def _is_closing(self) -> bool:
+        return self._streamer is not None and self._streamer.gate.is_closing
+
+    def _wait_for_closing(self) -> None:
+        """Where streaming is to end when a call ends, wait for that."""
+        streamer = self._streamer
+        if streamer is not None and streamer.gate.is_closing:
+            with streamer.gate.entered("entering again"):
+                pass
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -172,10 +241,12 @@ class LayerStreamer:
         Afterwards streaming resumes with whatever is there then, under the same budget. What a component takes beside
         its weights is measured anew. The usual calls of diffusers, transformers and peft (loading, fusing, unfusing and
         unloading LoRA weights, `fuse_qkv_projections`, `load_state_dict`, `save_pretrained`, casts by `.to(dtype)`) do
-        this by themselves. Pausing inside a pause does nothing; pausing what is not active does nothing either.
+        this by themselves. Pausing inside a pause does nothing; pausing what is not active does nothing either. Other
+        threads' calls of the pipeline wait until the pause is over.
 
         Raises:
             StreamerStateError: a component is in the middle of its forward.
+            ConcurrentUseError: a call in another thread did not end within `call_timeout`.
             BudgetError: what was made of the pipeline does not fit the budget; streaming has ended then.
         """
         with self._paused(None):
@@ -185,26 +256,70 @@ class LayerStreamer:
     def _paused(self, component: str | None) -> Iterator[None]:
         """Pause one component, and those that share weights with it, or all."""
         streamer = self._streamer
-        if streamer is None or streamer.is_paused:
+        if streamer is None or streamer.is_paused_here:
             yield
             return
-        components = [uncompiled(m) for m in _components(self._pipe).values()]
+        components = [uncompiled(m) for m in components_of(self._pipe).values()]
         try:
             with streamer.paused(component), merging_on(streamer.device.torch_device, components):
                 self._changes.remove()
+                del components
                 yield
         finally:
             self._unwatch()
             if streamer.is_closed:
                 self._streamer = None
+                self._pipelines.remove()
             else:
                 self._watch()
 
-    @contextlib.contextmanager
-    def _paused_if_idle(self) -> Iterator[None]:
-        is_idle = self._streamer is not None and self._streamer.is_idle
-        with self.paused() if is_idle else contextlib.nullcontext():
-            yield
+    # ---- what is told of pipelines and modules (`pipeline_watch.Owner`)
+
+    def using(self, what: str) -> contextlib.AbstractContextManager[object]:
+        """A call of a pipeline that has some of the components: others wait meanwhile."""
+        return contextlib.nullcontext() if self._streamer is None else self._streamer.gate.entered(what)
+
+    def pausing(self) -> contextlib.AbstractContextManager[object]:
+        """A method of a pipeline is about to change components."""
+        return self.paused()
+
+    def replacing(self, pipe: object, name: str) -> contextlib.AbstractContextManager[object]:
+        """Another value is about to take the place of a component in `pipe`."""
+        if pipe is not self._pipe or name not in self._called:
+            return contextlib.nullcontext()
+        return self._paused(name)
+
+    def refuse_rival(self, what: str) -> None:
+        """Another offloader is about to be switched on.
+
+        Raises:
+            AlreadyOffloadedError: unless streaming is paused.
+        """
+        if self._streamer is not None and not self._streamer.is_paused:
+            raise AlreadyOffloadedError(
+                f"{what} would offload what layerstream streams already ({self!r}). Leave that context, or call its "
+                "close(), before switching on another offloader; together they are not needed.",
+                streamer=self,
+            )
+
+    def watch_class(self, cls: type) -> None:
+        """A pipeline of this class has taken some of the components."""
+        self._pipelines.watch_class(cls)
+
+    def _refuse_rival_call(self, what: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.refuse_rival(what)
+        return original(*args, **kwargs)
+
+    def _read(self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`state_dict()` of a module: the weights at home. Who writes to its entries later is found out."""
+        streamer = self._streamer
+        if streamer is None or not streamer.is_idle:
+            return original(*args, **kwargs)
+        with self.paused():
+            result = original(*args, **kwargs)
+            entries = entries_of(result, module)
+        streamer.edits.track(entries)
+        return result
 
     def __enter__(self) -> LayerStreamer:
         return self.start()
@@ -212,17 +327,15 @@ class LayerStreamer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        refused = None
-        if isinstance(exc, torch.OutOfMemoryError) and self._streamer is not None:
-            refused = self._streamer.explain(exc)
+        refused = self._explained(exc)
         self.close()
-        if refused is not None:
-            try:
-                # What the call had made goes now: whoever catches the error may want the room for a smaller image.
-                clear_frames(traceback)
-                raise refused from exc
-            finally:
-                del refused, exc, traceback  # this frame is in the error's traceback, and would keep it alive
+        _raise_instead(refused, exc, traceback)
+
+    def _explained(self, exc: BaseException | None) -> BudgetError | None:
+        """The error for memory that the budget refused, if `exc` is of that kind."""
+        if not isinstance(exc, torch.OutOfMemoryError) or self._streamer is None:
+            return None
+        return self._streamer.explain(exc)
 
     # ---- as a decorator
 
@@ -232,45 +345,22 @@ class LayerStreamer:
         The function's first argument is the pipeline, unless the streamer was made with one.
         """
         if isinstance(target, type):
-            target.__call__ = self._wrap(target.__call__)  # type: ignore[method-assign]
+            target.__call__ = decorated(target.__call__, self._around)  # type: ignore[method-assign]
             return target
-        return self._wrap(target)  # type: ignore[return-value]
+        return decorated(target, self._around)  # type: ignore[return-value]
 
-    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if inspect.isgeneratorfunction(function):
-
-            @functools.wraps(function)
-            def generate(*args: Any, **kwargs: Any) -> Any:
-                with self._around(args):
-                    return (yield from function(*args, **kwargs))
-
-            return generate
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def run(*args: Any, **kwargs: Any) -> Any:
-                with self._around(args):
-                    return await function(*args, **kwargs)
-
-            return run
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self._around(args):
-                return function(*args, **kwargs)
-
-        return call
-
-    def _around(self, args: tuple[Any, ...]) -> LayerStreamer | _Already:
-        """What a decorated call runs in; nothing new where its pipeline is streamed already."""
+    def _around(self, args: tuple[Any, ...], name: str, is_use: bool) -> contextlib.AbstractContextManager[object]:
+        """What a decorated call runs in."""
         if self._pipe is None and not args:
             raise StreamerStateError(
                 "a function decorated with layerstream.offload() takes the pipeline as its first argument."
             )
         pipe = args[0] if self._pipe is None else self._pipe
-        if any(uncompiled(module) in _ACTIVE for module in _components(pipe).values()):
-            return _Already()
-        inner = LayerStreamer(pipe, vram_budget=self._vram_budget, device=self._device)
+        return _DecoratedCall(self, pipe, f"`{name}`", is_use)
+
+    def _for(self, pipe: Any) -> LayerStreamer:
+        """A streamer with the same options."""
+        inner = LayerStreamer(pipe, vram_budget=self._vram_budget, device=self._device, call_timeout=self._call_timeout)
         inner._num_slots = self._num_slots
         return inner
 
@@ -291,21 +381,40 @@ class LayerStreamer:
 
     @property
     def plan(self) -> Plan:
-        """The present plan: what was measured so far is in it.
+        """The present plan: what was measured so far is in it, and what one GiB more would buy.
 
         Raises:
             StreamerStateError: it was never started.
         """
-        return self._started("plan").plan
+        return self._started("plan").plan.with_next_gib()
 
-    def report(self) -> str:
-        """What happened since the last start, as text: bytes, stalls and peak of each phase, and what bounds it.
+    def report(self) -> Report:
+        """What happened since the last start: bytes, stalls and peak of each phase, and what bounds it.
 
         Raises:
             StreamerStateError: it was never started.
         """
         streamer = self._started("report")
-        return report(streamer.plan, streamer.look(), streamer.phase_stats)
+        stats = streamer.look()
+        return Report.of(streamer.plan.with_next_gib(), stats, streamer.phase_stats, streamer.least_bytes)
+
+    def _plan_anew(
+        self, vram_budget: int | str | None, device: torch.device | str | int | Device | None, reserve_bytes: int | None
+    ) -> Plan:
+        """The plan under other arguments; those that are None are as they are now."""
+        streamer = self._started("plan")
+        present, found = streamer.plan, streamer.device
+        other = found if device is None else _device_of(device)
+        if other.torch_device != found.torch_device:  # where no times were measured
+            found, vram_budget = other, "auto" if vram_budget is None else vram_budget
+            present = replace(present, costs=None, granularity=other.rounded_bytes(1))
+        budget = present.budget_bytes
+        if vram_budget is not None:
+            # The allocator is held to our own budget now; what would be free without it is all that others leave.
+            total_bytes = found.total_bytes()
+            free_bytes = total_bytes - found.context_bytes()
+            budget = resolve_budget(vram_budget, free_bytes=free_bytes, total_bytes=total_bytes)
+        return present.under(budget, reserve_bytes=reserve_bytes).with_next_gib()
 
     def _started(self, what: str) -> Streamer:
         if self._last is None:
@@ -320,33 +429,103 @@ class LayerStreamer:
             return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
         stats = self._last.stats
         state = "active" if self.is_active else "closed"
-        budget = format_bytes(stats.budget_bytes) if stats.budget_bytes else "the least"
+        budget = format_budget(stats.budget_bytes or None)
         return (
-            f"LayerStreamer({state}, budget {budget}: {stats.num_resident_blocks} blocks resident, "
+            f"LayerStreamer({state}, {budget}: {stats.num_resident_blocks} blocks resident, "
             f"{stats.num_streamed_blocks} streamed, at most {format_bytes(stats.peak_device_bytes)} of weights on the "
             "device)"
         )
+
+    def _repr_html_(self) -> str:
+        if self._last is None:
+            return f"<code>{escape(repr(self))}</code>"
+        streamer = self._last
+        stats = streamer.look()
+        report = Report.of(streamer.plan, stats, streamer.phase_stats, streamer.least_bytes)
+        return streamer_html(repr(self), streamer.plan, report)
 
     def _make_device(self) -> Device:
         return _device_of(self._device)
 
 
-class _Already:
-    """The context of a decorated call inside an outer offload."""
+class _DecoratedCall:
+    """What a decorated call runs in. Calls that overlap share one streaming; the last to leave ends it.
 
-    def __enter__(self) -> None: ...
-    def __exit__(self, *exc: object) -> None: ...
+    Args:
+        is_use: others wait until it ends.
+    """
+
+    def __init__(self, decorator: LayerStreamer, pipe: Any, what: str, is_use: bool) -> None:
+        self._decorator, self._pipe, self._what, self._is_use = decorator, pipe, what, is_use
+        self._inner: LayerStreamer | None = None
+        self._use = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        while True:
+            self._inner = self._join()
+            try:
+                if self._is_use:
+                    self._use.enter_context(self._inner.using(self._what))
+                if self._inner.is_active:
+                    return
+            except BaseException:
+                self._leave()
+                raise
+            self._leave()  # it ended while this call waited for its turn
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        refused = None if self._inner is None else self._inner._explained(exc)
+        self._leave()
+        _raise_instead(refused, exc, traceback)
+
+    def _join(self) -> LayerStreamer:
+        with _ENTERING:
+            running = active(self._pipe)
+            if running is None:
+                running = self._decorator._for(self._pipe).start()
+                running._num_guests = 0
+            if running._num_guests is not None:
+                running._num_guests += 1
+            return running
+
+    def _leave(self) -> None:
+        inner, self._inner = self._inner, None
+        self._use.close()
+        if inner is None or inner._num_guests is None:
+            return
+        with _ENTERING:
+            inner._num_guests -= 1
+            if not inner._num_guests:
+                inner.close()
+
+
+def _raise_instead(refused: BudgetError | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+    """Raise `refused`, if there is such, in the place of what leaves a context."""
+    if refused is not None:
+        try:
+            # What the call had made goes now: whoever catches the error may want the room for a smaller image.
+            clear_frames(traceback)
+            raise refused from exc
+        finally:
+            del refused, exc, traceback  # this frame is in the error's traceback, and would keep it alive
 
 
 @overload
-def offload(pipe: T, *, vram_budget: int | str = ..., device: Any = ...) -> LayerStreamer: ...
+def offload(
+    pipe: T, *, vram_budget: int | str = ..., device: Any = ..., call_timeout: float | None = ...
+) -> LayerStreamer: ...
 @overload
-def offload(pipe: None = ..., *, vram_budget: int | str = ..., device: Any = ...) -> LayerStreamer: ...
+def offload(
+    pipe: None = ..., *, vram_budget: int | str = ..., device: Any = ..., call_timeout: float | None = ...
+) -> LayerStreamer: ...
 def offload(
     pipe: Any = None,
     *,
     vram_budget: int | str = "auto",
     device: torch.device | str | int | Device | None = None,
+    call_timeout: float | None = None,
 ) -> Any:
     """Stream a pipeline's weights from host memory, block by block, just in time.
 
@@ -356,12 +535,14 @@ def offload(
     Output is bit-identical to the pipeline on the device. Leaving restores every parameter, hook and device.
 
     Args:
-        pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, or a dict of modules. A class or
-            function is decorated; without it, the result is a decorator.
+        pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, or a dict of modules (what else it
+            holds is passed over). A class or function is decorated; without it, the result is a decorator.
         vram_budget: what the process may reserve on the device, activations and all other tensors included: int bytes,
-            "8GiB", "8GB", "auto" (what is free, less a small reserve) or "min" (the least of weights: everything
-            streamed, and no limit for the rest).
+            "8GiB" (or "8G"), "8GB", "50%" of the device's memory, "auto" (what is free, less a small reserve) or "min"
+            (the least of weights: everything streamed, and no limit for the rest).
         device: where to run: a CUDA device, or "cpu" for the simulated one. Default: the current GPU, else "cpu".
+        call_timeout: one call at a time: how many seconds a second caller waits for the first. None: as long as it
+            takes; 0: not at all. Then it gets a `ConcurrentUseError`; the call that runs is never touched.
 
     Returns: a `LayerStreamer` (or, for a class or function, that, decorated).
 
@@ -371,18 +552,32 @@ def offload(
         DeviceError: the device does not exist.
         AlreadyOffloadedError: offloaded already, by layerstream, accelerate, diffusers or a device_map.
         CompiledWholeError: a component is compiled as a whole with `fullgraph=True`.
+        HostMemoryError: the weights cannot be held in host memory.
     """
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
-    streamer = LayerStreamer(None if is_target else pipe, vram_budget=vram_budget, device=device)
+    streamer = LayerStreamer(
+        None if is_target else pipe, vram_budget=vram_budget, device=device, call_timeout=call_timeout
+    )
     return streamer(pipe) if is_target else streamer
+
+
+def active(pipe: Any) -> LayerStreamer | None:
+    """The streamer that streams components of this pipeline, module or dict now; None if there is none.
+
+    layerstream.active(pipe).close()  # of a cell that was run twice
+    """
+    modules = modules_of(pipe)
+    if not any(isinstance(module, nn.Module) for module in modules):
+        modules = list(components_of(pipe).values())
+    return next((owner for owner in owners_of(modules) if owner.is_active), None)
 
 
 def plan(
     pipe: Any,
     *,
-    vram_budget: int | str = "auto",
+    vram_budget: int | str | None = None,
     device: torch.device | str | int | Device | None = None,
-    reserve: int | str = 0,
+    reserve: int | str | None = None,
 ) -> Plan:
     """What `offload` would do with this pipeline; moves nothing. `print(plan)` shows a table.
 
@@ -390,37 +585,46 @@ def plan(
 
     Weights on the meta device are planned as well, so a model too large for this machine can be looked at.
 
+    A pipeline that streams now gives its present plan; with arguments, the plan under these, with the times and
+    activations that were measured so far.
+
     Args:
-        pipe, vram_budget, device: as for `offload`.
-        reserve: device memory that every phase of the call takes for activations: int bytes or "1GiB". `offload`
-            measures it; here it is an assumption.
+        pipe, device: as for `offload`.
+        vram_budget: as for `offload`. Default: "auto"; of what streams on that device, its own.
+        reserve: device memory that every phase of the call takes for activations: int bytes or a size such as "1GiB".
+            `offload` measures it; here it is an assumption. Default: none; of what streams, what was measured.
 
     Returns: a `Plan`; its `phases` say which units are resident, `least_bytes` what works, `peak_bytes` what is used.
-    A pipeline that streams now gives its present plan, with what was measured.
 
     Raises:
         PipelineError, AdapterError, DeviceError: see `offload`.
         BudgetError: unparsable, larger than the device, or too small.
     """
-    components = {name: uncompiled(module) for name, module in _components(pipe).items()}
-    for component in components.values():
-        owner = _ACTIVE.get(component)
-        streamer = owner() if owner is not None else None
-        if streamer is not None:
-            return streamer.plan
+    some_components_of(pipe)
+    reserve_bytes = None if reserve is None else parse_reserve(reserve)
+    running = active(pipe)
+    if running is not None:
+        if vram_budget is None and device is None and reserve_bytes is None:
+            return running.plan
+        return running._plan_anew(vram_budget, device, reserve_bytes)
     found = _device_of(device)
-    layouts = _layouts(pipe)
-    units = [unit.spec for unit in divide(layouts, is_preview=True).units]
-    reserve_bytes = parse_bytes(reserve) if isinstance(reserve, str) else reserve
-    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes) for layout in layouts]
-    return make_plan(units, phases, _resolve(vram_budget, found), granularity=found.rounded_bytes(1))
+    layouts = layouts_of(pipe)
+    division = divide(layouts, is_preview=True)
+    units = [unit.spec for unit in division.units]
+    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes or 0, is_assumed=True) for layout in layouts]
+    budget = _resolve("auto" if vram_budget is None else vram_budget, found)
+    return make_plan(units, phases, budget, granularity=found.rounded_bytes(1), whole=division.whole())
 
 
 def _device_of(device: torch.device | str | int | Device | None) -> Device:
     if device is not None and not isinstance(device, torch.device | str | int):
         return device
     torch_device = find_device(device)
-    return SimulatedDevice() if torch_device.type == "cpu" else CudaDevice(torch_device)
+    if torch_device.type != "cpu":
+        return CudaDevice(torch_device)
+    from layerstream.simulated import SimulatedDevice  # beside a GPU nobody needs it
+
+    return SimulatedDevice()
 
 
 def _resolve(vram_budget: int | str, device: Device) -> int | None:
@@ -429,53 +633,38 @@ def _resolve(vram_budget: int | str, device: Device) -> int | None:
     )
 
 
-def _layouts(pipe: Any) -> list[ComponentLayout]:
-    """The pipeline's components as their adapters describe them, as they are now."""
-    return [
-        replace(adapter_for(uncompiled(module)).layout(name, uncompiled(module)), called=module)
-        for name, module in _components(pipe).items()
-    ]
-
-
-def _components(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's modules by name, as it calls them (compiled or not), each once."""
-    found: Mapping[Any, Any]
-    if isinstance(pipe, nn.Module):
-        found = {type(uncompiled(pipe)).__name__: pipe}
-    elif isinstance(pipe, Mapping):
-        strange = [f"{k!r}: {type(v).__name__}" for k, v in pipe.items() if not isinstance(v, nn.Module)]
-        if strange:
-            raise PipelineError(f"a dict given to offload must hold modules only; it holds {', '.join(strange)}.")
-        found = pipe
-    elif isinstance(getattr(pipe, "components", None), Mapping):
-        found = pipe.components
-    else:
-        raise PipelineError(
-            f"cannot stream a {type(pipe).__name__}: it is no diffusers pipeline (no `.components`), no "
-            "torch.nn.Module and no dict of modules."
+def _checked_timeout(call_timeout: float | None) -> float | None:
+    if call_timeout is None:
+        return None
+    is_number = isinstance(call_timeout, int | float) and not isinstance(call_timeout, bool)
+    if not is_number or math.isnan(call_timeout) or call_timeout < 0:
+        raise StreamerStateError(
+            f"call_timeout must be a number of seconds, or None to wait as long as it takes, not {call_timeout!r}."
         )
-    components: dict[str, nn.Module] = {}
-    for name, module in found.items():
-        if isinstance(module, nn.Module) and not any(
-            uncompiled(module) is uncompiled(known) for known in components.values()
-        ):
-            components[str(name)] = module
-    if not components:
-        raise PipelineError(f"{type(pipe).__name__} has no modules: there are no weights to stream.")
-    return components
+    return float(call_timeout)
+
+
+def _touching(components: Mapping[str, nn.Module]) -> list[LayerStreamer]:
+    """Who streams any of these, a part of one, or what one is a part of."""
+    inside = {id(part) for component in components.values() for part in component.modules()}
+    wholes = {id(uncompiled(component)) for component in components.values()}
+    found = {}
+    for module, reference in list(ACTIVE.items()):
+        owner = reference()
+        if owner is not None and (id(module) in inside or any(id(part) in wholes for part in module.modules())):
+            found[id(owner)] = owner
+    return list(found.values())
 
 
 def _refuse_active(components: Mapping[str, nn.Module]) -> None:
     for name, component in components.items():
-        inside = set(component.modules())
-        for active, owner in list(_ACTIVE.items()):
-            if active in inside or any(module is component for module in active.modules()):
-                streamer = owner()
-                raise AlreadyOffloadedError(
-                    f"`{name}` is streamed by layerstream already ({streamer!r}). Leave that context, or call its "
-                    "close(), before entering another. (This error's `.streamer` is it, should you have lost it.)",
-                    streamer=streamer,
-                )
+        for owner in _touching({name: component}):
+            raise AlreadyOffloadedError(
+                f"`{name}` is streamed by layerstream already ({owner!r}). Leave that context, or call its close(), "
+                "before entering another. (`layerstream.active(pipe)` gives it, should you have lost it, and so does "
+                "this error's `.streamer`.)",
+                streamer=owner,
+            )
 
 
 def _warn_nothing_streams(components: Mapping[str, nn.Module]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import NoReturn
 
-from layerstream.budget import parse_bytes
+from layerstream.budget import resolve_budget
 from layerstream.errors import BudgetError
 
 
@@ -28,12 +29,12 @@ positive.__name__ = "number"  # argparse says "invalid number value"
 
 
 def budget(text: str) -> int | str:
-    """A bare number is an int of bytes; anything else is left to `offload`, once it is known to be a size."""
+    """A bare number is an int of bytes; anything else is left to `offload`, once it is known to be a budget."""
     if text.isdecimal():
         return int(text)
-    if text not in ("auto", "min"):
-        try:
-            parse_bytes(text)
-        except BudgetError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from exc
-    return text
+    try:
+        resolve_budget(text, free_bytes=0, total_bytes=sys.maxsize)
+    except BudgetError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    word = text.strip().lower()
+    return word if word in ("auto", "min") else text

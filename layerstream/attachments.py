@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,12 +16,14 @@ import torch
 from torch import nn
 
 from layerstream import compiled
-from layerstream.absent import nan_scalar
-from layerstream.blocks import UnitSpec
+from layerstream.absent import AbsentClasses, Load, nan_scalar
+from layerstream.blocks import UnitSpec, WholeSpec
+from layerstream.budget import format_bytes
 from layerstream.device import Device
 from layerstream.errors import LayerstreamWarning
-from layerstream.host_store import HostStore, StoredUnit
+from layerstream.host_store import HostStore, StoredUnit, Stretches
 from layerstream.intercept import Interception, Listener
+from layerstream.progress import Progress
 from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
 
 
@@ -31,6 +34,7 @@ class Attachment:
     Attributes:
         units: indices of their units.
         is_whole: all of them are on the device and planned to stay there: the blocks' hooks have nothing to do.
+        whole_bytes: of weights that are no plain tensors, and are on the device as they are.
     """
 
     layouts: tuple[ComponentLayout, ...]
@@ -40,6 +44,7 @@ class Attachment:
     units: list[int] = field(default_factory=list)
     moved_others: list[tuple[TensorPlace, torch.Tensor]] = field(default_factory=list)
     is_whole: bool = False
+    whole_bytes: int = 0
 
     @property
     def names(self) -> set[str]:
@@ -55,9 +60,14 @@ class Attachments:
         units_of: by the id of their block.
         root_of: component by the id of its root, and of its compiled form.
         of_component: by the component's name.
+        records: of absent tensors, by their id.
+
+    Args:
+        load_absent: makes units present that something looks at.
+        bring_home: copies home what was written to a unit on the device.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, load_absent: Load, bring_home: Callable[[int], object]) -> None:
         self.all: list[Attachment] = []
         self.units: dict[int, Unit] = {}
         self.stored: dict[int, StoredUnit] = {}
@@ -65,6 +75,10 @@ class Attachments:
         self.root_of: dict[int, str] = {}
         self.of_component: dict[str, Attachment] = {}
         self._device = device
+        self._bring_home = bring_home
+        self._classes = AbsentClasses(load_absent, self._stand_in)
+        self.records = self._classes.records
+        self._told: set[tuple[tuple[str, ...], int]] = set()
         self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
 
     def specs(self) -> list[UnitSpec]:
@@ -76,19 +90,19 @@ class Attachments:
         layouts: Sequence[ComponentLayout],
         division: Division,
         listener: Listener,
-        load_absent: Callable[[Sequence[int]], None],
+        progress: Progress,
     ) -> None:
         """Take hold of components. Call under `engine_tensors`; what failed half-way can be detached.
 
         Args:
             division: of these components.
             listener: what the hooks call.
-            load_absent: makes units present that something looks at.
         """
+        stretches = Stretches(self._device, (b for unit in division.units for b in unit.binding.tensors))
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         for group in connected(layouts, division):
             part = division if len(group) == len(layouts) else part_of(division, group)
-            attachment = Attachment(tuple(group), part, HostStore(self._device))
+            attachment = Attachment(tuple(group), part, HostStore(self._device, stretches))
             self.all.append(attachment)
             for place, stand_in in part.stand_ins:
                 getattr(place.module, place.kind)[place.name] = stand_in
@@ -98,13 +112,13 @@ class Attachments:
                 attachment.units.append(index)
                 self.units[index] = unit
                 self.stored[index] = attachment.store.add(unit.binding)
-                unit.binding.prepare(index, nans, load_absent)
+                progress.add(unit.spec.num_bytes)
+                unit.binding.prepare(index, nans, self._classes)
                 for module in unit.called:
                     self.units_of[id(module)] = (*self.units_of.get(id(module), ()), index)
-            attachment.store.pin()
+            attachment.store.pin(progress.add)
             for unit in part.units:
                 unit.binding.absent()
-            self._move_others(attachment)
             self._install_hooks(attachment, listener)
             for layout in attachment.layouts:
                 self.of_component[layout.name] = attachment
@@ -125,6 +139,8 @@ class Attachments:
             for place, original in attachment.moved_others:
                 getattr(place.module, place.kind)[place.name] = original
             attachment.moved_others = []
+            self._device.count_whole(-attachment.whole_bytes)
+            attachment.whole_bytes = 0
             for index in attachment.units:
                 with self._device.homes():
                     self.units[index].binding.restore()
@@ -169,30 +185,77 @@ class Attachments:
                 self.root_of[id(layout.outermost)] = layout.name
             self.root_of.setdefault(id(layout.root), layout.name)
         attachment.interception.install(listener, roots, blocks)
-        target = self._device.torch_device
         for layout in attachment.layouts:
             for method in layout.entry_points:
                 attachment.interception.watch_method(listener, layout.root, method)
-            attachment.interception.guard_moves(listener, layout.root, layout.name, target)
-
-    def _move_others(self, attachment: Attachment) -> None:
-        """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects."""
-        target = self._device.torch_device
-        for place in attachment.division.others:
-            if place.tensor.device != target:
-                moved = place.tensor.to(target)
-                if isinstance(place.tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):
-                    moved = nn.Parameter(moved, requires_grad=place.tensor.requires_grad)
-                attachment.moved_others.append((place, place.tensor))
-                getattr(place.module, place.kind)[place.name] = moved
-        if attachment.division.others:
-            names = sorted({type(place.tensor).__name__ for place in attachment.division.others})
-            warnings.warn(
-                f"{len(attachment.division.others)} weights of type {', '.join(names)} are no plain tensors; they stay "
-                "on the device whole.",
-                LayerstreamWarning,
-                stacklevel=6,
+            attachment.interception.guard_moves(
+                listener,
+                layout.root,
+                layout.name,
+                self._device.torch_device,
+                is_named_apart=self._device.is_named_apart,
+                at_home=self._stand_in,
             )
+
+    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A weight for code that only reads, such as a pickle: plain, over its bytes at home. The same one as long as
+        anybody has it, so that ties stay; None: it is none of ours."""
+        record = self.records.get(id(tensor))
+        if record is None:
+            return None
+        bound = next(b for b in self.units[record.unit].binding.tensors if b.tensor is tensor)
+        stand_in = bound.stand_in() if bound.stand_in is not None else None
+        if stand_in is None:
+            self._bring_home(record.unit)
+            # What is gathered lies in one storage with tensors of other types, which cannot be pickled.
+            home = bound.home if bound.is_exact else bound.home.clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            stand_in = nn.Parameter(home, requires_grad=bound.requires_grad) if is_parameter else home.detach()
+            bound.stand_in = weakref.ref(stand_in)
+        return stand_in
+
+    def move_others(self, device_memory: Callable[[Callable[[], object]], object]) -> None:
+        """Bring tensors that are no plain bytes (subclasses, quantised) to the device whole, as new objects.
+
+        Args:
+            device_memory: runs what takes device memory, and says what it means if that is refused.
+        """
+        target = self._device.torch_device
+        for attachment in self.all:
+            for place in [p for places in attachment.division.others.values() for p in places]:
+                now = getattr(place.module, place.kind).get(place.name)
+                if now is place.tensor and now.device != target:
+                    device_memory(functools.partial(self._move_other, attachment, place))
+            whole = attachment.division.whole()
+            num_bytes = sum(spec.num_bytes for spec in whole)
+            if num_bytes != attachment.whole_bytes:
+                device_memory(functools.partial(self._device.count_whole, num_bytes - attachment.whole_bytes))
+                attachment.whole_bytes = num_bytes
+                self._tell(whole, num_bytes)
+
+    def _tell(self, whole: Sequence[WholeSpec], num_bytes: int) -> None:
+        kinds = tuple(sorted({kind for spec in whole for kind in spec.kinds}))
+        if (kinds, num_bytes) not in self._told:  # pausing attaches them again
+            self._told.add((kinds, num_bytes))
+            warnings.warn(
+                f"{sum(spec.num_tensors for spec in whole)} weights of type {', '.join(kinds)} "
+                f"({format_bytes(num_bytes)}) are no plain tensors: they do not stream, and stay on the device whole, "
+                "within the budget. Load the model without quantisation to have all of it streamed.",
+                LayerstreamWarning,
+                stacklevel=7,
+            )
+
+    def _move_other(self, attachment: Attachment, place: TensorPlace) -> None:
+        moved = place.tensor.to(self._device.torch_device)
+        if isinstance(place.tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=place.tensor.requires_grad)
+        attachment.moved_others.append((place, place.tensor))
+        getattr(place.module, place.kind)[place.name] = moved
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of what was brought to the device whole."""
+        return sum(attachment.whole_bytes for attachment in self.all)
 
     def _bring_home_replaced(self, attachment: Attachment) -> None:
         """A tensor that code put in place of one of ours was made on the device; it belongs where that one was."""

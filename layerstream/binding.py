@@ -7,12 +7,13 @@ at changes: its *home* (host memory, where it was found), a view of a slot, or a
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from layerstream.absent import AbsentRecord, make_absent, make_present
+from layerstream.absent import AbsentClasses, AbsentRecord, make_absent, make_present, switch
 
 
 @dataclass(eq=False)
@@ -25,6 +26,7 @@ class BoundTensor:
         master: the host bytes that copies to the device come from; `home` itself unless both are kept.
         shape, dtype, strides: as it appears on the device (strides in elements; those that `.to(device)` gives).
         is_exact: at exit `home` is handed back itself; else its values, in memory of their own.
+        stand_in: a plain tensor over its bytes at home that somebody has been given instead.
     """
 
     name: str
@@ -36,6 +38,7 @@ class BoundTensor:
     strides: tuple[int, ...]
     home_device: torch.device
     is_exact: bool = True
+    stand_in: weakref.ref[torch.Tensor] | None = None
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> BoundTensor:
@@ -44,6 +47,12 @@ class BoundTensor:
         # What `.to(device)` would make of it: a dense tensor keeps its strides, another is packed in the same order.
         strides = torch.empty_like(home, device="meta").stride()
         return cls(name, tensor, home, home, tuple(home.shape), home.dtype, strides, home.device)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Asked without asking the tensor, which may be absent."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.tensor.requires_grad
 
     @property
     def is_dense(self) -> bool:
@@ -57,46 +66,68 @@ class BoundTensor:
 
 @dataclass(eq=False)
 class UnitBinding:
-    """All tensors of one unit, bound and made absent together."""
+    """All tensors of one unit, bound and made absent together.
+
+    Attributes:
+        is_present: their bytes are where they point.
+        is_guarded: present, and whoever looks at them is noticed.
+    """
 
     tensors: list[BoundTensor]
     is_present: bool = True
+    is_guarded: bool = False
     _objects: list[torch.Tensor] = field(default_factory=list)
     _placeholders: list[torch.Tensor] = field(default_factory=list)
-    _records: list[AbsentRecord] = field(default_factory=list)
+    _plain: list[type[torch.Tensor]] = field(default_factory=list)
+    _absent: list[type[torch.Tensor]] = field(default_factory=list)
+    _classes: AbsentClasses | None = None
     _versions: list[int] = field(default_factory=list)  # when they were bound, and where
     _addresses: list[int] = field(default_factory=list)
 
-    def rehome(self, bound: BoundTensor, master: torch.Tensor, *, is_exact: bool) -> None:
-        """Its bytes were copied to `master`; the memory they came from is let go unless it `is_exact`ly restored."""
+    def rehome(self, bound: BoundTensor, master: torch.Tensor, *, keeps_home: bool, is_handed_back: bool) -> None:
+        """Its bytes were copied to `master`. The memory they came from is let go unless it `keeps_home`; then `master`
+        itself is handed back, or its values in memory of their own."""
         bound.master = master
-        if not is_exact:
-            bound.home, bound.is_exact = master, False
-            make_present([bound.tensor], [master])
+        if not keeps_home:
+            bound.home, bound.is_exact = master, is_handed_back
+            bound.tensor.data = master
 
-    def prepare(
-        self, unit: int, nans: Callable[[torch.dtype], torch.Tensor], load: Callable[[Sequence[int]], None]
-    ) -> None:
+    def prepare(self, unit: int, nans: Callable[[torch.dtype], torch.Tensor], classes: AbsentClasses) -> None:
         """Make what `absent` needs, once: it must not allocate later. `nans` gives the scalar of a dtype."""
         self._objects = [bound.tensor for bound in self.tensors]
+        self._plain = [type(tensor) for tensor in self._objects]
+        self._absent = [classes.of(tensor) for tensor in self._objects]
+        self._classes = classes
         for bound in self.tensors:
             self._placeholders.append(nans(bound.dtype).expand(bound.shape))
-            self._records.append(AbsentRecord(bound.name, unit, bound.strides, load))
+            classes.records[id(bound.tensor)] = AbsentRecord(bound.name, unit, bound.strides)
 
     def present(self, views: Sequence[torch.Tensor]) -> None:
         """Point every tensor at its view, in the order of `tensors`."""
-        make_present(self._objects, views)
+        make_present(self._objects, views, self._plain)
         self._versions = [tensor._version for tensor in self._objects]
         self._addresses = [view.data_ptr() for view in views]
-        self.is_present = True
+        self.is_present, self.is_guarded = True, False
 
     def absent(self) -> None:
         """Let go of the bytes. What the tensors pointed at may be overwritten from now on."""
+        if self.is_guarded:
+            self.unguard()
         self.is_present = False  # first: interrupted half-way, the unit is bound anew at its next use
-        make_absent(self._objects, self._placeholders, self._records)
+        make_absent(self._objects, self._placeholders, self._absent)
+
+    def guard(self) -> None:
+        """Notice who looks at them from now on; their bytes stay."""
+        self.is_guarded = True
+        switch(self._objects, self._absent)
+
+    def unguard(self) -> None:
+        """Let everybody look."""
+        switch(self._objects, self._plain)
+        self.is_guarded = False
 
     def written(self) -> list[BoundTensor]:
-        """Tensors that were written in place, or pointed elsewhere, since they were bound."""
+        """Tensors that were written in place, or pointed elsewhere, since they were bound. They are not guarded."""
         are_same = [t._version for t in self._objects] == self._versions
         if are_same and [t.data_ptr() for t in self._objects] == self._addresses:
             return []
@@ -114,14 +145,18 @@ class UnitBinding:
 
     def restore(self) -> None:
         """Hand every tensor the bytes it came with. Touches no device unless that is where they came from."""
-        for bound in self.tensors:
+        for position, bound in enumerate(self.tensors):
             home = bound.home
             if not bound.is_exact:
                 home = torch.empty_strided(bound.shape, bound.strides, dtype=bound.dtype, device=bound.home_device)
                 home.copy_(bound.home)
-            make_present([bound.tensor], [home])
-        self.is_present = True
-        self._objects, self._placeholders, self._records = [], [], []
+            if self._plain:
+                bound.tensor.__class__ = self._plain[position]
+            bound.tensor.data = home
+            if self._classes is not None:
+                self._classes.records.pop(id(bound.tensor), None)
+        self.is_present, self.is_guarded = True, False
+        self._objects, self._placeholders, self._plain, self._absent, self._classes = [], [], [], [], None
 
 
 @contextlib.contextmanager

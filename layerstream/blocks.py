@@ -65,6 +65,22 @@ class UnitSpec:
         return self.name if self.block is None else self.block
 
 
+@dataclass(frozen=True, slots=True)
+class WholeSpec:
+    """Weights of a component that are no plain bytes: quantised tensor subclasses, sparse ones. They cannot stream, and
+    are on the device as they are while everything else streams.
+
+    Attributes:
+        num_bytes: of the plain tensors inside them.
+        kinds: names of their types.
+    """
+
+    component: str
+    num_tensors: int
+    num_bytes: int
+    kinds: tuple[str, ...]
+
+
 def unit_bytes(tensor_bytes: Iterable[int]) -> int:
     """Bytes of a unit on the device: its tensors one behind another, each aligned."""
     return sum(align(n) for n in tensor_bytes)

@@ -1,4 +1,8 @@
-"""Memory sizes as people write them, to bytes and back. Pure: free and total memory are arguments."""
+"""Memory sizes as people write them, to bytes and back. Pure: free and total memory are arguments.
+
+A unit of one letter is a power of two, as it is to docker, java and du: "8G" is "8GiB", which GPUs are sold by. Two
+letters are what the standard says: "8GiB" is 8 * 2**30 bytes, "8GB" is 8 * 10**9.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,20 @@ from fractions import Fraction
 
 from layerstream.errors import BudgetError
 
-_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]+)\s*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]+|%)\s*")
+
+_SIZES = 'a number with a unit ("8GiB" or "8G" for 2^30 bytes each, "8GB" for 10^9, "512MiB")'
+_BUDGETS = f'{_SIZES}, a share of the device\'s memory ("50%"), an int of bytes, "auto" or "min"'
 
 # Kept free under "auto" for what lies outside the allocator and grows while a pipeline runs: kernels that are loaded,
 # the libraries' own memory.
 _AUTO_RESERVE_FRACTION = 0.03
 _AUTO_RESERVE_LEAST_BYTES = 2**28
+# More than any device has: what a simulated one without a size offers is no limit.
+_UNLIMITED_BYTES = 2**48
 
 
 def format_bytes(num_bytes: int | float) -> str:
@@ -29,27 +39,55 @@ def format_bytes(num_bytes: int | float) -> str:
     return f"{size:.1f} TiB"
 
 
+def format_budget(budget_bytes: int | None) -> str:
+    """A resolved budget as text: "budget 8.0 GiB", "budget the least" of None, or that there is none to speak of."""
+    if budget_bytes is None:
+        return "budget the least"
+    return "no memory limit" if is_unlimited(budget_bytes) else f"budget {format_bytes(budget_bytes)}"
+
+
+def is_unlimited(num_bytes: int) -> bool:
+    """Whether so much is no limit: a simulated device without a memory size."""
+    return num_bytes >= _UNLIMITED_BYTES
+
+
 def parse_bytes(text: str) -> int:
-    """Bytes in a string such as "8GiB", "8 GB" or "512MiB".
+    """Bytes in a string such as "8GiB", "8 GB", "8G" or "512MiB".
 
     Raises:
-        BudgetError: no number with a unit; names the string and the units.
+        BudgetError: no number with a unit; names the string and all that a budget may be.
     """
-    match = _SIZE.fullmatch(text)
-    scale = _UNITS.get(match.group(2).lower()) if match else None
-    if match is None or scale is None:
+    return _parse(text, f"vram_budget {text!r} is not a size. Write {_BUDGETS}.")
+
+
+def parse_reserve(reserve: int | str) -> int:
+    """Bytes of a reserve: an int, or a string as `parse_bytes` takes it.
+
+    Raises:
+        BudgetError: negative, unparsable, or not a size at all ("50%", "auto" and "min" are not).
+    """
+    if isinstance(reserve, str):
+        return _parse(reserve, f"reserve {reserve!r} is not a size. Write {_SIZES}, or an int of bytes.")
+    if not isinstance(reserve, int) or isinstance(reserve, bool):
         raise BudgetError(
-            f"vram_budget {text!r} is not a size. "
-            'Write a number with a unit ("8GiB", "8GB", "512MiB"), an int of bytes, "auto" or "min".'
+            f"reserve must be an int of bytes or a string, not {type(reserve).__name__} ({reserve!r}). "
+            'Write, for instance, reserve="1GiB".'
         )
-    return int(Fraction(match.group(1)) * scale)  # exact, whatever the number of digits
+    if reserve < 0:
+        raise BudgetError(f"reserve {reserve} is negative. Give the bytes that activations take, or 0.")
+    return reserve
+
+
+def auto_bytes(free_bytes: int) -> int:
+    """The budget that "auto" is: what is free, less a small reserve."""
+    return max(0, free_bytes - max(_AUTO_RESERVE_LEAST_BYTES, int(_AUTO_RESERVE_FRACTION * free_bytes)))
 
 
 def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int) -> int | None:
     """The budget in bytes, or None for "min" (the least that works, which only the plan knows).
 
     Args:
-        vram_budget: int bytes, a size string, "auto" or "min".
+        vram_budget: int bytes, a size string, a share of `total_bytes` such as "50%", "auto" or "min".
         free_bytes: what the process holds on the device and what it may still take now, together.
         total_bytes: the device's whole memory.
     Raises:
@@ -60,14 +98,18 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
         if word == "min":
             return None
         if word == "auto":
-            return max(0, free_bytes - max(_AUTO_RESERVE_LEAST_BYTES, int(_AUTO_RESERVE_FRACTION * free_bytes)))
-        budget_bytes = parse_bytes(vram_budget)
+            return auto_bytes(free_bytes)
+        share = _SIZE.fullmatch(vram_budget)
+        if share is not None and share.group(2) == "%":
+            budget_bytes = int(Fraction(share.group(1)) * total_bytes / 100)
+        else:
+            budget_bytes = parse_bytes(vram_budget)
     elif isinstance(vram_budget, int) and not isinstance(vram_budget, bool):
         budget_bytes = vram_budget
     else:
         raise BudgetError(
             f"vram_budget must be an int of bytes or a string, not {type(vram_budget).__name__} ({vram_budget!r}). "
-            'Write, for instance, vram_budget="8GiB".'
+            f"Write {_BUDGETS}."
         )
     if budget_bytes <= 0:
         raise BudgetError(
@@ -82,3 +124,11 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
             budget_bytes=budget_bytes,
         )
     return budget_bytes
+
+
+def _parse(text: str, problem: str) -> int:
+    match = _SIZE.fullmatch(text)
+    scale = _UNITS.get(match.group(2).lower()) if match else None
+    if match is None or scale is None:
+        raise BudgetError(problem)
+    return int(Fraction(match.group(1)) * scale)  # exact, whatever the number of digits

@@ -19,7 +19,8 @@ from torch import nn
 
 from layerstream.errors import ConcurrentUseError
 
-_CALL_CODE = nn.Module._wrapped_call_impl.__code__
+# What every call of a module goes through.
+_CALL_CODE = getattr(nn.Module, "_wrapped_call_impl", nn.Module.__call__).__code__
 
 
 class RunningCalls:
@@ -60,6 +61,27 @@ class RunningCalls:
                 f"{names.get(self._thread, self._thread)!r} is in the middle of a call. One call at a time: use a "
                 "lock around the call, or one pipeline per thread."
             )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs, so far as hooks have told."""
+        return not self._running
+
+    @property
+    def is_running_here(self) -> bool:
+        """Whether something runs in this thread, so far as hooks have told."""
+        return bool(self._running) and self._thread == threading.get_ident()
+
+    def are_over(self, thread: int) -> bool:
+        """Whether nothing runs any more that began in `thread`, whatever hooks have told; asked by other threads."""
+        if self._running:
+            self._forget_interrupted(entering=None)
+            return not self._running
+        # Interrupted within a hook, perhaps: then no module is being called there.
+        frame = sys._current_frames().get(thread)
+        while frame is not None and frame.f_code is not _CALL_CODE:
+            frame = frame.f_back
+        return frame is None
 
     def is_running(self, module: nn.Module) -> bool:
         return any(running is module for running, _ in self._running)

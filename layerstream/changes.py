@@ -68,6 +68,25 @@ def methods_of(owner: object, names: Sequence[str]) -> list[str]:
     return [name for name in names if callable(getattr(type(owner), name, None))]
 
 
+def entries_of(state: Any, module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The entries of a `state_dict` of the module, whose weights are at home, that are memory of its weights.
+
+    Each is put in the place of one with a version counter of its own: writing to it is no write to the weight that the
+    engine would take for one of a forward.
+
+    Returns: (weight, entry) pairs.
+    """
+    weights = {(t.data_ptr(), t.dtype, t.shape): t for t in [*module.parameters(), *module.buffers()] if t.numel()}
+    found = []
+    for name, value in list(state.items()) if isinstance(state, dict) else ():
+        if type(value) is torch.Tensor and value.numel():
+            weight = weights.get((value.data_ptr(), value.dtype, value.shape))
+            if weight is not None and weight is not value:
+                state[name] = entry = value.data
+                found.append((weight, entry))
+    return found
+
+
 @contextlib.contextmanager
 def merging_on(device: torch.device, components: Collection[nn.Module]) -> Iterator[None]:
     """Let peft merge adapters into the weights of `components` on `device`, one layer at a time."""

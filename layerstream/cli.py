@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--vram-budget",
         type=budget,
         metavar="SIZE",
-        help='"8GiB", "auto" or "min" (default: a third of the weights\' size)',
+        help='"8GiB", "50%%" of the device, "auto" or "min" (default: a third of the weights\' size)',
     )
     add("--skip-resident", action="store_true", help="run streamed only; nothing is compared")
     add("--output", type=_writable, metavar="FILE", help="where to save the image (default: demo-NAME.png)")

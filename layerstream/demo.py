@@ -195,7 +195,7 @@ def _run_streamed(pipe: Any, call: Mapping[str, Any], device: str | None, budget
         before = streamer.stats().as_dict()
         image, seconds = _run(pipe, call)
         after = streamer.stats().as_dict()
-        text = streamer.report()
+        text = str(streamer.report())
     stats = streamer.stats()
     timed = {name: after[name] - before[name] for name in _GROWING}
     values = {field.name: timed.get(field.name, getattr(stats, field.name)) for field in fields(stats)}

@@ -28,6 +28,7 @@ Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
 
 _LINK_PROBES = 4  # the fastest counts: one of them may meet other traffic, and a quarter too little was seen
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU of the process
 _SEGMENT_BYTES = 2**21  # CUDA's caching allocator takes memory for requests of 10 MiB and more in steps of this
 
 
@@ -37,6 +38,7 @@ class Device(Protocol):
     torch_device: torch.device
     name: str
     is_simulated: bool
+    is_named_apart: bool  # whether `torch_device` and host memory have different names to torch
 
     def total_bytes(self) -> int:
         """The device's whole memory."""
@@ -107,8 +109,15 @@ class Device(Protocol):
         Its memory comes back with the last reference to it, those of the caller included.
         """
 
+    def count_whole(self, num_bytes: int) -> None:
+        """So much more (or less) of the device is taken by weights that were brought there as they are; a GPU's
+        allocator knows, a simulated device does not."""
+
     def compute_stream(self) -> Stream:
         """The current stream of the calling thread."""
+
+    def stream_number(self) -> int:
+        """The current stream of the calling thread as a number, for comparing: cheap enough to ask at each block."""
 
     def record(self, stream: Stream) -> Event:
         """An event after everything issued on `stream` so far."""
@@ -124,6 +133,9 @@ class Device(Protocol):
 
         Does not block the host when the host views are registered. Returns the event after the last piece.
         """
+
+    def record_copies(self) -> Event:
+        """An event after all copies issued so far, those of a `copy` that failed half-way included."""
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy a device tensor to a host one after all issued compute, and wait for it."""
@@ -220,6 +232,7 @@ class CudaDevice:
     """
 
     is_simulated = False
+    is_named_apart = True
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
@@ -303,8 +316,15 @@ class CudaDevice:
         # Only references keep it: a buffer that user code still looks at lives until that reference goes.
         del buffer
 
+    def count_whole(self, num_bytes: int) -> None:
+        return None
+
     def compute_stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.torch_device)
+
+    def stream_number(self) -> int:
+        index = self.torch_device.index
+        return int(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if index is None else index))
 
     def record(self, stream: Any) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -327,6 +347,9 @@ class CudaDevice:
         done = torch.cuda.Event()
         done.record(stream)
         return done
+
+    def record_copies(self) -> torch.cuda.Event:
+        return self.record(self._copy_stream)
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.device(self.torch_device):
@@ -369,7 +392,7 @@ class CudaDevice:
     def register(self, address: int, num_bytes: int) -> bool:
         # The runtime sets the device per thread, and registering may run in a pool of threads.
         with torch.cuda.device(self.torch_device):
-            error = int(self._cudart.cudaHostRegister(address, num_bytes, 0))
+            error = int(self._cudart.cudaHostRegister(address, num_bytes, _PORTABLE))
         if error:
             _clear_sticky_error()
         return error == 0

@@ -17,13 +17,37 @@ class BudgetError(LayerstreamError, ValueError):
 
     Attributes:
         budget_bytes: what was asked for, or None when it could not be read.
-        needed_bytes: the least that would do, or None when unknown.
+        least_bytes: what is known to be needed, at least; None when nothing is.
+        needed_bytes: a budget that will do. Where what a call takes beside the weights was never measured, that is all
+            that is free on the device: `report()` names the least once the call has run. None when unknown.
     """
 
-    def __init__(self, message: str, *, budget_bytes: int | None = None, needed_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int | None = None,
+        least_bytes: int | None = None,
+        needed_bytes: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
         self.needed_bytes = needed_bytes
+
+
+class HostMemoryError(LayerstreamError, MemoryError):
+    """The weights cannot be held in host memory.
+
+    Attributes:
+        needed_bytes: how much more memory this process would take.
+        available_bytes: how much more it can have.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int | None = None, available_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
 
 
 class AdapterError(LayerstreamError, ValueError):

@@ -4,33 +4,29 @@ Two ways, per tensor:
 
 - *In place*: memory the tensor was loaded with is page-locked where it lies and stays the only copy. For a
   private mapping of a file (what safetensors gives) its pages are written to first, in parallel, which makes
-  them anonymous: registering runs at 20 GB/s after that and at 2.7 before.
-- *Gathered*: small and awkward tensors of a unit are put together in one buffer, because a copy of 64 KiB runs
-  at 3 GB/s where one of 16 MiB runs at 51. The originals are let go, unless somebody else holds them.
+  them anonymous.
+- *Gathered*: all others of a unit are put together in one page mapping of its own. Small ones, because a copy of
+  64 KiB runs at 3 GB/s where one of 16 MiB runs at 51; large ones on a heap, because the pages they begin and end on
+  hold strangers (see `host_memory.py`). The originals are let go, unless somebody else holds them.
 
-The safe rule for in place: at least 1 MiB, dense, in memory that /proc/self/maps calls private and writable,
-and whose storage we hold for as long as it is registered. Everything else is gathered. Memory that is not
-`rw-p` is never written to. glibc puts tensors of a few MiB next to strangers on its heap, so ranges are rounded
-to pages, merged, and counted per process: two streamers may share a page.
+The safe rule for in place: at least 1 MiB, dense, in a stretch of memory that can be locked as one, most of which is
+ours, and whose storage we hold for as long as it is locked. So locked pages hold only bytes of tensors that we hold,
+and of storages and files that these lie in; and user code may copy whatever it likes. Memory that is not `rw-p` is
+never written to.
+
+Page locks belong to units: each holds those that its own bytes need, and they are counted per process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import mmap
-import os
-import sys
-import threading
 import time
 import warnings
 import weakref
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -38,18 +34,29 @@ from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import align
 from layerstream.budget import format_bytes
 from layerstream.device import Device
-from layerstream.errors import LayerstreamWarning
+from layerstream.errors import HostMemoryError, LayerstreamWarning
+from layerstream.host_memory import (
+    MemoryMaps,
+    PageMapping,
+    Range,
+    address_range,
+    anonymous_bytes,
+    available_bytes,
+    bytes_of,
+    fill,
+    merged,
+    touch,
+    trim_heap,
+    whole_pages,
+)
+from layerstream.page_locks import PageLocks, page_locks_of
+from layerstream.references import is_held
 
 IN_PLACE_LEAST_BYTES = 2**20
-PAGE_BYTES = mmap.PAGESIZE
-# Chunks in which memory is touched and registered: larger ones hold the driver's lock for long.
-_TOUCH_BYTES = 2**26
-_REGISTER_BYTES = 2**30
-_MADV_POPULATE_WRITE = 23
-# Touching new pages runs at 2 GB/s on one thread and 5.5 on four; registering at 24 on one and 26 on four (H100).
-_NUM_THREADS = min(4, os.cpu_count() or 1)
-
-Range = tuple[int, int]  # [start, end) in addresses
+# Of a stretch of memory that is locked as one. What else it holds is locked, and of a file mapping made anonymous
+# memory, with it: with less than this of it ours, copying what is ours takes less memory.
+_LEAST_SHARE_OF_STRETCH = 0.75
+_SPARED_SHARE = 0.05  # of the memory there is, for all else that happens
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +81,15 @@ class StoredUnit:
     Attributes:
         offsets: byte offset of each bound tensor in the slot, in the order of the binding.
         num_bytes: of the whole unit in the slot, alignment included.
+        ranges: its bytes on the host, each with its offset in the slot and what is to be locked for it.
+        locks: the page locks it holds.
         segments: what to copy; filled by `HostStore.pin`.
     """
 
     offsets: list[int]
     num_bytes: int
-    ranges: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # (host bytes, offset in the slot)
+    ranges: list[tuple[torch.Tensor, int, Range]] = field(default_factory=list)
+    locks: list[Range] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
 
     # Both are asked for at every load, and settled once `pin` has cut the segments.
@@ -104,26 +114,95 @@ class StoredUnit:
         return views
 
 
-class HostStore:
-    """Owns the host side of all units of one streamer: the gathered buffers and the page locks."""
+class Stretches:
+    """Which tensors may stay where they lie, and what is locked for each.
 
-    def __init__(self, device: Device) -> None:
+    Looked at before anything changes, for all tensors that are attached together: those of one file share a stretch.
+
+    Raises:
+        HostMemoryError: the weights cannot be held in memory.
+    """
+
+    def __init__(self, device: Device, tensors: Iterable[BoundTensor]) -> None:
+        self._of: dict[int, Range] = {}  # by the id of the bound tensor
+        self.files: set[Range] = set()  # of the stretches, those that are mapped from files
+        maps, locks = MemoryMaps.read(), page_locks_of(device)
+        found: dict[Range, list[BoundTensor]] = {}
+        for bound in tensors:
+            if bound.home_device.type == "cpu" and bound.is_dense and bound.num_bytes:
+                stretch = maps.stretch(bound.home)
+                if stretch is not None:
+                    found.setdefault(stretch, []).append(bound)
+        needed = 0
+        for stretch, inside in found.items():
+            spans = [address_range(bound.home) for bound in inside]
+            is_file = maps.is_file(spans[0])
+            locked = _locked_for(stretch, merged(spans), locks, is_file=is_file)
+            large = [bound for bound in inside if bound.num_bytes >= IN_PLACE_LEAST_BYTES]
+            if locked is not None:
+                self._of |= {id(bound): locked for bound in large}
+            if is_file and large and locked is not None:
+                self.files.add(locked)
+                needed += locked[1] - locked[0] if locks.overlapping(locked) is None else 0
+            elif is_file:
+                needed += sum(bound.num_bytes for bound in inside)
+        _refuse_too_much(needed, self.files)
+
+    def of(self, bound: BoundTensor) -> Range | None:
+        """What is locked so that a tensor can stay; None: it cannot."""
+        return self._of.get(id(bound))
+
+
+def _locked_for(stretch: Range, own: Sequence[Range], locks: PageLocks, *, is_file: bool) -> Range | None:
+    """What is locked so that tensors at `own` (sorted, disjoint) can stay in their stretch; None: they cannot."""
+    wanted = (whole_pages(own[0])[0], stretch[1]) if is_file else stretch
+    known = locks.overlapping(wanted)
+    if known is not None:
+        return known if known[0] <= own[0][0] and own[-1][1] <= known[1] else None
+    covered = sum(end - start for start, end in own)
+    return wanted if covered >= _LEAST_SHARE_OF_STRETCH * (wanted[1] - wanted[0]) else None
+
+
+def _refuse_too_much(num_bytes: int, spans: Iterable[Range]) -> None:
+    """Raise if so much of files cannot become memory of this process, where all of it must be to be page-locked."""
+    room = available_bytes()
+    if room is None or num_bytes <= (1 - _SPARED_SHARE) * room[0]:
+        return
+    num_bytes -= anonymous_bytes(list(spans))  # what was written to before; asked last, because it takes long
+    if num_bytes > (1 - _SPARED_SHARE) * room[0]:
+        raise HostMemoryError(
+            f"the weights do not fit in host memory: {format_bytes(num_bytes)} of them are mapped from files and "
+            f"become memory of this process when they are page-locked, and {format_bytes(room[0])} are left "
+            f"({room[1]}). "
+            "Free host memory, raise the limit of the container, or load fewer components, or in a smaller dtype.",
+            needed_bytes=num_bytes,
+            available_bytes=room[0],
+        )
+
+
+class HostStore:
+    """Owns the host side of units that were attached together: gathered buffers and page locks.
+
+    Args:
+        stretches: of all tensors of these units, at least.
+    """
+
+    def __init__(self, device: Device, stretches: Stretches) -> None:
         self._device = device
-        self._maps = _MemoryMaps.read()
+        self._stretches = stretches
         self._units: list[StoredUnit] = []
-        self._locks: list[Range] = []
         # Memory must not be unmapped while it is page-locked. A pipeline dropped without closing takes its page locks
         # along: the finaliser holds the storages until they are released.
-        self._release = weakref.finalize(self, _release_locks, device, _ranges_of(device), self._locks, self._units)
+        self._release = weakref.finalize(self, _release_locks, device, page_locks_of(device), self._units)
         self.pinned_bytes = 0
         self.unpinned_bytes = 0
         self.pin_s = 0.0
 
     def add(self, binding: UnitBinding) -> StoredUnit:
-        """Give the unit's bytes their host form; may copy small tensors, never large ones that can stay."""
-        in_place = [b for b in binding.tensors if self._can_stay(b)]
+        """Give the unit's bytes their host form; copies what cannot stay where it is."""
+        in_place = [b for b in binding.tensors if self._stretches.of(b) is not None]
         # By storage as well as by object: two parameters over the same bytes are stored, and copied, once.
-        gathered = [b for b in binding.tensors if not self._can_stay(b)]
+        gathered = [b for b in binding.tensors if self._stretches.of(b) is None]
         places: dict[tuple[object, ...], int] = {}
         offsets: dict[int, int] = {}
         size = 0
@@ -136,30 +215,38 @@ class HostStore:
         self._gather(binding, gathered, offsets, unit)
         seen: set[int] = set()
         for bound in in_place:
-            if offsets[id(bound)] not in seen:
+            stretch = self._stretches.of(bound)
+            if stretch is not None and offsets[id(bound)] not in seen:
                 seen.add(offsets[id(bound)])
-                unit.ranges.append((_bytes_of(bound.home), offsets[id(bound)]))
+                unit.ranges.append((bytes_of(bound.home), offsets[id(bound)], stretch))
         self._units.append(unit)
         return unit
 
-    def pin(self) -> None:
-        """Page-lock everything added, and cut it into segments that lie in one page lock each."""
+    def pin(self, tell: Callable[[int], object] = lambda num_bytes: None) -> None:
+        """Page-lock everything added, and cut it into segments; `tell` hears of bytes that are done."""
         started = time.perf_counter()
-        wanted = [_address_range(source) for unit in self._units for source, _ in unit.ranges]
-        touched = [r for r in wanted if self._maps.is_file(r)]
-        if touched and not _has_room_for(sum(end - start for start, end in touched)):
-            wanted = [r for r in wanted if not self._maps.is_file(r)]
-            touched = []
-        _touch([s for unit in self._units for s, _ in unit.ranges if _address_range(s) in set(touched)])
-        self._locks += _ranges_of(self._device).acquire(_merged(_whole_pages(r) for r in wanted))
+        locks = page_locks_of(self._device)
+        wanted = self._wanted(locks)
+        spans = list(dict.fromkeys(span for each in wanted for span in each))
+        touch([span for span in spans if span in self._stretches.files and locks.overlapping(span) is None])
+        held = dict(zip(spans, locks.acquire(self._device, spans, tell), strict=True))
+        counted: set[Range] = set()
+        for unit, each in zip(self._units, wanted, strict=True):
+            for lock in [lock for span in each if (lock := held[span]) is not None]:
+                if lock in counted:  # of another unit as well, in the same file or storage: held once more
+                    locks.acquire(self._device, [lock])
+                counted.add(lock)
+                unit.locks.append(lock)
         self.pin_s = time.perf_counter() - started
         for unit in self._units:
-            unit.segments = [segment for source, offset in unit.ranges for segment in self._cut(source, offset)]
-            for segment in unit.segments:
-                if segment.is_pinned:
-                    self.pinned_bytes += segment.source.numel()
+            for source, offset, _ in unit.ranges:
+                start, end = address_range(source)
+                is_pinned = any(lock[0] <= start and end <= lock[1] for lock in unit.locks)
+                unit.segments.append(Segment(source, offset, is_pinned))
+                if is_pinned:
+                    self.pinned_bytes += source.numel()
                 else:
-                    self.unpinned_bytes += segment.source.numel()
+                    self.unpinned_bytes += source.numel()
         if self.unpinned_bytes:
             warnings.warn(
                 f"page-locking {format_bytes(self.unpinned_bytes)} of host memory was refused; those weights are "
@@ -172,319 +259,66 @@ class HostStore:
     def close(self) -> None:
         """Release the page locks; idempotent. No copy may be in flight."""
         self._release.detach()  # whatever happens now, happens once
-        _release_locks(self._device, _ranges_of(self._device), self._locks, self._units)
+        _release_locks(self._device, page_locks_of(self._device), self._units)
 
-    def _can_stay(self, bound: BoundTensor) -> bool:
-        """The safe rule; see the module's text."""
-        return (
-            bound.home_device.type == "cpu"
-            and bound.is_exact
-            and bound.num_bytes >= IN_PLACE_LEAST_BYTES
-            and bound.is_dense
-            and self._maps.is_private_writable(_address_range(bound.home))
-        )
+    def _wanted(self, locks: PageLocks) -> list[list[Range]]:
+        """What each unit needs locked: its stretches; neighbours as one, where they are its alone."""
+        stretches = [dict.fromkeys(stretch for _, _, stretch in unit.ranges) for unit in self._units]
+        counts = Counter(stretch for each in stretches for stretch in each)
+        files = self._stretches.files
+        found = []
+        for each in stretches:
+            own = [s for s in each if counts[s] == 1 and s not in files and locks.overlapping(s) is None]
+            found.append([*merged(own), *(s for s in each if s not in own)])
+        return found
 
     def _gather(
         self, binding: UnitBinding, gathered: Sequence[BoundTensor], offsets: dict[int, int], unit: StoredUnit
     ) -> None:
-        """Copy tensors into one page-aligned buffer, laid out as in the slot, and let the originals go."""
+        """Copy tensors into one page mapping, laid out as in the slot, and let the originals go."""
         size = max((offsets[id(b)] + b.num_bytes for b in gathered), default=0)
         if not size:
             return
-        buffer = _exact_pages(size)
+        pages = PageMapping(size)
+        buffer = pages.cut(0, size)
+        masters: list[torch.Tensor] = []
+        large: list[tuple[torch.Tensor, torch.Tensor]] = []
         for bound in gathered:
-            flat = buffer[offsets[id(bound)] : offsets[id(bound)] + bound.num_bytes].view(bound.dtype)
-            view = flat.as_strided(bound.shape, bound.strides)
-            view.copy_(bound.home)
+            # A large one has a storage of its own, and is handed back in it, with nothing to copy. A small one would
+            # keep all of the mapping in memory.
+            is_large = bound.num_bytes >= IN_PLACE_LEAST_BYTES
+            at = offsets[id(bound)]
+            flat = pages.cut(at, bound.num_bytes) if is_large else buffer[at : at + bound.num_bytes]
+            masters.append(flat.view(bound.dtype).as_strided(bound.shape, bound.strides))
+            if is_large and bound.is_dense and bound.home_device.type == "cpu":
+                large.append((flat, bytes_of(bound.home)))
+            else:
+                masters[-1].copy_(bound.home)
+        fill(large)
+        del large
+        for bound, master in zip(gathered, masters, strict=True):
             # An original that is held elsewhere is not freed by letting it go, and handing it back keeps the tie.
             # One of other strides is handed back because its strides are part of what is restored.
-            binding.rehome(bound, view, is_exact=not bound.is_dense or _is_held_elsewhere(bound))
-        unit.ranges.append((buffer, 0))
-
-    def _cut(self, source: torch.Tensor, offset: int) -> Iterable[Segment]:
-        """One copy must not straddle two page locks (`invalid argument`)."""
-        start, end = _address_range(source)
-        for piece_start, piece_end, is_pinned in _pieces(start, end, self._locks):
-            piece = source[piece_start - start : piece_end - start]
-            yield Segment(piece, offset + piece_start - start, is_pinned)
+            is_kept = not bound.is_dense or _is_held_elsewhere(bound)
+            binding.rehome(bound, master, keeps_home=is_kept, is_handed_back=bound.num_bytes >= IN_PLACE_LEAST_BYTES)
+        if size >= IN_PLACE_LEAST_BYTES:
+            trim_heap()  # whose fragments would keep what was let go
+        unit.ranges.append((buffer, 0, pages.range))
 
 
-def _release_locks(device: Device, ranges: _PageLocks, locks: list[Range], units: list[StoredUnit]) -> None:
+def _release_locks(device: Device, locks: PageLocks, units: list[StoredUnit]) -> None:
     with contextlib.ExitStack() as each:  # all of them, also when one fails
-        for lock in locks:
-            each.callback(ranges.release, lock)
-        if locks:
+        held = [lock for unit in units for lock in unit.locks]
+        for lock in held:
+            each.callback(locks.release, device, lock)
+        for unit in units:
+            unit.locks = []
+        if held:
             device.synchronize()
-    locks.clear()
     units.clear()
 
 
-# ---- ranges of memory
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes as uint8 [num_bytes], sharing its memory; the tensor is dense."""
-    start = tensor.storage_offset() * tensor.element_size()
-    flat = torch.empty(0, dtype=torch.uint8, device="cpu")  # whatever the default device is
-    return flat.set_(tensor.untyped_storage(), start, (tensor.numel() * tensor.element_size(),), (1,))
-
-
-def _address_range(tensor: torch.Tensor) -> Range:
-    start = tensor.data_ptr()
-    return start, start + tensor.numel() * tensor.element_size()
-
-
-def _whole_pages(span: Range) -> Range:
-    return span[0] // PAGE_BYTES * PAGE_BYTES, -(-span[1] // PAGE_BYTES) * PAGE_BYTES
-
-
-def _merged(spans: Iterable[Range]) -> list[Range]:
-    """Sorted spans, with those that touch or overlap made one."""
-    merged: list[Range] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _pieces(start: int, end: int, locks: Sequence[Range]) -> Iterable[tuple[int, int, bool]]:
-    """[start, end) cut at the borders of `locks` (sorted, disjoint); says which pieces lie in one."""
-    position = max(bisect_right(locks, (start, 2**64)) - 1, 0)
-    while start < end:
-        while position < len(locks) and locks[position][1] <= start:
-            position += 1
-        if position == len(locks) or locks[position][0] >= end:
-            yield start, end, False
-            return
-        if start < locks[position][0]:
-            yield start, locks[position][0], False
-            start = locks[position][0]
-        stop = min(end, locks[position][1])
-        yield start, stop, True
-        start = stop
-
-
-def _exact_pages(num_bytes: int) -> torch.Tensor:
-    """A private anonymous mapping of exactly the pages needed, as uint8 [num_bytes].
-
-    Not the page-locked allocator of torch, which rounds up to powers of two and pins at 2 GB/s.
-    """
-    flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    pages = mmap.mmap(-1, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES, **flags)
-    return torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]
-
-
 def _is_held_elsewhere(bound: BoundTensor) -> bool:
-    """Whether anything but this parameter looks at its storage."""
+    """Whether anything but this parameter, and our view of its home, looks at its storage."""
     storage = bound.home.untyped_storage()
-    try:
-        count = torch._C._storage_Use_Count(storage._cdata)
-    except AttributeError:
-        return True  # cannot tell: keep it, at the price of the copy
-    # In C++: the parameter, `home` and `storage` itself. In Python, where a storage is one object however often it is
-    # asked for: as many as of a storage that nobody holds, which depends on the version of torch.
-    return bool(count > 3) or sys.getrefcount(storage) > _python_references()
-
-
-@functools.cache
-def _python_references() -> int:
-    tensor = torch.empty(1, device="cpu")  # alive, or its storage would be held by one less
-    storage = tensor.untyped_storage()
-    return sys.getrefcount(storage)
-
-
-def _touch(sources: Sequence[torch.Tensor]) -> None:
-    """Write every page of private file mappings, so that they become anonymous memory."""
-    chunks = [s[i : i + _TOUCH_BYTES] for s in sources for i in range(0, s.numel(), _TOUCH_BYTES)]
-    if not chunks:
-        return
-
-    def touch(chunk: torch.Tensor) -> None:
-        if not _populate(_whole_pages(_address_range(chunk))):
-            chunk[::PAGE_BYTES].bitwise_or_(0)
-            chunk[-1:].bitwise_or_(0)  # the range may end on a page that no step of the stride reached
-
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        list(pool.map(touch, chunks))
-
-
-def _populate(span: Range) -> bool:
-    """Let the kernel do what writing to each page of a private mapping does, several times faster; False: it cannot.
-
-    Source: madvise(2), MADV_POPULATE_WRITE, since Linux 5.14. The bytes stay as they are.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    start, end = span
-    failed: int = _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_WRITE)
-    return not failed
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-def _has_room_for(num_bytes: int) -> bool:
-    """Whether the control group's memory limit leaves room for so much new anonymous memory.
-
-    A container is killed at that limit whatever the machine has free. No limit, or no control group: yes.
-    """
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit_bytes, used_bytes = Path(limit).read_text().strip(), int(Path(used).read_text())
-        except (OSError, ValueError):
-            continue
-        if limit_bytes != "max":
-            # Pages of the mapped file count as used and are given up when memory runs short, so this errs on the
-            # side of not touching.
-            return used_bytes + num_bytes < 0.95 * int(limit_bytes)
-    return True
-
-
-# ---- what the operating system says of our memory
-
-
-class _MemoryMaps:
-    """/proc/self/maps at one moment. Where there is none (not Linux), nothing is known to be safe."""
-
-    def __init__(self, entries: Sequence[tuple[int, int, str, bool]]) -> None:
-        self._entries = sorted(entries)
-        self._starts = [e[0] for e in self._entries]
-
-    @classmethod
-    def read(cls) -> _MemoryMaps:
-        try:
-            lines = Path("/proc/self/maps").read_text().splitlines()
-        except OSError:
-            return cls([])
-        entries = []
-        for line in lines:
-            fields = line.split(maxsplit=5)
-            start, end = (int(x, 16) for x in fields[0].split("-"))
-            entries.append((start, end, fields[1], fields[4] != "0"))
-        return cls(entries)
-
-    def is_private_writable(self, span: Range) -> bool:
-        found = self._covering(span)
-        return bool(found) and all(
-            permissions.startswith("rw") and permissions[3] == "p" for _, _, permissions, _ in found
-        )
-
-    def is_file(self, span: Range) -> bool:
-        return any(is_file for _, _, _, is_file in self._covering(span))
-
-    def _covering(self, span: Range) -> list[tuple[int, int, str, bool]]:
-        """The mappings that hold the span without a gap; empty if there is one."""
-        start, end = span
-        position = max(bisect_right(self._starts, start) - 1, 0)
-        found = []
-        while start < end:
-            if position >= len(self._entries) or not self._entries[position][0] <= start < self._entries[position][1]:
-                return []
-            found.append(self._entries[position])
-            start = self._entries[position][1]
-            position += 1
-        return found
-
-
-# ---- page locks, counted per process
-
-
-class _PageLocks:
-    """Ranges registered with the device, each counted: registering a page twice fails, and two streamers may
-    both need it."""
-
-    def __init__(self, device: Device) -> None:
-        # Weakly where this object is the value of a dictionary keyed weakly by the device.
-        self._device: Callable[[], Device | None] = weakref.ref(device) if device.is_simulated else lambda: device
-        self._locks: dict[Range, int] = {}
-        self._mutex = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._locks)
-
-    def acquire(self, spans: Sequence[Range]) -> list[Range]:
-        """Page-lock `spans` as far as it is allowed; returns the locks that now cover them, sorted."""
-        with self._mutex:
-            mine = [lock for lock in self._locks if any(s < lock[1] and lock[0] < e for s, e in spans)]
-            held = sorted(mine)
-            missing = [
-                (start, min(start + _REGISTER_BYTES, end))
-                for span in spans
-                for gap_start, gap_end, is_held in _pieces(*span, held)
-                if not is_held
-                for start, end in [(s, gap_end) for s in range(gap_start, gap_end, _REGISTER_BYTES)]
-            ]
-            made: list[Range] = []
-            try:
-                self._register(missing, made)
-            except BaseException:
-                for start, _ in made:
-                    self._unregister(start)
-                raise
-            for lock in [*mine, *made]:
-                self._locks[lock] = self._locks.get(lock, 0) + 1
-            return sorted([*mine, *made])
-
-    def release(self, lock: Range) -> None:
-        """Give up one lock that `acquire` returned; the pages are unlocked with the last."""
-        with self._mutex:
-            self._locks[lock] -= 1
-            if not self._locks[lock]:
-                del self._locks[lock]  # first: whatever becomes of it, nobody must count on it
-                self._unregister(lock[0])
-
-    def _register(self, spans: Sequence[Range], made: list[Range]) -> None:
-        device = self._device()
-        assert device is not None
-        is_refused = threading.Event()
-
-        def register(span: Range) -> None:
-            # After the first refusal the rest would be refused too, one slow call at a time.
-            if not is_refused.is_set():
-                if device.register(span[0], span[1] - span[0]):
-                    made.append(span)
-                else:
-                    is_refused.set()
-
-        if device.is_simulated or len(spans) < 2:
-            for span in spans:
-                register(span)
-            return
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            list(pool.map(register, spans))
-
-    def _unregister(self, start: int) -> None:
-        device = self._device()
-        if device is not None:
-            device.unregister(start)
-
-
-# Real page locks belong to the process; those of a simulated device belong to it.
-_LOCKS_BY_DEVICE: weakref.WeakKeyDictionary[Device, _PageLocks] = weakref.WeakKeyDictionary()
-_REAL_LOCKS: list[_PageLocks] = []
-
-
-def _ranges_of(device: Device) -> _PageLocks:
-    if device.is_simulated:
-        return _LOCKS_BY_DEVICE.setdefault(device, _PageLocks(device))
-    if not _REAL_LOCKS:
-        _REAL_LOCKS.append(_PageLocks(device))
-        os.register_at_fork(before=_warn_at_fork)
-    return _REAL_LOCKS[0]
-
-
-def _warn_at_fork() -> None:
-    if _REAL_LOCKS and len(_REAL_LOCKS[0]):
-        warnings.warn(
-            "the process forks while layerstream has host memory page-locked: the kernel copies those pages for the "
-            "child at once. Start worker processes before streaming, or with the 'spawn' method.",
-            LayerstreamWarning,
-            stacklevel=2,
-        )
+    return is_held(storage, num_own=2)

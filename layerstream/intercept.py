@@ -9,7 +9,9 @@ deep copy of the instance it calls the class's own method.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from layerstream import compiled
 from layerstream.errors import AlreadyOffloadedError, MovedWhileStreamingError
 
 # Names under which diffusers keeps its offloading hooks in `module._diffusers_hook`.
-_DIFFUSERS_OFFLOADERS = {"group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"}
+RIVAL_HOOKS = frozenset({"group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"})
 
 
 class Listener(Protocol):
@@ -35,7 +37,11 @@ class Listener(Protocol):
 
     def leave_method(self, root: nn.Module) -> None: ...
     def changing(self, component: str) -> contextlib.AbstractContextManager[object]:
-        """The component, or a part of it, is about to be cast; inside, its weights are at home."""
+        """The component, or a part of it, is about to be cast, or laid out anew; inside, its weights are at home."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in the middle of a call of a pipeline or component."""
 
 
 class Interception:
@@ -89,15 +95,18 @@ class Interception:
 
         self._replace(root, name, around)
 
-    def watch_change(self, owner: object, name: str, changing: Callable[[], Any]) -> None:
+    def watch_change(self, owner: nn.Module, name: str, changing: Callable[[], Any]) -> None:
         """Run `owner.name(...)`, which changes modules, inside `changing()`."""
-        original = getattr(owner, name)
 
-        def around(*args: Any, **kwargs: Any) -> Any:
+        def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with changing():
                 return original(*args, **kwargs)
 
-        self._replace(owner, name, around)
+        self.watch_call(owner, name, around)
+
+    def watch_call(self, owner: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        """Run `around(original, ...)` where `owner.name(...)` is called."""
+        self._replace(owner, name, functools.partial(around, getattr(owner, name)))
 
     def _replace(self, owner: object, name: str, around: Callable[..., Any]) -> None:
         original = getattr(owner, name)
@@ -116,18 +125,35 @@ class Interception:
 
         self._undo.append(undo)
 
-    def guard_moves(self, listener: Listener, root: nn.Module, component: str, device: torch.device) -> None:
+    def guard_moves(
+        self,
+        listener: Listener,
+        root: nn.Module,
+        component: str,
+        device: torch.device,
+        *,
+        is_named_apart: bool = True,
+        at_home: Callable[[torch.Tensor], torch.Tensor | None] = lambda tensor: None,
+    ) -> None:
         """Refuse what would move `root`, or a part of it, off `device`, and let the listener lay the component out
-        anew when some of it is cast: pipelines cast single layers of a VAE.
+        anew when some of it is changed otherwise: pipelines cast single layers of a VAE.
 
         Everything that moves or casts a module goes through `_apply`; here it is met before the first weight is
-        touched. Copies of the module, pickled or not, are plain and free to move.
+        touched. A pipeline that moves its own components in the middle of its call (Cosmos does so with its safety
+        checker) is left believing that it did. Copies of the module, pickled or not, are plain and free to move.
+
+        Args:
+            is_named_apart: `device` has another name than host memory; else both are "cpu", and nothing moves.
+            at_home: gives a weight's stand-in for a pickle, over its bytes at home; None: it is none of ours.
         """
         for path, module in root.named_modules():
             if "_apply" not in module.__dict__:  # else it is part of another component, too
                 name = f"{component}.{path}" if path else component
-                guard = functools.partial(_guarded_apply, module, _Guarded(listener, component, name, device))
-                for own, replacement in {"_apply": guard, "__reduce_ex__": functools.partial(_reduce, module)}.items():
+                guarded = _Guarded(listener, component, name, device, is_named_apart, at_home)
+                for own, replacement in {
+                    "_apply": functools.partial(_guarded_apply, module, guarded),
+                    "__reduce_ex__": functools.partial(_reduce, module, guarded),
+                }.items():
                     self._undo.append(functools.partial(module.__dict__.pop, own, None))
                     module.__dict__[own] = replacement
 
@@ -153,15 +179,23 @@ _HOOK_DICTS = (
 )
 
 
-def _reduce(module: nn.Module, protocol: Any) -> Any:
-    """What makes a copy of the module, as its class says, without anything of ours."""
+def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:
+    """What makes a copy of the module, as its class says, without anything of ours.
+
+    A pickle has the weights as they are at home, since one storage on the device holds tensors of several types, and
+    blocks by turns. A copy has the weights themselves, or their copies on the device, as that of a resident module.
+    """
     reduced: Any = type(module).__reduce_ex__(module, protocol)
     function, arguments, *rest = reduced
+    is_copy = sys._getframe(1).f_code in (copy.deepcopy.__code__, copy.copy.__code__)
     if rest and isinstance(rest[0], dict):
         state = {name: value for name, value in rest[0].items() if not _is_ours(value)}
         for name in _HOOK_DICTS:
             if _HOOKS & set(state.get(name, ())):
                 state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in _HOOKS)
+        if guarded is not None and not is_copy:
+            for name in ("_parameters", "_buffers"):
+                state[name] = type(state[name])((key, guarded.stand_in(value)) for key, value in state[name].items())
         rest[0] = state
     return function, arguments, *rest
 
@@ -187,39 +221,92 @@ def _replaced(owner: Any, name: str, around: _Around | None, /, *args: Any, **kw
 
 
 class _Guarded:
-    """What a guard refuses. Not copied along with its component: see `__deepcopy__`."""
+    """What a guard knows. Not copied along with its component: see `__deepcopy__`."""
 
-    def __init__(self, listener: Listener, component: str, name: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        component: str,
+        name: str,
+        device: torch.device,
+        is_named_apart: bool,
+        at_home: Callable[[torch.Tensor], torch.Tensor | None],
+    ) -> None:
         self.listener, self.component, self.name, self.device = listener, component, name, device
+        self.is_named_apart, self.at_home = is_named_apart, at_home
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
+
+    def stand_in(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """What a pickle has of one of the module's tensors."""
+        found = None if tensor is None else self.at_home(tensor)
+        return tensor if found is None else found
+
+    def is_moved(self, fn: Callable[[torch.Tensor], torch.Tensor], dtypes: Iterable[torch.dtype]) -> bool:
+        """Whether `fn` brings tensors to another device than where streamed ones seem to be."""
+        if self.device.type != "cpu":
+            return any(fn(self.probe(dtype, 1)).device != self.device for dtype in dtypes)
+        if any(fn(self.probe(dtype, 1)).device.type != "cpu" for dtype in dtypes):
+            return True
+        if not self.is_named_apart:
+            return False
+        try:
+            # A tensor without bytes cannot be copied, to the host either: only what leaves it where it is works.
+            for dtype in dtypes:
+                fn(torch.empty(1, dtype=dtype, device="meta"))
+        except NotImplementedError:
+            return True
+        return False
+
+    def probe(self, dtype: torch.dtype, dim: int) -> torch.Tensor:
+        """A tensor to try a change on."""
+        return torch.empty(((1, 2, 1, 2, 2) + (1,) * dim)[:dim], dtype=dtype, device=self.device)
+
+
+# The changes of `Module` that do nothing where they give the tensor back that they were given.
+_IDEMPOTENT = tuple(
+    f"Module.{name}.<locals>."
+    for name in ("to", "cuda", "cpu", "xpu", "type", "float", "double", "half", "bfloat16", "to_empty")
+)
 
 
 def _guarded_apply(module: nn.Module, guarded: _Guarded | None, fn: Any, recurse: bool = True) -> nn.Module:
     if guarded is None:
         applied: nn.Module = type(module)._apply(module, fn, recurse)
         return applied
-    dtypes = {t.dtype for t in [*module.parameters(), *module.buffers()]}
-    probes = [torch.empty(0, dtype=dtype, device=guarded.device) for dtype in dtypes or {torch.float32}]
+    kinds = {(t.dtype, t.dim()) for t in [*module.parameters(), *module.buffers()]} or {(torch.float32, 1)}
     try:
-        results = [fn(probe) for probe in probes]
+        is_moved = guarded.is_moved(fn, {dtype for dtype, _ in kinds})
     except Exception as exc:
         raise MovedWhileStreamingError(_refusal(module, guarded)) from exc
-    if any(r.device != p.device for r, p in zip(results, probes, strict=True)):
+    if is_moved and not guarded.listener.is_inside:
         raise MovedWhileStreamingError(_refusal(module, guarded))
-    if all(r.dtype == p.dtype for r, p in zip(results, probes, strict=True)):
+    probes = [guarded.probe(dtype, dim) for dtype, dim in kinds]  # memory formats depend on the number of dimensions
+    results = [fn(probe) for probe in probes]
+    is_known = getattr(fn, "__qualname__", "").startswith(_IDEMPOTENT)
+    are_same = all(
+        r is p or (is_moved and r.dtype == p.dtype and r.stride() == p.stride())
+        for r, p in zip(results, probes, strict=True)
+    )
+    if is_known and are_same:
         return module  # already there, as it is; applying it would load every block
     with guarded.listener.changing(guarded.component):
-        # At home the weights are on another device than the one they seem to be on: only the cast is done.
-        cast: nn.Module = type(module)._apply(module, lambda t: fn(t).to(t.device), recurse)
-        return cast
+        # At home the weights are on another device than the one they seem to be on: only the rest of it is done.
+        changed: nn.Module = type(module)._apply(module, lambda t: _at_its_place(t, fn), recurse)
+        return changed
+
+
+def _at_its_place(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    changed = fn(tensor)
+    return changed if changed.device == tensor.device else changed.to(tensor.device)
 
 
 def _refusal(module: nn.Module, guarded: _Guarded) -> str:
     return (
         f"`{guarded.name}` ({type(module).__name__}) cannot be moved while its weights are streamed to "
-        f"{guarded.device}. Leave the offload context (or call close()), do it, and enter again."
+        f"{guarded.device}. Leave the call out, since it runs there as it is; or leave the offload context (or call "
+        "close()), move it, and enter again."
     )
 
 
@@ -240,7 +327,7 @@ def refuse_rivals(pipe: object, components: Mapping[str, nn.Module]) -> None:
                     "offload, or a device_map). Call pipe.remove_all_hooks() (or "
                     "accelerate.hooks.remove_hook_from_module(module, recurse=True)), or load without it."
                 )
-            rivals = _DIFFUSERS_OFFLOADERS & set(getattr(getattr(module, "_diffusers_hook", None), "hooks", None) or ())
+            rivals = RIVAL_HOOKS & set(getattr(getattr(module, "_diffusers_hook", None), "hooks", None) or ())
             if rivals:
                 raise AlreadyOffloadedError(
                     f"{where} is offloaded by diffusers ({', '.join(sorted(rivals))}), which cannot be undone. Load "

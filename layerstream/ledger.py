@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Hashable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 
-from layerstream.blocks import UnitSpec
-from layerstream.budget import format_bytes, parse_bytes
+from layerstream.blocks import UnitSpec, WholeSpec
+from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_bytes
 from layerstream.device import Device
 from layerstream.errors import BudgetError
 from layerstream.phases import Key, PhaseTracker, Reserve
@@ -55,6 +56,7 @@ class Ledger:
         self._grain = device.rounded_bytes(1)
         self._quantum = max(self._grain, min(_MOST_QUANTUM_BYTES, (budget_bytes or 0) // _QUANTA_PER_BUDGET))
         self._units: Sequence[UnitSpec] = ()
+        self._whole: Sequence[WholeSpec] = ()
         self._tracker = PhaseTracker([])
         self._plan: Plan | None = None
         self._planned_costs: Costs | None = None
@@ -63,6 +65,8 @@ class Ledger:
         self._outside_bytes = 0  # what others had when it began
         self._interval_weights: int | None = None  # our weights in the running interval; None: none runs
         self._is_open = False
+        self._claim: object = object()  # on the limit, which the process keeps for whoever asked
+        self._release: Callable[[], object] = lambda: None
         self._num_ooms = 0
         self._is_unchecked = False  # passes have run since `_num_ooms` was read
         self._num_unwatched = 0  # passes since somebody looked at what others have
@@ -78,33 +82,56 @@ class Ledger:
         self._num_ooms = self._device.num_ooms()
         self._device.reset_peaks()
         self._is_open = True
-        self._device.grow_segments(self, is_on=True)
+        # A pipeline dropped without closing gives them back, too, when it is collected.
+        self._release = weakref.finalize(self, _give_back, self._device, self._claim)
+        self._device.grow_segments(self._claim, is_on=True)
         if self.budget_bytes is not None:
-            self._device.set_cap(self.budget_bytes, owner=self)
+            self._device.set_cap(self.budget_bytes, owner=self._claim)
 
     def close(self) -> None:
         """Give the allocator back the limit and the ways it had; idempotent."""
-        if self._is_open:
-            self._is_open = False
-            try:
-                self._device.set_cap(None, owner=self)
-            finally:
-                self._device.grow_segments(self, is_on=False)
+        self._is_open = False
+        self._release()
 
     def components(
-        self, components: Sequence[tuple[str, bool]], units: Sequence[UnitSpec], changed: Collection[str]
+        self,
+        components: Sequence[tuple[str, bool]],
+        units: Sequence[UnitSpec],
+        whole: Sequence[WholeSpec],
+        changed: Collection[str],
     ) -> None:
         """The pipeline has these components (name, is_repeated) and units now; what was measured of `changed` ones is
         forgotten."""
         self._tracker = self._tracker.successor(components, changed)
-        self._units = units
+        self._units, self._whole = units, whole
         self._reserve = self._plan = None
 
-    def check(self, components: Sequence[tuple[str, bool]], units: Sequence[UnitSpec], outside_bytes: int) -> None:
+    def check(
+        self,
+        components: Sequence[tuple[str, bool]],
+        units: Sequence[UnitSpec],
+        whole: Sequence[WholeSpec],
+        outside_bytes: int,
+    ) -> None:
         """Raise BudgetError if the budget cannot hold the least beside `outside_bytes` of others."""
-        phases = [Phase((name,), is_repeated, outside_bytes) for name, is_repeated in components]
+        phases = [
+            Phase((name,), is_repeated, outside_bytes or None, is_of_others=True) for name, is_repeated in components
+        ]
         limit = self._device.total_bytes() if self.budget_bytes is None else self.budget_bytes
-        check_budget(units, phases, limit, granularity=self._grain)
+        try:
+            check_budget(units, phases, limit, granularity=self._grain, whole=whole)
+        except BudgetError as exc:
+            certain = self._certain_bytes(exc.least_bytes or 0)
+            raise BudgetError(
+                f"{exc} What a call takes beside that is not known before it has run: {_certain(certain)}",
+                budget_bytes=exc.budget_bytes,
+                least_bytes=exc.least_bytes,
+                needed_bytes=certain,
+            ) from None
+
+    def _certain_bytes(self, least_bytes: int) -> int:
+        """A budget that does if any does: all there is, but for what else needs memory on the device."""
+        return max(least_bytes, auto_bytes(self._device.total_bytes() - self._device.context_bytes()))
 
     @property
     def plan(self) -> Plan:
@@ -112,6 +139,18 @@ class Ledger:
         if self._plan is None:
             self._plan = self._make(self._tracker.phases(0), None)
         return self._plan
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The smallest budget in which all that has run would run again; None: that is not known yet."""
+        plan, taken = self.plan, self._tracker.taken_bytes(self._outside_bytes)
+        ran = [
+            None if took is None else phase_plan.least_bytes + took + plan.whole_bytes
+            for phase_plan, took in zip(plan.phases, taken, strict=True)
+            if phase_plan.phase.name in self.stats_of
+        ]
+        known = [num_bytes for num_bytes in ran if num_bytes is not None]
+        return max(known) if known and len(known) == len(ran) else None
 
     # ---- entering components
 
@@ -146,7 +185,8 @@ class Ledger:
         self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
         self.phase_stats = self.stats_of.setdefault(phase_plan.phase.name, PhaseStats())
         self.phase_stats.num_passes += 1
-        self.phase_stats.reserve_bytes = phase_plan.phase.reserve_bytes
+        if reserve.over_bytes is not None:
+            self.phase_stats.reserve_bytes = reserve.over_bytes + self._outside_bytes
         return phase_plan
 
     def again(self, component: str) -> None:
@@ -248,6 +288,10 @@ class Ledger:
         if not (self.is_settled and self._plan.phase_of(self._reserve.key.component).phase.is_repeated):
             self._check_passes()
 
+    def forgive(self, num_ooms: int) -> None:
+        """So many allocations of our own were refused, and done without."""
+        self._num_ooms += num_ooms
+
     def _check_passes(self) -> None:
         if not self._is_unchecked:
             return
@@ -277,13 +321,19 @@ class Ledger:
         component = self._reserve.key.component if self._reserve is not None else None
         where = f" in `{component}`" if component else ""
         least = self.plan.phase_of(component).least_bytes if component else self.plan.least_bytes
-        needed = least + others + tried_bytes
+        reached = least + others + tried_bytes
+        is_known = self._reserve is not None and self._reserve.is_measured
+        needed = reached if is_known else self._certain_bytes(reached)
         budget = "the device" if self.budget_bytes is None else f"vram_budget {format_bytes(self.budget_bytes)}"
-        advice = (
-            f"Raise vram_budget to at least {needed} bytes ({format_bytes(needed)}), or make"
-            if self.budget_bytes is None or needed > self.budget_bytes
-            else "The next call gets all the room there is: call again, or make"
-        )
+        if self.budget_bytes is not None and reached <= self.budget_bytes:
+            advice = "The next call gets all the room there is: call again, or make"
+        elif is_known:
+            advice = f"Raise vram_budget to at least {needed} bytes ({format_bytes(needed)}), or make"
+        else:
+            advice = (
+                f"It needs more than {reached} bytes ({format_bytes(reached)}), which it had reached: "
+                f"{_certain(needed)} Or make"
+            )
         foreign = ""
         if self._outside_bytes:
             foreign = (
@@ -295,6 +345,7 @@ class Ledger:
             f"of weights, {format_bytes(others)} of activations and other tensors{foreign}. {advice} images or batches "
             "smaller; a VAE takes less with enable_tiling() or enable_slicing().",
             budget_bytes=self.budget_bytes,
+            least_bytes=reached,
             needed_bytes=needed,
         )
 
@@ -332,7 +383,7 @@ class Ledger:
                     units = [u for u in self._units if {u.component, *u.also} & set(phase.components)]
                     units = [replace(u, component=phase.components[0], also=()) for u in units]
                     alone = replace(phase, components=phase.components[:1], reserve_bytes=certain)
-                    check_budget(units, [alone], self.budget_bytes, granularity=self._grain)
+                    check_budget(units, [alone], self.budget_bytes, granularity=self._grain, whole=self._whole)
         unknown = [self._unknown(self._unknown(p, is_current=False), is_current=True) for p in phases]
         return self._make(unknown, None)
 
@@ -362,7 +413,13 @@ class Ledger:
 
     def _make(self, phases: Sequence[Phase], costs: Costs | None) -> Plan:
         return make_plan(
-            self._units, phases, self.budget_bytes, costs=costs, num_slots=self._num_slots, granularity=self._grain
+            self._units,
+            phases,
+            self.budget_bytes,
+            costs=costs,
+            num_slots=self._num_slots,
+            granularity=self._grain,
+            whole=self._whole,
         )
 
     def _costs(self) -> Costs | None:
@@ -384,8 +441,22 @@ class Ledger:
         )
         units = [u for u in self._units if u.component in partners]
         try:
-            check_budget(units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain)
+            check_budget(
+                units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain, whole=self._whole
+            )
         except BudgetError:
             self._refused.add(partners)
             return
         self._tracker.merge(partners)
+
+
+def _give_back(device: Device, claim: object) -> None:
+    try:
+        device.set_cap(None, owner=claim)
+    finally:
+        device.grow_segments(claim, is_on=False)
+
+
+def _certain(num_bytes: int) -> str:
+    size = "" if is_unlimited(num_bytes) else f": {num_bytes} bytes ({format_bytes(num_bytes)}) here"
+    return f'vram_budget="auto", all that is free{size}, does if anything does, and report() then names the least.'

@@ -107,6 +107,12 @@ class Reserve:
     num_untimed: int = _TIMED_PASSES
     num_unread: int = 0
     _most_bytes: int = 0
+    _num_measurements: int = 0
+
+    @property
+    def taken_bytes(self) -> int | None:
+        """The most that it was seen to take, however often it is to be measured yet; None: it was not."""
+        return self._most_bytes if self._num_measurements else None
 
     @property
     def is_timed(self) -> bool:
@@ -145,6 +151,7 @@ class Reserve:
     def measured(self, over_bytes: int, margin_bytes: int = 0) -> None:
         """It took so much: the larger of two measurements counts, and one above what was borrowed counts at once."""
         self._most_bytes = max(self._most_bytes, over_bytes)
+        self._num_measurements += 1
         self.margin_bytes = margin_bytes
         self.num_missing -= 1
         if self.num_missing <= 0:
@@ -154,7 +161,8 @@ class Reserve:
 
     def forget(self) -> None:
         """It did not fit: the next time it gets all the room there is."""
-        self.over_bytes, self.is_measured, self.num_missing, self._most_bytes = None, False, 1, 0
+        self.over_bytes, self.is_measured, self.num_missing = None, False, 1
+        self._most_bytes = self._num_measurements = 0
         self.margin_bytes = 0
 
 
@@ -206,6 +214,13 @@ class PhaseTracker:
     def needed_bytes(self, outside_bytes: int) -> tuple[int | None, ...]:
         """What each of `phases` takes, without the room that a plan keeps for tokens to come."""
         return tuple(_most(r.needed_bytes(outside_bytes) for r in expected) for _, expected in self._all_expected())
+
+    def taken_bytes(self, outside_bytes: int) -> tuple[int | None, ...]:
+        """What each of `phases` took, and no more."""
+        return tuple(
+            _most(None if r.taken_bytes is None else r.taken_bytes + outside_bytes for r in expected)
+            for _, expected in self._all_expected()
+        )
 
     def compute_ms(self) -> Mapping[int, float]:
         """Measured compute by unit index, of the keys that are expected in each phase."""

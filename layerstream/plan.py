@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-from layerstream.blocks import Placement, UnitSpec
+from layerstream.blocks import Placement, UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.errors import BudgetError
 from layerstream.pace import Pace, Prediction, Search, predict_pass
-from layerstream.tables import table
+from layerstream.summary import PhaseSummary, PlanSummary, StackSummary, stacks_of
 
 __all__ = [
     "LEAST_SLOTS",
@@ -27,7 +29,6 @@ __all__ = [
     "Prediction",
     "check_budget",
     "make_plan",
-    "next_gib",
     "predict_pass",
 ]
 
@@ -49,11 +50,15 @@ class Phase:
     Attributes:
         is_repeated: its components run many times a call.
         reserve_bytes: what is on the device beside our weights while it runs, measured; None: not measured yet.
+        is_assumed: `reserve_bytes` was given by somebody who plans ahead, rather than measured.
+        is_of_others: `reserve_bytes` is what others hold; what the phase takes itself is not known.
     """
 
     components: tuple[str, ...]
     is_repeated: bool
     reserve_bytes: int | None = None
+    is_assumed: bool = False
+    is_of_others: bool = False
 
     @property
     def name(self) -> str:
@@ -99,16 +104,29 @@ class PhasePlan:
         reserve = self.phase.reserve_bytes
         return None if reserve is None else self.weights_bytes + reserve
 
+    def summary(self) -> PhaseSummary:
+        """What it says, as plain values."""
+        return PhaseSummary(
+            name=self.phase.name,
+            is_repeated=self.phase.is_repeated,
+            weights_bytes=self.weights_bytes,
+            reserve_bytes=self.phase.reserve_bytes,
+            is_assumed=self.phase.is_assumed,
+            ms_per_pass=None if self.prediction is None else self.prediction.ms_per_pass,
+            bound=None if self.prediction is None else self.prediction.bound,
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What is on the device in every phase of the call.
+    """What is on the device in every phase of the call. `print` shows a table, and so do notebooks.
 
     Attributes:
         budget_bytes: what is allowed; None for "the least".
-        least_bytes: the least weights under which every phase runs.
+        least_bytes: the least weights under which every phase runs, those that stay whole included.
         needed_bytes: the smallest budget that would do, as far as reserves are known.
         granularity: every buffer takes a multiple of it.
+        whole: what stays on the device as it is, in every phase.
     """
 
     units: tuple[UnitSpec, ...]
@@ -119,15 +137,25 @@ class Plan:
     costs: Costs | None = None
     granularity: int = 1
     num_slots: int | None = None
+    whole: tuple[WholeSpec, ...] = ()
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of what stays on the device as it is."""
+        return sum(spec.num_bytes for spec in self.whole)
 
     @property
     def peak_bytes(self) -> int:
-        return max((p.weights_bytes + (p.phase.reserve_bytes or 0) for p in self.phases), default=0)
+        """The most that is on the device in any phase, as far as reserves are known."""
+        most = max((p.weights_bytes + (p.phase.reserve_bytes or 0) for p in self.phases), default=0)
+        return most + self.whole_bytes
 
     def phase_of(self, component: str) -> PhasePlan:
+        """The phase in which a component runs."""
         return next(p for p in self.phases if component in p.phase.components)
 
     def placement(self, unit_index: int) -> Placement:
+        """Where a unit lives."""
         component = next(u.component for u in self.units if u.index == unit_index)
         own = self.phase_of(component)
         if unit_index not in own.resident:
@@ -135,61 +163,75 @@ class Plan:
         everywhere = all(unit_index in p.resident or unit_index in p.kept for p in self.phases)
         return Placement.RESIDENT if everywhere else Placement.BY_PHASE
 
+    @cached_property
+    def next_gib_ms(self) -> Mapping[str, float]:
+        """Milliseconds that one GiB more would take off a pass, by phase that is repeated; empty where not known.
+
+        Takes a second plan, made once, when somebody asks. Texts never plan: they say it if it was asked for before.
+        """
+        now = {p.phase.name: p.prediction for p in self.phases if p.prediction is not None and p.phase.is_repeated}
+        if self.budget_bytes is None:
+            return {}
+        if all(prediction.ms_per_pass <= prediction.compute_ms + 1e-6 for prediction in now.values()):
+            return dict.fromkeys(now, 0.0)  # nothing is faster than compute alone
+        more = {p.phase.name: p.prediction for p in self.under(self.budget_bytes + 2**30).phases}
+        gains = ((name, prediction.ms_per_pass, more[name]) for name, prediction in now.items())
+        return {name: ms - its.ms_per_pass for name, ms, its in gains if its is not None}
+
+    def with_next_gib(self) -> Plan:
+        """The same plan, whose texts say what one GiB more would buy."""
+        _ = self.next_gib_ms
+        return self
+
+    def under(self, budget_bytes: int | None, *, reserve_bytes: int | None = None) -> Plan:
+        """The plan for another budget, with the times and reserves of this one.
+
+        Args:
+            reserve_bytes: assumed of every phase, in the place of what was measured.
+        Raises:
+            BudgetError: a phase does not fit even with all that can stream streaming.
+        """
+        phases = [p.phase for p in self.phases]
+        if reserve_bytes is not None:
+            phases = [replace(phase, reserve_bytes=reserve_bytes, is_assumed=True) for phase in phases]
+        return make_plan(
+            self.units,
+            phases,
+            budget_bytes,
+            costs=self.costs,
+            num_slots=self.num_slots,
+            granularity=self.granularity,
+            whole=self.whole,
+        )
+
+    def summary(self) -> PlanSummary:
+        """What the plan says, as plain values."""
+        return PlanSummary(
+            budget_bytes=self.budget_bytes,
+            needed_bytes=self.needed_bytes,
+            peak_bytes=self.peak_bytes,
+            stacks=tuple(stack for p in self.phases for stack in self._stacks(p)),
+            whole=self.whole,
+            phases=tuple(phase_plan.summary() for phase_plan in self.phases),
+            next_gib_ms=dict(vars(self).get("next_gib_ms", {})),  # what was not asked for is not worked out here
+        )
+
+    def _stacks(self, phase_plan: PhasePlan) -> Iterator[StackSummary]:
+        units = [u for u in self.units if u.component in phase_plan.phase.components]
+        return stacks_of(units, self.placement, phase_plan.num_slots, phase_plan.slot_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the plan says as numbers, strings, lists and dicts, for JSON."""
+        return self.summary().as_dict()
+
     def __str__(self) -> str:
-        budget = "the least" if self.budget_bytes is None else format_bytes(self.budget_bytes)
-        lines = [
-            f"budget {budget}, least {format_bytes(self.needed_bytes)}, predicted peak {format_bytes(self.peak_bytes)}",
-            "",
-            *table(
-                ["component", "stack", "blocks", "each", "placement", "slots"],
-                [row for phase_plan in self.phases for row in self._rows(phase_plan)],
-            ).splitlines(),
-            "",
-        ]
-        lines += [self._line(phase_plan) for phase_plan in self.phases]
-        for name, gain_ms in (next_gib(self) or {}).items():
-            if gain_ms >= 0.05:
-                lines.append(f"1 GiB more would take {gain_ms:.1f} ms off a pass of `{name}`")
-        return "\n".join(lines)
+        return self.summary().page().text()
 
-    def _rows(self, phase_plan: PhasePlan) -> Iterator[list[str]]:
-        groups: dict[tuple[str, str], list[UnitSpec]] = {}
-        for unit in self.units:
-            if unit.component in phase_plan.phase.components:
-                groups.setdefault((unit.component, unit.stack or "base"), []).append(unit)
-        for (component, stack), units in groups.items():
-            blocks: dict[str, list[UnitSpec]] = {}  # with their pieces
-            for unit in units:
-                blocks.setdefault(unit.whole, []).append(unit)
-            sizes = sorted({sum(piece.num_bytes for piece in pieces) for pieces in blocks.values()})
-            each = format_bytes(sizes[0]) + (f" to {format_bytes(sizes[-1])}" if len(sizes) > 1 else "")
-            counts = Counter(self._placement_text(pieces) for pieces in blocks.values())
-            streams = any(self.placement(unit.index) is Placement.STREAMED for unit in units)
-            yield [
-                component,
-                stack,
-                str(len(blocks)),
-                each,
-                ", ".join(f"{count} {placement}" for placement, count in counts.items()),
-                f"{phase_plan.num_slots} x {format_bytes(phase_plan.slot_bytes)}" if streams else "",
-            ]
+    def __repr__(self) -> str:
+        return f"Plan({self.summary().line()})"
 
-    def _placement_text(self, pieces: Sequence[UnitSpec]) -> str:
-        found = {self.placement(piece.index) for piece in pieces}
-        if len(found) == 1:
-            return found.pop().value
-        return "partly streamed" if Placement.STREAMED in found else Placement.BY_PHASE.value
-
-    def _line(self, phase_plan: PhasePlan) -> str:
-        reserve, prediction = phase_plan.phase.reserve_bytes, phase_plan.prediction
-        line = f"{phase_plan.phase.name}: {format_bytes(phase_plan.weights_bytes)} of weights + "
-        if reserve is None or phase_plan.peak_bytes is None:
-            line += "what it takes beside them, not measured yet"
-        else:
-            line += f"{format_bytes(reserve)} beside them = {format_bytes(phase_plan.peak_bytes)}"
-        if prediction is not None:
-            line += f"; {prediction.ms_per_pass:.1f} ms a pass predicted, {prediction.bound}-bound"
-        return line
+    def _repr_html_(self) -> str:
+        return self.summary().page().html()
 
 
 def make_plan(
@@ -200,6 +242,7 @@ def make_plan(
     costs: Costs | None = None,
     num_slots: int | None = None,
     granularity: int = 1,
+    whole: Sequence[WholeSpec] = (),
 ) -> Plan:
     """Decide for every phase what is on the device while it runs.
 
@@ -209,14 +252,16 @@ def make_plan(
         costs: assumed where not measured.
         num_slots: fix the number of slots (at least 2), where so many fit.
         granularity: every buffer is rounded up to a multiple of it.
+        whole: weights that are on the device as they are throughout.
     Raises:
         BudgetError: a phase does not fit even with all that can stream streaming.
     """
-    drafts, needed = _drafts_within(units, phases, budget_bytes, costs, granularity)
+    drafts, needed = _drafts_within(units, phases, budget_bytes, costs, granularity, whole)
+    whole_bytes = sum(spec.num_bytes for spec in whole)
     for draft in drafts:
         draft.take_least(num_slots if budget_bytes is None else None)
         if budget_bytes is not None and draft.phase.reserve_bytes is not None:
-            draft.capacity_bytes = budget_bytes - draft.phase.reserve_bytes
+            draft.capacity_bytes = budget_bytes - whole_bytes - draft.phase.reserve_bytes
     known = [d for d in drafts if d.capacity_bytes is not None]
     if known:
         _fill(drafts, known, num_slots)
@@ -224,32 +269,49 @@ def make_plan(
         units=tuple(units),
         phases=tuple(d.plan() for d in drafts),
         budget_bytes=budget_bytes,
-        least_bytes=max((d.least_bytes for d in drafts), default=0),
+        least_bytes=max((d.least_bytes for d in drafts), default=0) + whole_bytes,
         needed_bytes=needed,
         costs=costs,
         granularity=granularity,
         num_slots=num_slots,
+        whole=tuple(whole),
     )
 
 
 def check_budget(
-    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int | None, *, granularity: int = 1
+    units: Sequence[UnitSpec],
+    phases: Sequence[Phase],
+    budget_bytes: int | None,
+    *,
+    granularity: int = 1,
+    whole: Sequence[WholeSpec] = (),
 ) -> None:
     """Raise the BudgetError that `make_plan` would, without making a plan; none if there is no budget."""
-    _drafts_within(units, phases, budget_bytes, None, granularity)
+    _drafts_within(units, phases, budget_bytes, None, granularity, whole)
 
 
 def _drafts_within(
-    units: Sequence[UnitSpec], phases: Sequence[Phase], budget_bytes: int | None, costs: Costs | None, granularity: int
+    units: Sequence[UnitSpec],
+    phases: Sequence[Phase],
+    budget_bytes: int | None,
+    costs: Costs | None,
+    granularity: int,
+    whole: Sequence[WholeSpec],
 ) -> tuple[list[_Draft], int]:
     """A draft of each phase, and the smallest budget that holds the least of all."""
     for unit in units:
         assert sum(unit.component in p.components for p in phases) == 1, unit.name
     drafts = [_Draft(units, phase, costs, granularity) for phase in phases]
-    needed = max((d.needed_bytes for d in drafts), default=0)
+    needed = max((d.needed_bytes for d in drafts), default=0) + sum(spec.num_bytes for spec in whole)
     if budget_bytes is not None and budget_bytes < needed:
         worst = max(drafts, key=lambda d: d.needed_bytes)
-        raise BudgetError(worst.too_small(budget_bytes), budget_bytes=budget_bytes, needed_bytes=needed)
+        is_known = all(phase.reserve_bytes is not None and not phase.is_of_others for phase in phases)
+        raise BudgetError(
+            worst.too_small(budget_bytes, whole),
+            budget_bytes=budget_bytes,
+            least_bytes=needed,
+            needed_bytes=needed if is_known else None,
+        )
     return drafts, needed
 
 
@@ -530,8 +592,9 @@ class _Draft:
         ms_per_byte = sum(measured[b.index] for b in known) / num_bytes if num_bytes else _COMPUTE_MS_PER_GB / 1e9
         return [measured.get(u.index, u.num_bytes * ms_per_byte if u.is_block else 0.0) for u in self.units]
 
-    def too_small(self, budget_bytes: int) -> str:
-        needed, reserve = self.needed_bytes, self.phase.reserve_bytes
+    def too_small(self, budget_bytes: int, whole: Sequence[WholeSpec]) -> str:
+        whole_bytes, reserve = sum(spec.num_bytes for spec in whole), self.phase.reserve_bytes
+        needed = self.needed_bytes + whole_bytes
         shape, name = self.least_shape, " and ".join(f"`{c}`" for c in self.phase.components)
         parts = []
         if shape.others:
@@ -551,30 +614,18 @@ class _Draft:
                 else ""
             )
             parts.append(f"the weights outside stacks ({format_bytes(self.base_bytes)}{named})")
-        if reserve is not None:
+        if whole:
+            kinds = ", ".join(sorted({kind for spec in whole for kind in spec.kinds}))
+            parts.append(f"the weights that stay on the device whole ({format_bytes(whole_bytes)} of {kinds})")
+        if reserve and self.phase.is_assumed:
+            parts.append(f"activations ({format_bytes(reserve)}, assumed)")
+        elif reserve and self.phase.is_of_others:
+            parts.append(f"what others hold ({format_bytes(reserve)})")
+        elif reserve:
             parts.append(f"activations and other tensors ({format_bytes(reserve)}, measured)")
-        before = " before activations" if reserve is None else ""
+        before = "" if reserve and not self.phase.is_of_others else " before activations"
         listed = ", ".join(parts[:-1]) + (" and " if parts[:-1] else "") + parts[-1] if parts else "it"
         return (
             f"vram_budget {format_bytes(budget_bytes)} is too small: while {name} runs, {listed} need "
             f"{format_bytes(needed)}{before}. Raise vram_budget to at least {needed} bytes ({format_bytes(needed)})."
         )
-
-
-def next_gib(plan: Plan) -> dict[str, float] | None:
-    """Milliseconds that one GiB more would take off a pass, by phase; None if not known."""
-    if plan.costs is None or plan.budget_bytes is None:
-        return None
-    more = make_plan(
-        plan.units,
-        [p.phase for p in plan.phases],
-        plan.budget_bytes + 2**30,
-        costs=plan.costs,
-        num_slots=plan.num_slots,
-        granularity=plan.granularity,
-    )
-    return {
-        mine.phase.name: mine.prediction.ms_per_pass - its.prediction.ms_per_pass
-        for mine, its in zip(plan.phases, more.phases, strict=True)
-        if mine.prediction is not None and its.prediction is not None and mine.phase.is_repeated
-    }

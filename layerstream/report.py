@@ -1,71 +1,230 @@
-"""Plan and Stats as text."""
+"""What streaming did, for people: the report, as text, HTML and plain values, and lines for the log. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from layerstream.budget import format_bytes
-from layerstream.plan import Plan, next_gib
+from layerstream.blocks import UnitSpec
+from layerstream.budget import format_budget, format_bytes
+from layerstream.plan import Plan
 from layerstream.stats import PhaseStats, Stats
-from layerstream.tables import table
+from layerstream.summary import PlanSummary, gain_lines
+from layerstream.tables import Page, Table
 
 _LEAST_TOLD_MS = 0.05
 _LEAST_TOLD_SHARE = 0.02
 
 
-def report(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats]) -> str:
-    """What happened, phase by phase, under which plan, and what more memory would buy."""
-    budget = f"budget {format_bytes(stats.budget_bytes)}" if stats.budget_bytes else "no budget, the least of weights"
-    lines = [
-        f"{budget}; peak reserved {format_bytes(stats.peak_reserved_bytes)}, weights at most "
-        f"{format_bytes(stats.peak_device_bytes)}; {format_bytes(stats.pinned_bytes)} page-locked in host memory",
-        f"{stats.num_loads} loads, {format_bytes(stats.loaded_bytes)} over the bus, {stats.num_demand_loads} not "
-        f"foreseen; {stats.num_stalls} stalls, {stats.stall_ms:.1f} ms; {stats.num_evicted} residents gave their "
-        "room to another phase",
-    ]
-    rows = []
-    predictions = {phase_plan.phase.name: phase_plan.prediction for phase_plan in plan.phases}
-    # First by the plan; then phases that are no more, since components came to share one: what they did counts.
-    for name in dict.fromkeys([*predictions, *phases]):
-        done = phases.get(name)
-        if done is None:
-            continue
-        prediction = predictions.get(name)
-        rows.append(
-            [
-                name,
-                str(done.num_passes),
-                format_bytes(done.loaded_bytes),
-                f"{done.num_stalls} ({done.stall_ms:.1f} ms)",
-                "not measured" if done.reserve_bytes is None else format_bytes(done.reserve_bytes),
-                format_bytes(done.peak_reserved_bytes),
-                "" if prediction is None else f"{prediction.ms_per_pass:.1f} ms, {prediction.bound}",
-            ]
+@dataclass(frozen=True)
+class PhaseReport:
+    """What happened in one phase of the calls.
+
+    Attributes:
+        reserve_bytes: what it takes on the device beside the weights; None: not measured yet.
+        predicted_ms_per_pass, predicted_bound: of the present plan; None where it predicts nothing.
+        stall_ms_by_stack, stall_ms_by_unit: `stall_ms` by what was waited for, by name. What a change of the pipeline
+            took away has no name, and is in neither.
+    """
+
+    name: str
+    num_passes: int
+    num_loads: int
+    loaded_bytes: int
+    num_stalls: int
+    stall_ms: float
+    reserve_bytes: int | None
+    peak_reserved_bytes: int
+    peak_weights_bytes: int
+    predicted_ms_per_pass: float | None
+    predicted_bound: str | None
+    stall_ms_by_stack: Mapping[str, float]
+    stall_ms_by_unit: Mapping[str, float]
+
+    def cells(self) -> tuple[str, ...]:
+        predicted = self.predicted_ms_per_pass
+        return (
+            self.name,
+            str(self.num_passes),
+            format_bytes(self.loaded_bytes),
+            f"{self.num_stalls} ({self.stall_ms:.1f} ms)",
+            "not measured" if self.reserve_bytes is None else format_bytes(self.reserve_bytes),
+            format_bytes(self.peak_reserved_bytes),
+            "" if predicted is None else f"{predicted:.1f} ms, {self.predicted_bound}",
         )
-    headers = ["phase", "passes", "loaded", "stalls", "beside weights", "peak reserved", "predicted pass"]
-    lines += ["", *table(headers, rows).splitlines()] if rows else ["nothing has run yet"]
-    lines += [line for name, done in phases.items() if (line := _waits(plan, name, done)) is not None]
-    gains = next_gib(plan)
-    for name, gain_ms in (gains or {}).items():
-        if gain_ms >= 0.05:
-            lines.append(f"1 GiB more would take {gain_ms:.1f} ms off a pass of `{name}`")
-    return "\n".join(lines)
+
+    def waits(self) -> str | None:
+        """Where its compute waited: by stack, and the block that it waited for longest; None if not worth a line."""
+        least = max(_LEAST_TOLD_MS, _LEAST_TOLD_SHARE * self.stall_ms)
+        stacks = sorted(self.stall_ms_by_stack.items(), key=lambda item: -item[1])
+        parts = [f"{ms:.1f} ms for `{stack}`" for stack, ms in stacks if ms >= least]
+        if not parts:
+            return None
+        longest = max(self.stall_ms_by_unit, key=lambda name: self.stall_ms_by_unit[name])
+        is_all = len(self.stall_ms_by_unit) == 1
+        told = "" if is_all else f"; longest for `{longest}`, {self.stall_ms_by_unit[longest]:.1f} ms"
+        return f"`{self.name}` waited {', '.join(parts)}{told}"
 
 
-def _waits(plan: Plan, name: str, done: PhaseStats) -> str | None:
-    """Where a phase's compute waited: by stack, and the block that it waited for longest."""
-    units = {unit.index: unit for unit in plan.units}
-    known = {units[index]: ms for index, ms in done.stall_ms_by_unit.items() if index in units}
+@dataclass(frozen=True)
+class Report:
+    """What happened since streaming started: prints as text, shows as a table in notebooks, and has plain values.
+
+    Attributes:
+        stats: the counters of all phases together.
+        phases: those that ran, in the order of the plan; then those that components have left to share another.
+        next_gib_ms: what one GiB more would take off a pass, by phase, as far as known.
+        least_bytes: the smallest budget in which all that has run so far would run; None: not known yet.
+    """
+
+    stats: Stats
+    phases: tuple[PhaseReport, ...]
+    next_gib_ms: Mapping[str, float]
+    least_bytes: int | None = None
+
+    @staticmethod
+    def of(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats], least_bytes: int | None = None) -> Report:
+        """The report of these counters under this plan, which does not change when they do.
+
+        Args:
+            phases: counters by the name of the phase.
+        """
+        units = {unit.index: unit for unit in plan.units}
+        predictions = {phase_plan.phase.name: phase_plan.prediction for phase_plan in plan.phases}
+        reports = []
+        for name in dict.fromkeys([*predictions, *phases]):
+            done = phases.get(name)
+            if done is None:
+                continue
+            waits = {units[index]: ms for index, ms in done.stall_ms_by_unit.items() if index in units}
+            prediction = predictions.get(name)
+            reports.append(
+                PhaseReport(
+                    name=name,
+                    num_passes=done.num_passes,
+                    num_loads=done.num_loads,
+                    loaded_bytes=done.loaded_bytes,
+                    num_stalls=done.num_stalls,
+                    stall_ms=done.stall_ms,
+                    reserve_bytes=done.reserve_bytes,
+                    peak_reserved_bytes=done.peak_reserved_bytes,
+                    peak_weights_bytes=done.peak_weights_bytes,
+                    predicted_ms_per_pass=None if prediction is None else prediction.ms_per_pass,
+                    predicted_bound=None if prediction is None else prediction.bound,
+                    stall_ms_by_stack=_by_stack(waits),
+                    stall_ms_by_unit={unit.name: ms for unit, ms in waits.items()},
+                )
+            )
+        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms" and "least_bytes"."""
+        return {
+            "stats": self.stats.as_dict(),
+            "phases": [asdict(phase) for phase in self.phases],
+            "next_gib_ms": dict(self.next_gib_ms),
+            "least_bytes": self.least_bytes,
+        }
+
+    def __str__(self) -> str:
+        return self.page().text()
+
+    def __repr__(self) -> str:  # what a terminal shows
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return self.page().html()
+
+    def page(self) -> Page:
+        """Totals, a table of phases, and where compute waited."""
+        stats = self.stats
+        budget = format_budget(stats.budget_bytes) if stats.budget_bytes else "no budget, the least of weights"
+        whole = f" ({format_bytes(stats.whole_bytes)} of them whole)" if stats.whole_bytes else ""
+        totals = (
+            f"{budget}; peak reserved {format_bytes(stats.peak_reserved_bytes)}, weights at most "
+            f"{format_bytes(stats.peak_device_bytes)}{whole}; {format_bytes(stats.pinned_bytes)} page-locked in host "
+            "memory",
+            f"{stats.num_loads} loads, {format_bytes(stats.loaded_bytes)} over the bus, {stats.num_demand_loads} not "
+            f"foreseen; {stats.num_stalls} stalls, {stats.stall_ms:.1f} ms; {stats.num_evicted} residents gave their "
+            "room to another phase",
+        )
+        if not self.phases:
+            return Page((*totals, "nothing has run yet"))
+        headers = ("phase", "passes", "loaded", "stalls", "beside weights", "peak reserved", "predicted pass")
+        table = Table(headers, tuple(phase.cells() for phase in self.phases))
+        waits = [line for phase in self.phases if (line := phase.waits()) is not None]
+        least = () if self.least_bytes is None else (_least_line(self.least_bytes),)
+        return Page((*totals, "", table, *waits, *least, *gain_lines(self.next_gib_ms)))
+
+
+def _least_line(least_bytes: int) -> str:
+    return f"what has run so far needs a budget of {format_bytes(least_bytes)} ({least_bytes} bytes) at least"
+
+
+def _by_stack(waits: Mapping[UnitSpec, float]) -> dict[str, float]:
     stacks: dict[str, float] = {}
-    for unit, ms in known.items():
+    for unit, ms in waits.items():
         place = f"{unit.component}.{unit.stack}" if unit.stack else unit.name
         stacks[place] = stacks.get(place, 0.0) + ms
-    least = max(_LEAST_TOLD_MS, _LEAST_TOLD_SHARE * done.stall_ms)
-    parts = [
-        f"{ms:.1f} ms for `{place}`" for place, ms in sorted(stacks.items(), key=lambda item: -item[1]) if ms >= least
+    return stacks
+
+
+def streamer_html(state: str, plan: Plan, report: Report) -> str:
+    """A streamer in a notebook: its state in a line, its plan, and what it did, if something ran."""
+    parts = [Page((state,)).html(), _folded("plan", plan.summary().page())]
+    if report.phases:
+        parts.append(_folded("report", report.page()))
+    return f"<div>{''.join(parts)}</div>"
+
+
+def _folded(title: str, page: Page) -> str:
+    return f"<details open><summary>{title}</summary>{page.html()}</details>"
+
+
+def entered_line(plan: Plan, stats: Stats) -> str:
+    """What streams and what stays, in a line for the log when streaming has begun."""
+    summary = plan.summary()
+    streamed = [(c, *_streamed(summary, c)) for c in dict.fromkeys(stack.component for stack in summary.stacks)]
+    parts = [f"{n} of {of} blocks of `{c}` ({format_bytes(size)})" for c, n, of, size in streamed if n]
+    total = sum(stack.total_bytes for stack in summary.stacks)
+    staying = total - sum(size for *_, size in streamed)
+    locked = f"{format_bytes(stats.pinned_bytes)} page-locked, ready after {stats.enter_s:.1f} s"
+    is_new = any(phase.reserve_bytes is None for phase in summary.phases)
+    measured = "more stays once activations have been measured" if is_new and parts and plan.budget_bytes else None
+    told = [
+        f"{', '.join(parts)} stream" if parts else "nothing streams",
+        f"{format_bytes(staying)} of weights stay while in use",
+        locked,
+        predicted_line(plan) or measured,
     ]
-    if not parts:
-        return None  # too short to tell, or for units that are no more
-    longest = max(known, key=lambda unit: known[unit], default=None)
-    told = "" if longest is None or len(known) == 1 else f"; longest for `{longest.name}`, {known[longest]:.1f} ms"
-    return f"`{name}` waited {', '.join(parts)}{told}"
+    return f"{format_budget(plan.budget_bytes)}: {'; '.join(text for text in told if text)}"
+
+
+def predicted_line(plan: Plan) -> str | None:
+    """The time that a pass of each phase is predicted to take, in a line for the log; None until that is known."""
+    summary = plan.summary()
+    known = [(phase, phase.ms_per_pass) for phase in summary.phases if phase.ms_per_pass is not None]
+    if not known:
+        return None
+    return "; ".join(
+        [
+            "predicted: "
+            + ", ".join(f"{_seconds(ms)} a pass of `{phase.name}` ({phase.bound}-bound)" for phase, ms in known),
+            *gain_lines(summary.next_gib_ms),
+        ]
+    )
+
+
+def _seconds(ms: float) -> str:
+    return f"{ms / 1000:.3f} s" if ms >= 1 else "under a millisecond"
+
+
+def _streamed(summary: PlanSummary, component: str) -> tuple[int, int, int]:
+    """Blocks of which something streams, all blocks, and bytes that stream, of one component."""
+    stacks = [stack for stack in summary.stacks if stack.component == component and stack.stack is not None]
+    return (
+        sum(stack.num_streamed for stack in stacks),
+        sum(stack.num_blocks for stack in stacks),
+        sum(stack.streamed_bytes for stack in stacks),
+    )

@@ -9,7 +9,9 @@ with NaN. Optional checks:
 - *poison*: from the moment a copy into a slot is issued, the slot holds NaN until the copy runs.
 - *happens-before* (`checking()`): every operator that touches a slot is compared with the copies into it by
   vector clocks, as a race detector does. It catches the missing wait that happens to give the right values.
-- *faults*: `fail_at(n, exc)` raises at the n-th device operation from now.
+- *faults*: `fail_at(n, exc)` raises at the n-th device operation from now; the pieces of a copy are one each.
+- *two places*: to torch both are "cpu", so that moving a module to the host cannot be seen by where its tensors end up.
+  With `is_named_apart`, "cpu" is what user code calls the host, as it is beside a GPU.
 - *memory*: buffers, and within `checking()` or `accounting()` every storage that an operator makes, take device
   memory while they live; beyond `memory_bytes` or the cap, `SimulatedOutOfMemoryError`. Nothing is cached, so that
   reserved and allocated are the same. What an operator needs while it runs is not seen.
@@ -82,6 +84,7 @@ class _Buffer:
 
     start: int
     num_bytes: int
+    stream: SimulatedStream  # that it was allocated on, and goes back to
     last_copy: int = 0  # tick of the copy stream
     accesses: dict[int, int] = field(default_factory=dict)  # compute stream -> its tick
 
@@ -141,6 +144,7 @@ class SimulatedDevice:
         is_poisoned: fill a slot with NaN while a copy into it is queued.
         link_gb_per_s: speed of the simulated bus.
         refuses_pinning: `register` answers False, as under WSL or a memlock limit.
+        is_named_apart: a module that is moved to "cpu" is moved off the device.
         seed: of the "random" order.
     """
 
@@ -156,6 +160,7 @@ class SimulatedDevice:
         is_poisoned: bool = False,
         link_gb_per_s: float = 50.0,
         refuses_pinning: bool = False,
+        is_named_apart: bool = False,
         seed: int = 0,
     ) -> None:
         self.memory_bytes = memory_bytes
@@ -163,6 +168,7 @@ class SimulatedDevice:
         self.is_poisoned = is_poisoned
         self.link_gb_per_s = link_gb_per_s
         self.refuses_pinning = refuses_pinning
+        self.is_named_apart = is_named_apart
         self.buffer_bytes = 0  # of the engine's buffers
         self.peak_buffer_bytes = 0
         self.registered: dict[int, int] = {}
@@ -174,6 +180,8 @@ class SimulatedDevice:
         self._buffers: dict[int, _Buffer] = {}
         self._starts: list[int] = []
         self._queue: deque[_Copy] = deque()
+        self._last_copy: _Copy | None = None
+        self._is_lost = False  # a fault struck while the host waited for the device
         self._copy_clock: dict[int, int] = {COPY_STREAM: 0}
         self._copy_time_ms = 0.0
         self._host_clock: dict[int, int] = {}  # what the host has waited for
@@ -181,6 +189,7 @@ class SimulatedDevice:
         self._used_stream: dict[int, SimulatedStream] = {}
         self._activations = _Activations()
         self._foreign_bytes = 0
+        self._whole_bytes = 0
         self._caps = Caps()
         self._cap_bytes: int | None = None
         self._peak_bytes = 0
@@ -260,7 +269,7 @@ class SimulatedDevice:
 
     def reserved_bytes(self) -> int:
         with self._lock:
-            return self.buffer_bytes + self._foreign_bytes + self._activations.num_bytes()
+            return self.buffer_bytes + self._foreign_bytes + self._whole_bytes + self._activations.num_bytes()
 
     def allocated_bytes(self) -> int:
         return self.reserved_bytes()
@@ -304,7 +313,7 @@ class SimulatedDevice:
             if self.is_poisoned:
                 buffer.fill_(0xFF)
             start = buffer.data_ptr()
-            self._buffers[start] = _Buffer(start, num_bytes)
+            self._buffers[start] = _Buffer(start, num_bytes, self.compute_stream())
             self._starts = sorted(self._buffers)
             self.buffer_bytes += rounded
             self.peak_buffer_bytes = max(self.peak_buffer_bytes, self.buffer_bytes)
@@ -314,11 +323,17 @@ class SimulatedDevice:
         with self._lock:
             known = self._buffers.pop(buffer.data_ptr(), None)
             if known is not None:
+                self._check_free(known)
                 rounded = self.rounded_bytes(known.num_bytes)
                 self.buffer_bytes -= rounded
                 self._activations.count(buffer.untyped_storage(), rounded)
                 self._starts = sorted(self._buffers)
         self._step("free")
+
+    def count_whole(self, num_bytes: int) -> None:
+        with self._lock:
+            self._check_room(max(0, num_bytes))
+            self._whole_bytes += num_bytes
 
     def compute_stream(self) -> SimulatedStream:
         thread = threading.get_ident()
@@ -328,6 +343,9 @@ class SimulatedDevice:
                 stream = SimulatedStream(len(self._streams) + 1, dict(self._host_clock))
                 self._streams[thread] = stream
         return stream
+
+    def stream_number(self) -> int:
+        return self.compute_stream().number
 
     def record(self, stream: Any) -> SimulatedEvent:
         self._step("record")
@@ -351,19 +369,30 @@ class SimulatedDevice:
             for event in after:
                 _merge(clock, event.clock)
             clock[COPY_STREAM] += 1
-            num_bytes = 0
-            for target, source in pieces:
-                self._check_overwrite(target)
-                self._check_registration(source)
-                num_bytes += target.numel()
-                if self.is_poisoned:
-                    target.fill_(0xFF)
-            starts_ms = max([self._copy_time_ms, *(e.time_ms for e in after)])
-            self._copy_time_ms = starts_ms + num_bytes / self.link_gb_per_s / 1e6
-            queued = _Copy(list(pieces))
+            self._copy_time_ms = max([self._copy_time_ms, *(e.time_ms for e in after)])
+            self._last_copy = queued = _Copy([])
             self._queue.append(queued)
+            try:
+                for number, (target, source) in enumerate(pieces):
+                    if number:
+                        self._step("piece", progresses=False)  # what fails here leaves the pieces before on their way
+                    self._check_overwrite(target)
+                    self._check_source(source)
+                    if self.is_poisoned:
+                        target.fill_(0xFF)
+                    queued.pieces.append((target, source))
+                    self._copy_time_ms += target.numel() / self.link_gb_per_s / 1e6
+            except BaseException:
+                if not queued.pieces:
+                    self._queue.remove(queued)
+                    queued.is_done = True
+                raise
             self._progress()
             return SimulatedEvent(dict(clock), self._copy_time_ms, queued)
+
+    def record_copies(self) -> SimulatedEvent:
+        with self._lock:
+            return SimulatedEvent(dict(self._copy_clock), self._copy_time_ms, self._last_copy)
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._step("copy_back")
@@ -418,7 +447,9 @@ class SimulatedDevice:
         return self._own_operations()  # host memory
 
     def synchronize(self) -> None:
+        self._is_lost = True
         self._step("synchronize")
+        self._is_lost = False
         self._run_copies(until=None)
         # Everything so far happens before whatever the host issues next, on any stream.
         with self._lock:
@@ -445,7 +476,7 @@ class SimulatedDevice:
             _merge(stream.clock, self._host_clock)
             stream.time_ms = max(stream.time_ms, time_ms)
 
-    def _step(self, name: str) -> None:
+    def _step(self, name: str, *, progresses: bool = True) -> None:
         """One device operation: faults strike here, and under "random" some queued copies run."""
         number = len(self.operations)
         self.operations.append(name)
@@ -453,7 +484,7 @@ class SimulatedDevice:
             error, self._fault = self._fault[1], None
             self._num_ooms += isinstance(error, torch.OutOfMemoryError)
             raise error
-        if self._queue:
+        if self._queue and progresses:
             self._progress()
 
     def _progress(self) -> None:
@@ -498,8 +529,8 @@ class SimulatedDevice:
             kind = "" if limit == self.memory_bytes else f" that the cap allows of {self.memory_bytes}"
             raise SimulatedOutOfMemoryError(
                 f"simulated device: {num_bytes} bytes asked for, {max(limit - taken, 0)} of {limit}{kind} free "
-                f"(buffers {self.buffer_bytes}, activations {taken - self.buffer_bytes - self._foreign_bytes}, "
-                f"foreign {self._foreign_bytes})"
+                f"(buffers {self.buffer_bytes}, activations {self._activations.num_bytes()}, "
+                f"whole {self._whole_bytes}, foreign {self._foreign_bytes})"
             )
         self._peak_bytes = max(self._peak_bytes, taken + num_bytes)
 
@@ -541,15 +572,39 @@ class SimulatedDevice:
                 )
         buffer.last_copy = self._copy_clock[COPY_STREAM]
 
-    def _check_registration(self, source: torch.Tensor) -> None:
-        """A copy must come from one registration or from none: a GPU answers `invalid argument` else."""
+    def _check_free(self, buffer: _Buffer) -> None:
+        """What is given back goes to the stream it came from, which may hand it out at once."""
+        clock = buffer.stream.clock
+        if clock.get(COPY_STREAM, 0) < buffer.last_copy and not self._is_lost:
+            raise RaceError(
+                f"memory given back with copy {buffer.last_copy} on its way to it: its stream has waited for "
+                f"{clock.get(COPY_STREAM, 0)}"
+            )
+        for stream, tick in buffer.accesses.items():
+            if clock.get(stream, 0) < tick and not self._is_lost:
+                raise RaceError(f"memory given back while compute stream {stream} may still read it")
+
+    def check_host_copy(self, tensor: torch.Tensor) -> bool:
+        """Whether a copy from or to a dense host tensor, by whomever, would be one of page-locked memory.
+
+        Raises:
+            TransferError: it begins in a registration and ends beyond it, in another one or in none, where a GPU
+                answers `invalid argument`. One that begins outside is an ordinary copy, whatever it crosses.
+        """
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        for start, num_bytes in self.registered.items():
+            if start <= first < start + num_bytes and first < last:
+                if last > start + num_bytes:
+                    raise TransferError(
+                        f"invalid argument: a copy of {last - first} bytes ends {last - start - num_bytes} bytes "
+                        "behind the registration it begins in"
+                    )
+                return True
+        return False
+
+    def _check_source(self, source: torch.Tensor) -> None:
         self.num_copied_pieces += 1
-        first, last = source.data_ptr(), source.data_ptr() + max(source.numel(), 1)
-        touching = [s for s, n in self.registered.items() if s < last and first < s + n]
-        if not touching:
-            self.num_pageable_pieces += 1
-        elif len(touching) > 1 or not (touching[0] <= first and last <= touching[0] + self.registered[touching[0]]):
-            raise TransferError(f"one copy of {source.numel()} bytes straddles {len(touching)} registrations")
+        self.num_pageable_pieces += not self.check_host_copy(source)
 
     def _access(self, tensor: torch.Tensor) -> None:
         if not tensor.numel():

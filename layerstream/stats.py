@@ -40,9 +40,10 @@ class Stats:
     num_written_back: int = 0  # tensors that a forward wrote and that were copied back to the host
     num_stalls: int = 0
     stall_ms: float = 0.0
-    budget_bytes: int = 0  # 0: no limit ("min")
+    budget_bytes: int = 0  # 0: the least of weights, and no limit for the rest ("min")
     peak_reserved_bytes: int = 0
-    peak_device_bytes: int = 0  # weights on the device: bases, residents, slots
+    peak_device_bytes: int = 0  # weights on the device: bases, residents, slots, and those that stay whole
+    whole_bytes: int = 0  # of weights that are no plain tensors, and are on the device as they are
     context_bytes: int = 0  # outside torch's allocator, when streaming began
     foreign_bytes: int = 0  # held by others through torch's allocator, when streaming began
     pinned_bytes: int = 0
@@ -54,8 +55,6 @@ class Stats:
     num_relaid: int = 0  # times a component was laid out anew: cast, or changed while paused
     num_resident_blocks: int = 0  # by the present plan, those that stay only while their phase runs included
     num_streamed_blocks: int = 0  # those of which only a piece streams included
-    num_packed_blocks: int = 0
-    num_paired_passes: int = 0
     enter_s: float = 0.0
     pin_s: float = 0.0  # to page-lock what is attached, part of `enter_s` unless it was paused since
     exit_s: float = 0.0

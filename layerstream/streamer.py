@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 import threading
 import time
@@ -37,21 +38,28 @@ from layerstream.binding import BoundTensor
 from layerstream.blocks import Placement
 from layerstream.calls import RunningCalls, shapes_of
 from layerstream.device import Device, engine_tensors
+from layerstream.edits import Edits
 from layerstream.errors import BudgetError, LayerstreamWarning, StreamerStateError
+from layerstream.gate import Gate, Ticket
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
 from layerstream.outputs import refuse_backward, without_aliases
 from layerstream.phases import READ
 from layerstream.plan import PhasePlan, Plan
+from layerstream.profiling import Ranges
+from layerstream.progress import Progress
+from layerstream.report import predicted_line
 from layerstream.stats import PhaseStats, Stats
 from layerstream.timing import PassTimer
 from layerstream.transfer import Slot, TransferEngine
-from layerstream.units import ComponentLayout, Division, divide
+from layerstream.units import ComponentLayout, Division, divide, whole_bytes
 
 # Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
 _OWN_AHEAD = 8
 
 Describe = Callable[[], Sequence[ComponentLayout]]
+
+_log = logging.getLogger("layerstream.streamer")
 
 
 class Streamer:
@@ -60,8 +68,10 @@ class Streamer:
     Args:
         describe: gives the components as adapters describe them; asked again when streaming resumes after a pause.
         budget_bytes: of reserved device memory; None: as little as works, and no limit for the rest.
+        call_timeout: seconds that a caller waits for another's call to end; None: as long as it takes.
         num_slots: fixes the number of slots of every phase; the plan chooses otherwise.
         find_replaced: names a component that is another module than it was.
+        find_dropped: names components that the pipeline has no longer.
     """
 
     def __init__(
@@ -70,27 +80,39 @@ class Streamer:
         device: Device,
         budget_bytes: int | None,
         *,
+        call_timeout: float | None = None,
         num_slots: int | None = None,
         find_replaced: Callable[[], str | None] = lambda: None,
+        find_dropped: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
+        self.gate = Gate(call_timeout)
         self.owner: object = None
         self.is_closed = False
+        self.has_shown_progress = False
         self.device = device
         self.is_paused = False
         self._describe = describe
         self._find_replaced = find_replaced
+        self._find_dropped = find_dropped
         self._device = device
-        self._attached = Attachments(device)
+        self._attached = Attachments(device, self.load_absent, self._unit_home)
         self._units = self._attached.units
-        self._transfer = TransferEngine(device, self._attached.stored, self._units, self.stats)
+        self._ranges = Ranges()
+        self._transfer = TransferEngine(device, self._attached.stored, self._units, self.stats, self._ranges)
+        self.edits = Edits(device, self._units, self._attached.records, self.stats)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._calls = RunningCalls()
         self._stacks: list[tuple[list[int], bool]] = []
         self._order = OrderLearner([])
         self._applied: PhasePlan | None = None
         self._begun: tuple[object, ...] | None = None  # how the last outermost call entered
+        self._told: set[str] = set()  # phases whose predicted time is in the log
         self._in_method: int | None = None  # the id of a component whose method runs
+        self._ticket: Ticket | None = None  # of a bare component that runs, or of a weight that is read
+        self._last_use: Ticket | None = None
+        self._handled: BaseException | None = None  # what the caller was handling when the running call began
+        self._stream_number: int | None = None  # of the stream that all present units were waited for on
         self._timer = PassTimer(device)
         self._cloned: set[int] = set()  # units that were read between calls, and are in memory of their own
         self._cast_inside: set[str] = set()  # components of which a running call has cast something
@@ -114,10 +136,27 @@ class Streamer:
         """Whether no component is in the middle of a call, as far as this thread can tell."""
         return self._is_outermost()
 
+    @property
+    def is_paused_here(self) -> bool:
+        """Whether it is paused, by this thread."""
+        return self.is_paused and self.gate.is_inside
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in the middle of a call, of a pipeline or of a component."""
+        return self.gate.is_inside and (self.gate.is_inside_call or not self._is_outermost())
+
     def look(self) -> Stats:
         """The counters, with the device's memory as it is now."""
+        if self.gate.running is None and not self.is_closed:
+            self._ledger.end_interval()  # all that was to be seen of the last call was seen
         self._ledger.look()
         return self.stats
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The smallest budget in which all that has run would run again; None: that is not known."""
+        return self._ledger.least_bytes
 
     # ---- entering and leaving
 
@@ -135,6 +174,7 @@ class Streamer:
         try:
             self._attach(layouts, division, all_names=[c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
+            self._move_others()  # under the limit
             self._load_fixed()
         except BaseException:
             self.close()
@@ -147,7 +187,6 @@ class Streamer:
         An interrupt while it waits for the device is raised once all is given back.
         """
         started = time.perf_counter()
-        self._calls.check_thread()
         with self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
@@ -167,18 +206,28 @@ class Streamer:
         Raises:
             StreamerStateError: a call is running.
         """
-        with self._mutex:
+        with self.gate.entered("a pause", is_pause=True):
             if self.is_paused or self.is_closed:  # the outer one resumes
                 yield
                 return
-            self._calls.check_thread()
+            names = self._pause(component)
+            try:
+                yield  # without a lock: code here may start threads that read other components' weights
+            finally:
+                with self._mutex:
+                    self.is_paused = False
+                    if not self.is_closed:
+                        self._resume(names, component is None)
+
+    def _pause(self, component: str | None) -> set[str]:
+        """Take a component's weights home, or all; returns the names of the components that this concerns."""
+        with self._mutex:
             if not self._is_outermost():
                 raise StreamerStateError(
                     "a component is in the middle of its forward: weights cannot be changed or handed back now. Do it "
                     "between two calls."
                 )
             taken = [a for a in self._attached.all if component is None or component in a.names]
-            names = {name for a in taken for name in a.names}
             try:
                 with engine_tensors(), contextlib.ExitStack() as afterwards:
                     self._ledger.end_interval()
@@ -188,12 +237,7 @@ class Streamer:
                 raise
             self._begun = self._applied = None
             self.is_paused = True
-            try:
-                yield
-            finally:
-                self.is_paused = False
-                if not self.is_closed:
-                    self._resume(names, component is None)
+            return {name for a in taken for name in a.names}
 
     def _resume(self, names: set[str], is_all: bool) -> None:
         """Attach what was detached for a pause, as it is now; where that fails, nothing stays streamed."""
@@ -203,7 +247,10 @@ class Streamer:
             division = divide(layouts)
             _refuse_compiled_wholes(layouts)
             self._attach(layouts, division, all_names=[c.name for c in described], changed=names)
+            self._move_others()
             self._load_fixed()
+            with engine_tensors():
+                self.edits.after_pause()
             self.stats.num_relaid += len(layouts)
         except BaseException:
             self.close()
@@ -222,8 +269,13 @@ class Streamer:
         Args:
             all_names: the pipeline's components, these among them, in its order.
         """
-        with engine_tensors():
-            self._attached.attach(layouts, division, self, self.load_absent)
+        # Everything is looked at, and then page-locked.
+        progress = Progress(2 * sum(unit.spec.num_bytes for unit in division.units))
+        try:
+            with engine_tensors():
+                self._attached.attach(layouts, division, self, progress)
+        finally:
+            self.has_shown_progress |= progress.close()
         self._device.empty_cache()  # what the components had on the device is given up
         self._note_components(all_names, changed)
 
@@ -244,10 +296,18 @@ class Streamer:
         stacks = [(blocks[c.name], c.is_repeated) for c in layouts if blocks[c.name]]
         if stacks != self._stacks:  # what was only cast is used in the same order
             self._stacks, self._order = stacks, OrderLearner(stacks)
-        self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, changed)
+        whole = [spec for a in self._attached.all for spec in a.division.whole()]
+        self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, whole, changed)
         self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attached.all)
         self.stats.pin_s = sum(a.store.pin_s for a in self._attached.all)
         self._count_placements()
+
+    def _move_others(self) -> None:
+        """Bring to the device what cannot stream."""
+        with engine_tensors():
+            self._attached.move_others(self._allocating)
+        self._transfer.whole_bytes = self.stats.whole_bytes = self._attached.whole_bytes
+        self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, self._transfer.weights_bytes)
 
     def _load_fixed(self) -> None:
         """Bring to the device what no hook can bring there when it is needed."""
@@ -265,7 +325,7 @@ class Streamer:
         self._drop_times()  # perhaps of units that will be others
         for attachment in taken:
             attachment.interception.remove()
-        attempt(functools.partial(self._write_back_everything, taken), "copy back weights that were written")
+        attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
         attempt(self._device.synchronize, "wait for the device")
         self._attached.detach(taken, self._forget_slots, attempt)
 
@@ -278,7 +338,11 @@ class Streamer:
         self._transfer.forget([unit])
         self._seen_grad.discard(unit)
 
-    def _write_back_everything(self, attachments: Sequence[Attachment]) -> None:
+    def _bring_home(self, attachments: Sequence[Attachment]) -> None:
+        """What was written on the device, or edited elsewhere, goes where it is handed back from."""
+        self._unguard()
+        for index in self.edits.settle(is_new_use=True) if self.edits else ():
+            self._discard(index)
         for index in [i for a in attachments for i in a.units]:
             binding = self._units[index].binding
             if binding.is_present and self._transfer.slot_of(index) is not None:
@@ -286,16 +350,32 @@ class Streamer:
                 # Graphs may hold what they saved of weights that stayed resident, too.
                 binding.forbid_backward()
 
+    def _unit_home(self, unit: int) -> None:
+        """Copy home what was written to a unit on the device, which stays as it is."""
+        with self._mutex, engine_tensors():
+            binding = self._units[unit].binding
+            if binding.is_present and self._transfer.slot_of(unit) is not None:
+                is_guarded = binding.is_guarded
+                if is_guarded:
+                    binding.unguard()
+                self._write_back(unit, may_replace=False)
+                if is_guarded:
+                    binding.guard()
+
     # ---- phases
 
     def _check_budget(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         """Refuse a budget that cannot do before anything has moved."""
         target = self._device.torch_device
         tensors = [b for unit in division.units for b in unit.binding.tensors]
-        own = 0 if self._device.is_simulated else sum(b.num_bytes for b in tensors if b.home_device == target)
+        places = [p for places in division.others.values() for p in places]
+        own = 0
+        if not self._device.is_simulated:
+            own = sum(b.num_bytes for b in tensors if b.home_device == target)
+            own += sum({id(p.tensor): whole_bytes(p.tensor) for p in places if p.tensor.device == target}.values())
         outside = max(0, self._device.allocated_bytes() - own)
         components = [(layout.name, layout.is_repeated) for layout in layouts]
-        self._ledger.check(components, [unit.spec for unit in division.units], outside)
+        self._ledger.check(components, [unit.spec for unit in division.units], division.whole(), outside)
 
     def _count_placements(self) -> None:
         blocks = {s.whole for s in self._attached.specs() if s.is_block}
@@ -305,6 +385,13 @@ class Streamer:
 
     def _begin(self, component: str, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_grad: bool) -> None:
         """A component is entered from outside: make its phase the current one, and its base present."""
+        self._handled = sys.exc_info()[1]
+        self._ranges.ask()
+        self._unguard()
+        if self.edits:
+            self._settle_edits()
+        self._last_use = self.gate.running
+        self._wait_on_this_stream()
         if self._transfer.extra or self._cloned:  # what the plan has no room for
             with engine_tensors():
                 self._drop_extra_slots(held=[])
@@ -331,6 +418,7 @@ class Streamer:
             self._read_times()
             self._begun = None  # until it has worked
             phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
+            self._tell_prediction(phase_plan)
             self._transfer.phase = self._ledger.phase_stats
             self._apply(phase_plan)
             bases = [u for u in sorted(phase_plan.resident) if not self._units[u].spec.is_block]
@@ -341,12 +429,62 @@ class Streamer:
         if self._ledger.wants_times and entry != READ:  # then no block runs
             self._timer.begin(self._ledger.starts_timing())
 
+    def _tell_prediction(self, phase_plan: PhasePlan) -> None:
+        """Once a phase: how long its passes will take."""
+        name = phase_plan.phase.name
+        if phase_plan.prediction is not None and name not in self._told:
+            self._told.add(name)
+            line = predicted_line(self.plan)
+            if line is not None:
+                _log.info("%s", line)
+
     def _begin_by_touch(self, units: Sequence[int], is_grad: bool) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
         its phase, because a VAE and a denoiser may not fit beside each other."""
         for component in dict.fromkeys(self._units[unit].spec.component for unit in units):
             if self._applied is None or component not in self._applied.phase.components:
                 self._begin(component, READ, (), {}, is_grad)
+
+    def _settle_edits(self) -> None:
+        """What code outside has edited since the last call takes effect now."""
+        is_new_use = self.gate.running is not self._last_use
+        num_ooms = self._device.num_ooms()
+        with engine_tensors():
+            for unit in self.edits.settle(is_new_use=is_new_use):
+                self._discard(unit)
+            for unit in list(self.edits.lent):
+                slot = self._transfer.slot_of(unit)
+                if slot is None or not self._units[unit].binding.is_present:
+                    self.edits.lent.discard(unit)
+                elif unit in self._cloned:
+                    self._evict(slot)
+                elif self._write_back(unit, may_replace=False):
+                    self._discard(unit)
+                elif not slot.is_aliased(num_bound=len(self._units[unit].binding.tensors)):
+                    self.edits.lent.discard(unit)
+        self._ledger.forgive(self._device.num_ooms() - num_ooms)
+
+    def _wait_on_this_stream(self) -> None:
+        """Units that are present were waited for on the streams that used them; this thread's may be another one."""
+        number = self._device.stream_number()
+        if number != self._stream_number:
+            for unit in self._transfer.loaded:
+                if self._units[unit].binding.is_present:
+                    self._transfer.wait(unit)
+            self._stream_number = number
+
+    def _guard(self) -> None:
+        """No call runs: who looks at weights that are present is noticed from now on."""
+        for unit in self._transfer.loaded:
+            binding = self._units[unit].binding
+            if binding.is_present and not binding.is_guarded and unit not in self.edits.lent:
+                binding.guard()
+
+    def _unguard(self) -> None:
+        for unit in self._transfer.loaded:
+            binding = self._units[unit].binding
+            if binding.is_guarded:
+                binding.unguard()
 
     def _apply(self, phase_plan: PhasePlan) -> None:
         """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
@@ -445,24 +583,30 @@ class Streamer:
             return  # a copy of a component, which carries the hook along
         compiled.refuse_fullgraph(root, name)
         is_grad = _is_grad_enabled()
+        self._come_in(f"`{name}`")
         with self._mutex:
             is_outermost = self._is_outermost(root)
             if is_outermost:
-                self._lay_out_what_was_cast()
+                self._catch_up()
             self._calls.enter(root, is_root=True)
             if is_outermost:
                 try:
                     self._begin(name, "", args, kwargs, is_grad)
                 except BaseException:
                     self._calls.leave(root)
+                    self._go_out()
                     raise
             self._order.begin_pass()
 
     def leave_root(self, root: nn.Module) -> None:
         """A component's forward ended; the slots of its last blocks are free for what comes next."""
         with self._mutex:
-            if self._calls.leave(root) and self._is_outermost():
+            if not self._calls.leave(root) or not self._is_outermost():
+                return
+            try:
                 self._ended()
+            finally:
+                self._go_out()
 
     def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A component is entered by a method; inside a running call that says nothing new."""
@@ -470,21 +614,46 @@ class Streamer:
         if component is None:
             return False
         is_grad = _is_grad_enabled()
+        self._come_in(f"`{component}.{name}`", is_guarded=True)
         with self._mutex:
             self._calls.check_thread()
             if not self._is_outermost():
                 return False
-            self._lay_out_what_was_cast()
-            # In tiles and slices a VAE takes less.
-            ways = [way for way in ("use_tiling", "use_slicing") if getattr(root, way, False)]
-            self._begin(component, " ".join([name, *ways]), args, kwargs, is_grad)
-            self._in_method = id(root)
+            try:
+                self._catch_up()
+                # In tiles and slices a VAE takes less.
+                ways = [way for way in ("use_tiling", "use_slicing") if getattr(root, way, False)]
+                self._in_method = id(root)
+                self._begin(component, " ".join([name, *ways]), args, kwargs, is_grad)
+            except BaseException:
+                self._in_method = None
+                self._go_out()
+                raise
         return True
 
     def leave_method(self, root: nn.Module) -> None:
         with self._mutex:
             self._in_method = None
-            self._ended()
+            try:
+                self._ended()
+            finally:
+                self._go_out()
+
+    def _come_in(self, what: str, *, is_guarded: bool = False) -> None:
+        """Wait until it is this thread's turn, unless it is inside already.
+
+        Args:
+            is_guarded: the end is told whatever happens; that of a forward is not, if it is interrupted.
+        """
+        if not self.gate.is_inside:
+            thread = threading.get_ident()
+            is_over = None if is_guarded else functools.partial(self._calls.are_over, thread)
+            self._ticket = self.gate.enter(what, is_over=is_over)
+
+    def _go_out(self) -> None:
+        """End the use that a bare component began."""
+        ticket, self._ticket = self._ticket, None
+        self.gate.leave(ticket)
 
     def _is_outermost(self, entering: nn.Module | None = None) -> bool:
         is_outermost = self._calls.is_outermost(entering)
@@ -492,7 +661,10 @@ class Streamer:
 
     def _ended(self) -> None:
         """An outermost call ended, perhaps by an exception."""
-        error = sys.exc_info()[1]
+        error, handled = sys.exc_info()[1], self._handled
+        self._handled = None
+        if error is handled:  # the caller's: it calls us while it handles one
+            error = None
         if isinstance(error, torch.OutOfMemoryError):
             add_note = getattr(error, "add_note", None)  # before Python 3.11 only leaving the `with` block says it
             if add_note is not None:
@@ -501,7 +673,9 @@ class Streamer:
             self._begun = self._applied = None
         elif error is None:
             self._ledger.check_operators()
+        self._forget_autocast()
         self._prefetch(held=[])
+        self._guard()
 
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block is about to run: make its weights present, and start loading what follows."""
@@ -509,20 +683,25 @@ class Streamer:
         if units is None:
             return  # a copy of a block, which carries the hook along
         component = self._units[units[0]].spec.component
-        attachment = self._attached.of_component[component]
-        if attachment.is_whole:
+        is_whole = self._attached.of_component[component].is_whole and self._calls.is_running_here
+        if is_whole and self._device.stream_number() == self._stream_number:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
+        self._come_in(f"a block of `{component}`")
         with self._mutex:
+            if is_whole:
+                self._wait_on_this_stream()
+                return
             is_outermost = self._is_outermost(block)
             if is_outermost:
-                self._lay_out_what_was_cast()
+                self._catch_up()
             self._calls.enter(block, is_root=False)
             if is_outermost:  # by a method that nobody watches
                 try:
                     self._begin(component, self._units[units[0]].spec.stack or "", args, kwargs, is_grad)
                 except BaseException:
                     self._calls.leave(block)
+                    self._go_out()
                     raise
             with engine_tensors():
                 self._use(units, is_touch=False, is_grad=is_grad)
@@ -531,8 +710,11 @@ class Streamer:
     def leave_block(self, block: nn.Module, output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
         units = self._attached.units_of.get(id(block))
-        if units is None or self._attached.of_component[self._units[units[0]].spec.component].is_whole:
+        if units is None:
             return None
+        self._forget_autocast()
+        if not self._calls.is_running(block):
+            return None  # all of its component is here to stay: entering it did nothing
         with self._mutex:
             if not self._calls.leave(block):
                 return None
@@ -544,18 +726,34 @@ class Streamer:
                     replaced = without_aliases(replaced, slot.buffer)
             if self._seen_grad.intersection(units):
                 refuse_backward(replaced, self._units[units[0]].spec.whole)
+            if self._calls.is_empty and self._in_method is None:
+                try:
+                    self._ended()
+                finally:
+                    self._go_out()
             return None if replaced is output else replaced
 
     def load_absent(self, units: Sequence[int]) -> None:
-        """Something looks at weights that are not there: load these units, all present at once afterwards."""
+        """Something looks at weights that are not there, or that nobody was to look at unseen: make these units
+        present, all at once."""
         is_grad = _is_grad_enabled()
-        with self._mutex:
+        with self.gate.reading(), self._mutex:
             self._calls.check_thread()
-            if self._is_outermost():
-                self._lay_out_what_was_cast()
-                self._begin_by_touch(units, is_grad)
-            with engine_tensors():
-                self._use(units, is_touch=True, is_grad=is_grad)
+            if not self._is_outermost():
+                with engine_tensors():
+                    self._use(units, is_touch=True, is_grad=is_grad)
+                return
+            for unit in units:
+                if self._units[unit].binding.is_guarded:
+                    self._units[unit].binding.unguard()
+            missing = [unit for unit in units if not self._units[unit].binding.is_present]
+            if missing:
+                self._catch_up()
+                self._begin_by_touch(missing, is_grad)
+                with engine_tensors():
+                    self._use(missing, is_touch=True, is_grad=is_grad)
+            self.edits.lent.update(units)
+            self._guard()
 
     def changing(self, component: str) -> contextlib.AbstractContextManager[None]:
         """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards.
@@ -569,8 +767,12 @@ class Streamer:
         self._cast_inside.add(component)
         return contextlib.nullcontext()
 
-    def _lay_out_what_was_cast(self) -> None:
-        """What calls cast while they ran and left so."""
+    def _catch_up(self) -> None:
+        """Between two calls: what the last one cast and left so is laid out anew, what was dropped is let go of."""
+        for dropped in self._find_dropped():
+            if dropped in self._attached.of_component:
+                with self.paused(dropped):
+                    pass
         for component in list(self._cast_inside):
             bindings = [self._units[i].binding for i in self._attached.of_component[component].units]
             if any(b.tensor.dtype != b.dtype for binding in bindings if binding.is_present for b in binding.tensors):
@@ -601,11 +803,21 @@ class Streamer:
                 # Code outside a call may keep, save or pickle what it sees (`state_dict`), which wants weights in
                 # storages of their own, as a resident model has them. Inside a call the slot is what is there for it.
                 if is_touch and self._is_outermost():
-                    views = [v.clone() for v in views]
-                    self._cloned.add(unit)
+                    views = self._cloned_views(unit, views)
                 self._units[unit].binding.present(views)
             if is_grad and not is_touch:
                 self._seen_grad.add(unit)
+
+    def _cloned_views(self, unit: int, views: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of a unit's weights; where there is no room for them, the weights in the slot."""
+        num_ooms = self._device.num_ooms()
+        try:
+            cloned = [view.clone() for view in views]
+        except torch.OutOfMemoryError:
+            self._ledger.forgive(self._device.num_ooms() - num_ooms)
+            return views
+        self._cloned.add(unit)
+        return cloned
 
     def _held(self) -> list[int]:
         """Units that compute is reading, or may read without asking again."""
@@ -650,7 +862,7 @@ class Streamer:
         of other phases, then what is needed last."""
         transfer, phase = self._transfer, self._applied
         if phase is not None and self.stats.budget_bytes:
-            taken = transfer.weights_bytes + self._device.rounded_bytes(self._attached.stored[unit].num_bytes)
+            taken = transfer.slots_bytes + self._device.rounded_bytes(self._attached.stored[unit].num_bytes)
             ahead = self._order.predict(len(self._units))
             soon = {unit: position for position, unit in reversed(list(enumerate(ahead)))}
             payers = [u for u in transfer.own if u not in held and u != unit]
@@ -676,7 +888,7 @@ class Streamer:
         slot = max(candidates, key=lambda s: soon.get(s.unit if s.unit is not None else -1, len(ahead)))
         return self._evict(slot)
 
-    def _evict(self, slot: Slot) -> Slot:
+    def _evict(self, slot: Slot, *, writes_back: bool = True) -> Slot:
         """Take a slot from its unit. Order matters: see the note in `device.py`."""
         unit = slot.unit
         assert unit is not None
@@ -685,23 +897,39 @@ class Streamer:
         is_own = slot is self._transfer.own.get(unit)
         was_grad = unit in self._seen_grad or is_own
         if binding.is_present:
-            self._write_back(unit, may_replace=False)
-            self._cloned.discard(unit)
+            if binding.is_guarded:
+                binding.unguard()
+            if writes_back:
+                self._write_back(unit, may_replace=False)
+            if unit in self._cloned:
+                self.edits.keep_held(unit)
+                self._cloned.discard(unit)
             if was_grad:
                 binding.forbid_backward()
             self._forget_autocast()
             binding.absent()
-        if was_grad:
-            # Graphs hold the weights they saved; their backward is refused. (What else a forward keeps of its weights
-            # under grad cannot be told from that.)
-            slot.accept_references()
-            self._seen_grad.discard(unit)
-        elif slot.readers and slot.is_aliased():  # what was not waited for was seen by nobody
-            # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes.
+        is_lent = unit in self.edits.lent
+        self.edits.lent.discard(unit)
+        if slot.readers and (is_lent or not was_grad) and slot.is_aliased():
+            # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes. (Graphs hold
+            # the weights they saved, too; their backward is refused. What else a forward keeps of its weights under
+            # grad cannot be told from that.)
+            self.edits.keep(unit, slot.views[unit])
             self._allocating(functools.partial(self._transfer.abandon, unit))
             slot = self._transfer.slot_of(unit) or slot
+        elif was_grad:
+            slot.accept_references()
+        self._seen_grad.discard(unit)
         self._transfer.vacate(unit)
         return slot
+
+    def _discard(self, unit: int) -> None:
+        """What the device has of a unit is not what is at home: it is loaded anew when it is used."""
+        slot = self._transfer.slot_of(unit)
+        if slot is not None:
+            self._evict(slot, writes_back=False)
+            self._begun = None
+            self._attached.of_component[self._units[unit].spec.component].is_whole = False
 
     def _drop_extra_slots(self, held: Sequence[int]) -> None:
         """Extra slots go as soon as nobody holds their unit; they are memory beyond the plan."""
@@ -716,9 +944,10 @@ class Streamer:
         if torch.is_autocast_cache_enabled() and torch.is_autocast_enabled(self._device.torch_device.type):
             torch.clear_autocast_cache()
 
-    def _write_back(self, unit: int, *, may_replace: bool) -> None:
-        """Keep what a forward wrote into the unit's tensors: the host bytes are what the next load reads."""
-        for bound in self._units[unit].binding.written():
+    def _write_back(self, unit: int, *, may_replace: bool) -> list[BoundTensor]:
+        """Keep what was written into the unit's tensors: the host bytes are what the next load reads."""
+        written = self.edits.written(unit)
+        for bound in written:
             now = bound.tensor.data
             if now.dtype == bound.dtype and tuple(now.shape) == bound.shape:
                 self._device.copy_back(bound.master, now)
@@ -730,6 +959,8 @@ class Streamer:
                 bound.home, bound.is_exact = now.to(bound.home_device), True
             else:
                 raise StreamerStateError(_changed(bound, now))
+        self.edits.came_home(written)
+        return written
 
 
 def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what: str) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from layerstream.binding import UnitBinding
 from layerstream.device import Device, Event, Stream, engine_tensors
 from layerstream.errors import TransferError
 from layerstream.host_store import StoredUnit
+from layerstream.profiling import Ranges
+from layerstream.references import use_count
 from layerstream.stats import PhaseStats, Stats
 from layerstream.units import Unit
 
@@ -75,9 +77,12 @@ class Slot:
         self.pieces.pop(unit, None)
         self._references += self._count_references() - before
 
-    def is_aliased(self) -> bool:
-        """Whether anything but this slot looks at its memory: `weight.detach()` kept by user code, say."""
-        count = self._count_references()
+    def is_aliased(self, num_bound: int = 0) -> bool:
+        """Whether anything but this slot, and so many weights that are bound to it, looks at its memory:
+        `weight.detach()` kept by user code, say. Where torch does not tell, it is taken to be so."""
+        if use_count(self._storage) is None:
+            return True
+        count = self._count_references() - num_bound
         if count < self._references:
             self._references = count  # a graph that was accepted is gone
         return count > self._references
@@ -87,7 +92,7 @@ class Slot:
         self._references = self._count_references()
 
     def _count_references(self) -> int:
-        return int(torch._C._storage_Use_Count(self._storage._cdata))
+        return use_count(self._storage) or 0
 
 
 class TransferEngine:
@@ -98,8 +103,9 @@ class TransferEngine:
     """
 
     def __init__(
-        self, device: Device, stored: Mapping[int, StoredUnit], units: Mapping[int, Unit], stats: Stats
+        self, device: Device, stored: Mapping[int, StoredUnit], units: Mapping[int, Unit], stats: Stats, ranges: Ranges
     ) -> None:
+        self.ranges = ranges
         self._device = device
         self._stored = stored
         self._units = units
@@ -111,10 +117,16 @@ class TransferEngine:
         self.slot_bytes = 0  # of each slot of the ring
         self.own: dict[int, Slot] = {}  # by the unit they are for, loaded or not
         self.extra: list[Slot] = []
-        self.weights_bytes = 0  # what all slots take on the device
+        self.slots_bytes = 0  # what all slots take on the device
+        self.whole_bytes = 0  # of weights that are there as they are
         self.phase = PhaseStats()  # whose loads and stalls these are
 
     # ---- memory
+
+    @property
+    def weights_bytes(self) -> int:
+        """What our weights take on the device."""
+        return self.slots_bytes + self.whole_bytes
 
     def lay_ring(self, count: int, num_bytes: int) -> None:
         """Allocate the ring's slots anew, each of `num_bytes`; the old ones are empty."""
@@ -160,7 +172,7 @@ class TransferEngine:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
         slots = [*self.ring, *self.own.values(), *self.extra]
         self.ring, self.own, self.extra, self._loaded, self._staging = [], {}, [], {}, None
-        self.weights_bytes = self.slot_bytes = 0
+        self.slots_bytes = self.slot_bytes = 0
         with contextlib.ExitStack() as each:  # all of them, also when one fails
             for slot in slots:
                 each.callback(self._device.free, slot.buffer)
@@ -178,6 +190,11 @@ class TransferEngine:
         return None
 
     # ---- one unit's way into a slot and out of it
+
+    @property
+    def loaded(self) -> Collection[int]:
+        """The units that are in a slot, or on their way into one."""
+        return self._loaded.keys()
 
     def slot_of(self, unit: int) -> Slot | None:
         """The slot that holds `unit`, or into which it is being loaded."""
@@ -203,7 +220,13 @@ class TransferEngine:
         slot.prepare(unit, self._stored[unit], self._units[unit].binding)
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
-        slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
+        try:
+            with self.ranges("load", self._units[unit].spec.name):
+                slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
+        except BaseException:
+            # Some of its segments may be on their way: what comes to lie in this memory next waits for them.
+            slot.after = [*slot.after, self._device.record_copies()]
+            raise
         slot.after, slot.readers = [], []
         slot.unit = unit
         self._loaded[unit] = slot
@@ -218,7 +241,8 @@ class TransferEngine:
         stream = self._device.compute_stream()
         if stream not in slot.readers:
             marker = self._device.start_stall(stream, slot.ready)
-            self._device.wait(stream, slot.ready)
+            with self.ranges("wait", self._units[unit].spec.name):
+                self._device.wait(stream, slot.ready)
             slot.readers.append(stream)
             if marker is not None:
                 self._stats.num_stalls += 1
@@ -275,7 +299,7 @@ class TransferEngine:
             # The allocator may hand out memory that queued compute still reads: the first copy waits for all of it.
             issued = self._device.record(stream)
             buffer = self._device.allocate(num_bytes)
-        self.weights_bytes += self._device.rounded_bytes(num_bytes)
+        self.slots_bytes += self._device.rounded_bytes(num_bytes)
         self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self.weights_bytes)
         return Slot(buffer, stream, issued, is_extra=is_extra)
 
@@ -285,7 +309,7 @@ class TransferEngine:
             for event in slot.after:
                 self._device.wait(slot.stream, event)
         finally:
-            self.weights_bytes -= self._device.rounded_bytes(slot.buffer.numel())
+            self.slots_bytes -= self._device.rounded_bytes(slot.buffer.numel())
             self._device.free(slot.buffer)
 
     def _count_stalls(self) -> None:

@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerstream.binding import BoundTensor, UnitBinding
-from layerstream.blocks import UnitSpec, unit_bytes
+from layerstream.blocks import UnitSpec, WholeSpec, unit_bytes
 from layerstream.device import engine_tensors
 from layerstream.errors import AdapterError, PipelineError
 
@@ -93,15 +94,38 @@ class Division:
     Attributes:
         units: bases and blocks, component by component; `units[i].spec.index == i` as `divide` gives them.
         places: every place of every tensor that moves.
-        others: places of tensors that stay whole: subclasses, sparse and quantised ones.
+        others: by component, places of tensors that are no plain bytes: subclasses, sparse and quantised ones.
         stand_ins: ordinary tensors, over the same bytes, that take the place of tensors made under inference mode
             while streaming is on; pointing one of those elsewhere would break it.
     """
 
     units: list[Unit]
     places: list[TensorPlace]
-    others: list[TensorPlace]
+    others: dict[str, list[TensorPlace]]
     stand_ins: list[tuple[TensorPlace, torch.Tensor]]
+
+    def whole(self) -> list[WholeSpec]:
+        """What stays on the device as it is, by component; each tensor once."""
+        seen: set[int] = set()
+        found = []
+        for component, places in self.others.items():
+            new = {id(p.tensor): p.tensor for p in places if id(p.tensor) not in seen}
+            seen.update(new)
+            kinds = tuple(sorted({type(t).__name__ for t in new.values()}))
+            if new:
+                found.append(WholeSpec(component, len(new), sum(map(whole_bytes, new.values())), kinds))
+        return found
+
+
+def whole_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the plain tensors inside a tensor that is none."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(whole_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    if tensor.layout is torch.sparse_coo:
+        return whole_bytes(tensor._indices()) + whole_bytes(tensor._values())
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return sum(whole_bytes(part) for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()))
+    return tensor.numel() * tensor.element_size()
 
 
 def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> Division:
@@ -114,7 +138,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
         PipelineError: weights on the meta device, which have no bytes to stream.
     """
     drafts: list[_Draft] = []
-    division = Division([], [], [], [])
+    division = Division([], [], {}, [])
     uses: dict[int, _Use] = {}  # one per tensor object
     for layout in layouts:
         base = _Draft(f"{layout.name} (base)", layout, None, None)
@@ -134,7 +158,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
                         uses[id(place.tensor)].used_by(draft, module)
                     continue
                 if not _moves(place.tensor):
-                    division.others.append(place)
+                    division.others.setdefault(layout.name, []).append(place)
                     continue
                 if place.tensor.is_meta and not is_preview:
                     raise PipelineError(
@@ -191,7 +215,7 @@ def part_of(division: Division, layouts: Sequence[ComponentLayout]) -> Division:
     return Division(
         units=[unit for unit in division.units if unit.spec.component in names],
         places=[place for place in division.places if id(place.module) in inside],
-        others=[place for place in division.others if id(place.module) in inside],
+        others={name: places for name, places in division.others.items() if name in names},
         stand_ins=[(place, tensor) for place, tensor in division.stand_ins if id(place.module) in inside],
     )
 

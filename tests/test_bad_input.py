@@ -30,10 +30,20 @@ def test_not_a_pipeline(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pipe", "match"), [({}, "has no modules"), ({"a": 3}, "'a': int"), ({"a": nn.Linear(2, 2), "b": None}, "NoneType")]
+    ("pipe", "match"),
+    [({}, "has no modules:"), ({"a": 3, "b": None}, r"has no modules \(it holds 'a': int, 'b': NoneType\)")],
 )
-def test_a_dict_that_is_none(pipe: Any, match: str) -> None:
+def test_a_dict_without_modules(pipe: Any, match: str) -> None:
     refused(pipe, layerstream.PipelineError, match)
+
+
+def test_what_is_no_module_in_a_dict_is_passed_over() -> None:
+    """As in `pipe.components`: tokenizers, schedulers, and what a pipeline does without."""
+    model = toy()
+    expected = run(twin(model))
+    with layerstream.offload({"a": model, "b": None, "c": 3}, vram_budget="min", device=adversary()) as streamer:
+        assert_equal(run(model), expected)
+        assert {unit.component for unit in streamer.plan.units} == {"a"}
 
 
 def test_nothing_streamable_is_whole_and_said_once() -> None:
@@ -89,7 +99,7 @@ def test_budgets(budget: Any, match: str) -> None:
 def test_the_least_budget_that_is_named_works_and_a_byte_less_does_not() -> None:
     model = toy()
     expected = run(twin(model))
-    needed = refused(model, layerstream.BudgetError, "too small", vram_budget=1).needed_bytes
+    needed = refused(model, layerstream.BudgetError, "too small", vram_budget=1).least_bytes
     refused(model, layerstream.BudgetError, "too small", vram_budget=needed - 1)
     device = adversary()
     with layerstream.offload(model, vram_budget=needed, device=device):
@@ -181,7 +191,7 @@ def test_moving_while_active(number: int) -> None:
     model = toy()
     expected, before = run(twin(model)), describe(model)
     with layerstream.offload(model, vram_budget="min", device=adversary()):
-        with pytest.raises(layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be moved.*Leave the offload"):
+        with pytest.raises(layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be moved.*leave the offload"):
             MOVES[number](model)
         assert_equal(run(model), expected)
         model.to("cpu")  # where it is
@@ -280,7 +290,7 @@ def test_a_larger_input_in_the_same_context_that_cannot_fit() -> None:
     large = torch.randn(4000, 4)
     with (
         pytest.raises(
-            layerstream.BudgetError, match="Raise vram_budget to at least .* `Toy`|in `Toy`.* Raise vram"
+            layerstream.BudgetError, match="in `Toy`.* It needs more than .*, which it had reached: vram_budget=.auto"
         ) as told,
         layerstream.offload(model, vram_budget=budget, device=device),
         device.checking(),

@@ -19,7 +19,7 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from benchmarks import __main__ as command
-from benchmarks import cases, cell, plots, suite, targets, weights
+from benchmarks import cases, cell, pages, plots, suite, targets, weights
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, Method, MissingPeerError
 from layerstream.standins import build_pipeline
@@ -112,6 +112,7 @@ def test_one_measurement_from_a_mapped_file(tmp_path: Path) -> None:
         (["run", "--case", "ovis", "--method", "model_offload", *TINY], "runs only as pipeline"),
         (["run", "--case", "ovis", "--method", "flextensor", *TINY], "needs --vram-budget"),
         (["run", "--case", "ovis", "--method", "vllm_omni", "--vram-budget", "1GiB", *TINY], "takes no --vram-budget"),
+        (["run", "--case", "ovis", "--vram-budget", "50%", *TINY], "50% is another size on another GPU"),
         (["suite", "everything"], "invalid choice: 'everything'"),
         (["suite", "ovis-quick", "--methods", "magic"], "no method magic"),
         (["suite", "ovis-quick", "--methods", "mmgp", *TINY], "measures none of mmgp"),
@@ -386,24 +387,77 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     ]  # fmt: skip
     (tmp_path / "ovis_g_20261124.json").write_text(json.dumps(records))
     (tmp_path / "older_g_20261120.json").write_text(json.dumps([{"case": "ovis", "ms_per_pass": 1}]))
-    readme = tmp_path / "README.md"
-    with pytest.raises(plots.NoResultsError, match="has no lines"):
-        plots.make(tmp_path, readme)
-    readme.write_text(f"before\n{plots.START}\nearlier\n{plots.END}\nafter\n")
-    (picture,) = plots.make(tmp_path, readme)
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    for path, part in ((readme, plots.SHORT), (page, plots.LONG)):
+        with pytest.raises(pages.NoPlaceError, match="has no lines"):
+            plots.make(tmp_path, readme, page)
+        path.write_text("\n".join(["before", *pages.marks(part, "bench-plots"), "after", ""]))
+    (picture,) = plots.make(tmp_path, readme, page)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "earlier" not in text
     assert "| | ovis, denoiser |" in text
     assert "| resident | **100.0 ms / 16.0** |" in text
     assert "| layerstream, 6GiB | **1.50 x / 6.0** |" in text
     assert "| vllm-omni, layerwise | [1] |\n" in text
     assert "| mmgp | [2] |\n" in text
     assert "\nNo time: [1] cannot; [2] ended after 9 s, in f (a.py:1).\n" in text
-    plots.make(tmp_path, readme)
-    assert readme.read_text() == text
+    assert "|" not in readme.read_text(), "there are no whole calls"
+    plots.make(tmp_path, readme, page)
+    assert page.read_text() == text
+
+
+def call_of(method: str, budget: str | None, seconds: float | None, gib: float = 10, **fields: Any) -> dict[str, Any]:
+    """A record of a whole call."""
+    return {
+        "case": "ovis", "form": "pipeline", "gpu": "G", "method": method, "vram_budget": budget, "seconds": seconds,
+        "peak_reserved_bytes": int(gib * 2**30), "equal": True, "error": None, **fields,
+    }  # fmt: skip
+
+
+def test_the_short_table_is_of_whole_calls() -> None:
+    told = plots.short_table(
+        [
+            call_of("resident", None, 12.7, 22.1),
+            call_of("layerstream", "6GiB", 19.04, 5.87),
+            call_of("layerstream", "10GiB", 13.06, 9.84),
+            call_of("layerstream", "auto", 12.7, 20),
+            call_of("flextensor", "10GiB", 12.1, 16.8),  # fast, and too large
+            call_of("mmgp", "10GiB", 14.0, equal=False),  # fast, and another image
+            call_of("diffusers_block", None, None, error="ended after 90 s, in f (a.py:1)"),
+            call_of("diffusers_leaf", None, 35.3, 6.03, is_extrapolated=True),
+            call_of("vllm_omni", None, 27.15, 9.97, is_extrapolated=True),
+            call_of("model_offload", None, None, error="ended after 70 s, in convert (module.py:1370)"),
+            call_of("resident", None, 1.0, gpu="another"),
+            {**call_of("resident", None, None), "form": "denoiser", "case": "sd35m", "ms_per_pass": 1.0},
+        ]
+    )
+    assert told == [
+        "| one image | Ovis-Image-7B |",
+        "|---|---|",
+        "| all of it on the GPU | 12.7 s, 22.1 GiB |",
+        "| **layerstream, 10GiB** | 13.1 s, 9.8 GiB |",
+        "| **layerstream, 6GiB** | 19.0 s, 5.9 GiB |",
+        "| the fastest other way within 12 GiB | ~27.1 s, 10.0 GiB |",
+        "| diffusers' `enable_model_cpu_offload()` | ended after 70 s |",
+        "",
+        "The fastest other ways: vllm-omni, layerwise (Ovis-Image-7B).",
+    ]
+
+
+def test_a_part_of_a_page_is_exchanged_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    start, end = pages.marks("one", "target")
+    page.write_text("\n".join(["first", start, "earlier", end, "between", *pages.marks("two", "target"), "last"]))
+    pages.write_parts(page, {"one": ["| \\1 |"]}, "target")
+    assert page.read_text().splitlines() == [
+        "first", start, "", "| \\1 |", "", end, "between", *pages.marks("two", "target"), "last",
+    ]  # fmt: skip
+    before = page.read_text()
+    with pytest.raises(pages.NoPlaceError, match="three"):
+        pages.write_parts(page, {"one": ["other"], "three": ["x"]}, "target")
+    assert page.read_text() == before
 
 
 def test_the_newest_of_each_cell_counts_unless_it_has_no_time(tmp_path: Path) -> None:

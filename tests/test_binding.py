@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from layerstream.absent import is_absent, nan_scalar
+from layerstream.absent import AbsentClasses, is_absent, nan_scalar
 from layerstream.binding import BoundTensor, UnitBinding
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def binding_of(*tensors: torch.Tensor) -> UnitBinding:
     binding = UnitBinding([BoundTensor.of(f"t{i}", t) for i, t in enumerate(tensors)])
-    binding.prepare(0, lambda dtype: nan_scalar(dtype, CPU), lambda units: None)
+    binding.prepare(0, lambda dtype: nan_scalar(dtype, CPU), AbsentClasses(lambda units: None))
     return binding
 
 
@@ -154,7 +154,7 @@ def test_absent_allocates_nothing() -> None:
         return nan_scalar(dtype, CPU)
 
     binding = UnitBinding([BoundTensor.of("t", t) for t in tensors])
-    binding.prepare(0, nans, lambda units: None)
+    binding.prepare(0, nans, AbsentClasses(lambda units: None))
     assert len(made) == 3
     for _ in range(3):
         binding.absent()
@@ -262,7 +262,7 @@ def test_rehomed_inexactly_lets_go_of_the_original() -> None:
     binding = binding_of(parameter)
     (bound,) = binding.tensors
     master = torch.empty_strided(bound.shape, bound.strides).copy_(bound.home)
-    binding.rehome(bound, master, is_exact=False)
+    binding.rehome(bound, master, keeps_home=False, is_handed_back=False)
     assert torch._C._storage_Use_Count(storage._cdata) == 1, "only this test looks at the original"
     assert parameter.data_ptr() == master.data_ptr()
     binding.absent()
@@ -278,7 +278,7 @@ def test_rehomed_exactly_keeps_the_original() -> None:
     binding = binding_of(parameter)
     (bound,) = binding.tensors
     master = torch.empty_strided(bound.shape, bound.strides).copy_(bound.home)
-    binding.rehome(bound, master, is_exact=True)
+    binding.rehome(bound, master, keeps_home=True, is_handed_back=False)
     assert bound.master is master
     assert state(parameter) == before
     binding.absent()

@@ -296,7 +296,7 @@ class Special(nn.Parameter):
 
 
 def others(root: nn.Module) -> list[str]:
-    return [p.name for p in divide([component(root, "stack")]).others]
+    return [p.name for places in divide([component(root, "stack")]).others.values() for p in places]
 
 
 def strange_tensors() -> dict[str, torch.Tensor]:
@@ -317,7 +317,7 @@ def test_strange_buffers_are_listed_and_stay_whole(kind: str) -> None:
     root = stacked(nn.Linear(4, 4), nn.Linear(4, 4))
     root.stack[1].register_buffer("strange", strange_tensors()[kind])
     division = divide([component(root, "stack")])
-    (place,) = division.others
+    (place,) = division.others["net"]
     assert (place.module, place.kind, place.name) == (root.stack[1], "_buffers", "strange")
     assert place.tensor is root.stack[1].strange
     assert not any("strange" in name for names in owned(division).values() for name in names)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerstream.budget import format_bytes, parse_bytes, resolve_budget
+from layerstream.budget import format_budget, format_bytes, parse_bytes, parse_reserve, resolve_budget
 from layerstream.errors import BudgetError
+from layerstream.simulated import SimulatedDevice
 
 GIB = 2**30
 
@@ -34,20 +35,29 @@ def resolve(vram_budget: Any, *, free: int = 20 * GIB, total: int = 24 * GIB) ->
         ("1TB", 10**12),
         ("1kib", 1024),
         ("1MB", 10**6),
+        ("8 gib", 8 * 2**30),
+        ("8G", 8 * 2**30),  # as docker, java and du mean it
+        ("8g", 8 * 2**30),
+        (" 1.5 G ", 3 * 2**29),
+        ("512M", 2**29),
+        ("64k", 2**16),
+        ("1T", 2**40),
     ],
 )
 def test_parse(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "8", "GiB", "-8GiB", "8 GiBs", "eight GiB", "8Gi B", "1,5GiB", "1e3MiB", "8G\u0456B"]
+BUDGETS = (
+    'a number with a unit ("8GiB" or "8G" for 2^30 bytes each, "8GB" for 10^9, "512MiB"), a share of the device\'s '
+    'memory ("50%"), an int of bytes, "auto" or "min"'
 )
-def test_unparsable_names_the_text_and_the_units(text: str) -> None:
-    expected = (
-        f"vram_budget {text!r} is not a size. "
-        'Write a number with a unit ("8GiB", "8GB", "512MiB"), an int of bytes, "auto" or "min".'
-    )
+NO_SIZES = ["", " ", "8", "GiB", "-8GiB", "8 GiBs", "eight GiB", "8Gi B", "1,5GiB", "1e3MiB", "8G\u0456B", "%", "-5%"]
+
+
+@pytest.mark.parametrize("text", NO_SIZES)
+def test_unparsable_names_the_text_and_all_that_it_may_be(text: str) -> None:
+    expected = f"vram_budget {text!r} is not a size. Write {BUDGETS}."
     for parse in (parse_bytes, resolve):
         with pytest.raises(BudgetError) as error:
             parse(text)
@@ -55,7 +65,27 @@ def test_unparsable_names_the_text_and_the_units(text: str) -> None:
         assert error.value.budget_bytes is None
 
 
-@given(st.text(max_size=20) | st.from_regex(r" ?[0-9]{0,4}\.?[0-9]{0,4} ?[kKmMgG]?i?[bB] ?", fullmatch=True))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("50%", 12 * GIB), (" 50 %", 12 * GIB), ("100%", 24 * GIB), ("12.5%", 3 * GIB), ("33.3%", 24 * GIB * 333 // 1000)],
+)
+def test_a_share_is_of_the_whole_device(text: str, expected: int) -> None:
+    assert resolve(text, free=GIB) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0%", "vram_budget '0%' is 0 bytes. Give a positive size"),
+        ("101%", "vram_budget 24.2 GiB is more than the device has (24.0 GiB)"),
+    ],
+)
+def test_a_share_of_nothing_or_of_more_than_all(text: str, message: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(message)):
+        resolve(text)
+
+
+@given(st.text(max_size=20) | st.from_regex(r" ?[0-9]{0,4}\.?[0-9]{0,4} ?[kKmMgG]?i?([bB]|%)? ?", fullmatch=True))
 def test_any_text_is_a_positive_size_or_a_budget_error(text: str) -> None:
     try:
         assert (resolve(text) or 1) > 0 or text.strip().lower() == "auto"
@@ -93,6 +123,20 @@ def test_format(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
 
 
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [(None, "budget the least"), (8 * GIB, "budget 8.0 GiB"), (100 * 2**40, "budget 100.0 TiB")],
+)
+def test_format_budget(budget: int | None, text: str) -> None:
+    assert format_budget(budget) == text
+
+
+@pytest.mark.parametrize("vram_budget", ["auto", "50%"])
+def test_a_budget_of_what_has_no_limit_is_none(vram_budget: str) -> None:
+    total = SimulatedDevice().total_bytes()
+    assert format_budget(resolve(vram_budget, free=total, total=total)) == "no memory limit"
+
+
 @given(st.integers(0, 2**45))
 def test_format_can_be_read_back_to_within_its_last_digit(num_bytes: int) -> None:
     text = format_bytes(num_bytes)
@@ -123,9 +167,7 @@ def test_not_positive(vram_budget: int | str, message: str) -> None:
 def test_not_a_size_at_all(vram_budget: Any, name: str) -> None:
     with pytest.raises(BudgetError) as error:
         resolve(vram_budget)
-    assert str(error.value) == (
-        f'vram_budget must be an int of bytes or a string, not {name}. Write, for instance, vram_budget="8GiB".'
-    )
+    assert str(error.value) == (f"vram_budget must be an int of bytes or a string, not {name}. Write {BUDGETS}.")
 
 
 @pytest.mark.parametrize("vram_budget", ["32GiB", 32 * GIB])
@@ -163,6 +205,37 @@ def test_auto_stays_within_what_is_free(free: int) -> None:
     budget = resolve("auto", free=free, total=2**40)
     assert budget is not None
     assert 0 <= budget <= free
+
+
+@pytest.mark.parametrize(
+    ("reserve", "expected"), [(0, 0), (5, 5), ("1GiB", GIB), ("1g", GIB), ("0B", 0), (" 2 GB", 2 * 10**9)]
+)
+def test_reserve(reserve: int | str, expected: int) -> None:
+    assert parse_reserve(reserve) == expected
+
+
+@pytest.mark.parametrize("reserve", ["50%", "auto", "min", "", "8", "lots"])
+def test_a_reserve_is_a_size_and_nothing_else(reserve: str) -> None:
+    with pytest.raises(BudgetError) as error:
+        parse_reserve(reserve)
+    assert str(error.value) == (
+        f'reserve {reserve!r} is not a size. Write a number with a unit ("8GiB" or "8G" for 2^30 bytes each, "8GB" for '
+        '10^9, "512MiB"), or an int of bytes.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("reserve", "message"),
+    [
+        (-5, "reserve -5 is negative. Give the bytes that activations take, or 0."),
+        (True, "reserve must be an int of bytes or a string, not bool (True)."),
+        (1.5, "reserve must be an int of bytes or a string, not float (1.5)."),
+        (b"1GiB", "reserve must be an int of bytes or a string, not bytes (b'1GiB')."),
+    ],
+)
+def test_a_reserve_that_cannot_be(reserve: Any, message: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(message)):
+        parse_reserve(reserve)
 
 
 def test_the_error_is_a_value_error() -> None:

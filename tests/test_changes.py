@@ -362,7 +362,7 @@ def test_pausing_while_another_thread_runs_is_refused() -> None:
         runs.set()
         goes_on.wait(10)
 
-    with layerstream.offload(model, vram_budget="min", device=adversary()) as streamer:
+    with layerstream.offload(model, vram_budget="min", device=adversary(), call_timeout=0) as streamer:
         handle = model.blocks[2].up.register_forward_hook(stop)
         thread = threading.Thread(target=lambda: found.append(run(model, 1)))
         thread.start()

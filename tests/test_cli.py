@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from layerstream import PipelineError, cli, demo
+from layerstream.arguments import budget
 from layerstream.standins import build_tiny
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+# Servers do not end by themselves: tests/test_servers.py.
+EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if "server" not in p.stem)
 SMALL = ["--dtype", "float32", "--steps", "2", "--height", "32", "--width", "32", "--device", "cpu"]
 
 
@@ -48,6 +50,14 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1000", 1000), ("8GiB", "8GiB"), ("8G", "8G"), ("50%", "50%"), ("auto", "auto"), ("Min", "min")],
+)
+def test_a_budget_is_what_offload_takes(text: str, expected: int | str) -> None:
+    assert budget(text) == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "COMMAND"),
@@ -56,6 +66,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--width", "wide"], "invalid number value: 'wide'"),
         (["demo", "--dtype", "int8"], "int8"),
         (["demo", "--vram-budget", "8 elephants"], "'8 elephants' is not a size"),
+        (["demo", "--vram-budget", "0%"], "'0%' is 0 bytes"),
         (["demo", "--output", "no/such/folder/x.png"], "no file in an existing folder"),
         (["demo", "--device", "cuda:99"], 'device "cuda:99" does not exist'),
         (["demo", "--model", "./no-such-folder"], "there is no folder ./no-such-folder"),

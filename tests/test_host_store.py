@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import warnings
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from layerstream import host_store
+from layerstream import host_memory, host_store, page_locks
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import ALIGNMENT_BYTES
-from layerstream.errors import LayerstreamWarning
-from layerstream.host_store import IN_PLACE_LEAST_BYTES, PAGE_BYTES, HostStore, StoredUnit
+from layerstream.errors import HostMemoryError, LayerstreamWarning
+from layerstream.host_memory import PAGE_BYTES, MemoryMaps, PageMapping
+from layerstream.host_store import IN_PLACE_LEAST_BYTES, HostStore, StoredUnit, Stretches
 from layerstream.simulated import SimulatedDevice
 
 MIB = 2**20
@@ -36,7 +38,7 @@ class Stored:
         self.values = [t.detach().clone() for t in tensors]
         self.came_with = [span_of(t) for t in tensors]
         self.binding = UnitBinding([BoundTensor.of(f"t{i}", t) for i, t in enumerate(tensors)])
-        self.store = HostStore(self.device)
+        self.store = HostStore(self.device, Stretches(self.device, self.binding.tensors))
         self.unit: StoredUnit = self.store.add(self.binding)
         if is_pinned:
             self.store.pin()
@@ -70,6 +72,27 @@ class Stored:
         self.binding.restore()
 
 
+def apart(num_floats: int) -> torch.Tensor:
+    """Random floats that have their pages to themselves, as a large tensor has that malloc mapped by itself."""
+    return PageMapping(num_floats * 4).cut(0, num_floats * 4).view(torch.float32).normal_()
+
+
+def on_a_heap(num_floats: int) -> torch.Tensor:
+    """Random floats among strangers: glibc keeps what is smaller than the largest block it ever freed on its heap."""
+    torch.empty(31 * MIB, dtype=torch.uint8).add_(1)
+    tensor = torch.randn(num_floats)
+    assert tensor.nbytes > 31 * MIB or host_memory._chunk(tensor.untyped_storage()) is None
+    return tensor
+
+
+def mapped_by_malloc(num_bytes: int) -> torch.Tensor:
+    """Memory that glibc mapped for one request alone: with more than 32 MiB that is so once its heap has no room."""
+    tries = []
+    while not tries or host_memory._chunk(tries[-1].untyped_storage()) is None:
+        tries.append(torch.empty(num_bytes, dtype=torch.uint8))
+    return tries[-1]
+
+
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
 
@@ -91,14 +114,14 @@ def no_locks_left() -> Iterator[None]:
     """Every store of a test that closed what it opened has left its device without registrations."""
     yield
     gc.collect()
-    assert [len(locks) for locks in host_store._LOCKS_BY_DEVICE.values() if len(locks)] == []
+    assert [len(locks) for locks in page_locks._BY_SIMULATED_DEVICE.values() if len(locks)] == []
 
 
 # ---- the safe rule
 
 
 def test_large_private_memory_stays_and_is_registered() -> None:
-    parameter = nn.Parameter(torch.randn(LARGE))
+    parameter = nn.Parameter(apart(LARGE))
     address = parameter.data_ptr()
     stored = Stored(parameter)
     assert parameter.data_ptr() == address
@@ -114,7 +137,7 @@ def test_large_private_memory_stays_and_is_registered() -> None:
 
 @pytest.mark.parametrize(("num_bytes", "stays"), [(IN_PLACE_LEAST_BYTES, True), (IN_PLACE_LEAST_BYTES - 4, False)])
 def test_the_least_that_stays(num_bytes: int, stays: bool) -> None:
-    parameter = nn.Parameter(torch.randn(num_bytes // 4))
+    parameter = nn.Parameter(apart(num_bytes // 4))
     stored = Stored(parameter)
     assert stored.is_in_place() is stays
     stored.check()
@@ -141,7 +164,7 @@ def test_small_tensors_travel_together() -> None:
 
 
 def test_small_and_large_in_one_unit() -> None:
-    large, other = nn.Parameter(torch.randn(LARGE)), nn.Parameter(torch.randn(LARGE))
+    large, other = nn.Parameter(apart(LARGE)), nn.Parameter(apart(LARGE))
     small = [nn.Parameter(torch.randn(n)) for n in (3, 1000)]
     stored = Stored(small[0], large, small[1], other)
     assert [stored.is_in_place(n) for n in range(4)] == [False, True, False, True]
@@ -166,6 +189,13 @@ def floats_file(tmp_path: Path) -> Path:
     path = tmp_path / "floats.bin"
     torch.arange(LARGE, dtype=torch.float32).numpy().tofile(path)
     return path
+
+
+def file_of(folder: Path, *num_floats: int) -> list[torch.Tensor]:
+    """Tensors of so many floats each that lie behind each other in a private mapping of a file, as safetensors'."""
+    path = folder / "several.bin"
+    torch.randn(sum(num_floats)).numpy().tofile(path)
+    return list(mapped(path, "c").split(num_floats))
 
 
 def mapped(path: Path, mode: str) -> torch.Tensor:
@@ -245,19 +275,20 @@ def test_safetensors_stay_where_they_are_mapped(
 
 
 def large_layouts() -> dict[str, torch.Tensor]:
-    base = torch.arange(4 * LARGE, dtype=torch.float32)
+    base = apart(LARGE + LARGE // 8).copy_(torch.arange(LARGE + LARGE // 8))
     return {
         "transposed": base[:LARGE].view(1024, -1).t(),
         "channels_last": base[:LARGE].view(4, 64, 64, -1).permute(0, 3, 1, 2),
         "view of a bigger storage": base[1001 : 1001 + LARGE],
-        "rows of a bigger storage": base.view(4, -1)[1:3],
-        "columns": base.view(1024, -1)[:, 100:1000],
-        "every other row": base.view(1024, -1)[::2],
+        "rows of a bigger storage": base.view(9, -1)[1:8],
+        "part of a much bigger storage": apart(4 * LARGE)[1001 : 1001 + LARGE],
+        "columns": base[:LARGE].view(1024, -1)[:, 10:760],
+        "every other row": base[:LARGE].view(1024, -1)[::2],
         "expanded": base[:1024].view(1024, 1).expand(1024, 768),
         "expanded rows": base[:768].expand(1024, 768),
         "overlapping": base[: LARGE + 1].as_strided((LARGE, 2), (1, 1)),
-        "bf16": base[:LARGE].to(torch.bfloat16),
-        "odd length": torch.arange(2 * MIB + 3, dtype=torch.uint8),
+        "bf16": apart(LARGE // 2).view(torch.bfloat16),
+        "odd length": PageMapping(2 * MIB + 3).cut(0, 2 * MIB + 3),
     }
 
 
@@ -267,7 +298,7 @@ def test_large_tensors_of_every_layout(name: str) -> None:
     before = (tensor.data_ptr(), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage()._cdata)
     stored = Stored(tensor)
     is_dense = name not in ("columns", "every other row", "expanded", "expanded rows", "overlapping")
-    assert stored.is_in_place() is is_dense
+    assert stored.is_in_place() is (is_dense and name != "part of a much bigger storage")
     stored.check()
     stored.close()
     assert (tensor.data_ptr(), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage()._cdata) == before
@@ -309,7 +340,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [8, LARGE])
 def test_two_parameters_over_one_storage_are_stored_once(size: int) -> None:
-    first = nn.Parameter(torch.randn(size))
+    first = nn.Parameter(apart(size))
     second = nn.Parameter(first.data)
     stored = Stored(first, second)
     assert stored.unit.offsets[0] == stored.unit.offsets[1]
@@ -372,7 +403,7 @@ def test_a_write_while_streaming_is_kept_in_the_gathered_bytes() -> None:
 
 
 def test_the_storage_of_a_tensor_in_place_is_held_while_it_is_registered() -> None:
-    parameter = nn.Parameter(torch.randn(LARGE))
+    parameter = nn.Parameter(apart(LARGE))
     watch = StorageWeakRef(parameter.untyped_storage())
     stored = Stored(parameter)
     parameter.data = torch.empty(0)
@@ -390,44 +421,58 @@ def test_the_storage_of_a_tensor_in_place_is_held_while_it_is_registered() -> No
 # ---- registrations
 
 
-def test_registrations_are_whole_pages_around_what_they_cover() -> None:
-    flat = torch.randn(2 * LARGE)
-    stored = Stored(flat[1 : 1 + LARGE])
-    assert all(
-        start % PAGE_BYTES == num_bytes % PAGE_BYTES == 0 for start, num_bytes in stored.device.registered.items()
-    )
-    assert sum(stored.device.registered.values()) <= LARGE * 4 + 2 * PAGE_BYTES
+def test_registrations_are_whole_pages() -> None:
+    stored = Stored(apart(LARGE + 5)[5:], torch.randn(3), on_a_heap(LARGE))
+    for start, num_bytes in stored.device.registered.items():
+        assert start % PAGE_BYTES == num_bytes % PAGE_BYTES == 0
+    assert sum(stored.device.registered.values()) <= 2 * LARGE * 4 + 3 * PAGE_BYTES
+    stored.check()
     stored.close()
 
 
-def test_neighbours_that_share_a_page_are_one_registration() -> None:
-    flat = torch.randn(2 * LARGE)
+def test_tensors_of_one_storage_are_one_registration() -> None:
+    flat = apart(2 * LARGE)
     stored = Stored(flat[:LARGE], flat[LARGE:])
+    assert [stored.is_in_place(n) for n in range(2)] == [True, True]
     assert len(stored.device.registered) == 1
     stored.check()
     stored.close()
     assert stored.device.registered == {}
 
 
+def test_neighbours_of_one_unit_are_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its pages to itself, and the pages lie one behind the other."""
+    pages = PageMapping(2 * LARGE * 4)
+    halves = [pages.cut(at, LARGE * 4).view(torch.float32) for at in (0, LARGE * 4)]
+    start, middle, end = pages.range[0], pages.range[0] + LARGE * 4, pages.range[1]
+    stretches = {span_of(half): span for half, span in zip(halves, ((start, middle), (middle, end)), strict=True)}
+    monkeypatch.setattr(MemoryMaps, "stretch", lambda maps, tensor: stretches[span_of(tensor)])
+    stored = Stored(*halves)
+    assert stored.device.registered == {start: end - start}
+    stored.check()
+    stored.close()
+
+
 @pytest.mark.parametrize("first_to_close", [0, 1])
-def test_pages_shared_by_two_stores_are_counted(first_to_close: int) -> None:
-    flat = torch.randn(2 * LARGE)
-    cut = LARGE + 5  # in the middle of a page
+def test_pages_shared_by_two_stores_are_counted(first_to_close: int, tmp_path: Path) -> None:
+    tensors = file_of(tmp_path, LARGE + 5, LARGE)  # they meet in the middle of a page
     device = SimulatedDevice(copies="late", is_poisoned=True)
-    stores = [Stored(flat[:cut], device=device), Stored(flat[cut:], device=device)]
-    assert all(s.is_registered() for s in stores)
-    for stored in stores:
-        stored.check()  # the device refuses a copy that straddles two registrations
+    bindings = [BoundTensor.of("t", t) for t in tensors]
+    stretches = Stretches(device, bindings)
+    stores = [HostStore(device, stretches) for _ in tensors]
+    units = [store.add(UnitBinding([bound])) for store, bound in zip(stores, bindings, strict=True)]
+    for store in stores:
+        store.pin()
+    assert len(device.registered) == 1
+    assert all(segment.is_pinned for unit in units for segment in unit.segments)
     stores[first_to_close].close()
-    left = stores[1 - first_to_close]
-    assert left.is_registered()
-    left.check()
-    left.close()
+    assert len(device.registered) == 1, "the other still needs it"
+    stores[1 - first_to_close].close()
     assert device.registered == {}
 
 
 def test_two_stores_over_the_same_tensor() -> None:
-    parameter = nn.Parameter(torch.randn(LARGE))
+    parameter = nn.Parameter(apart(LARGE))
     device = SimulatedDevice(copies="late", is_poisoned=True)
     first, second = Stored(parameter, device=device), Stored(parameter, device=device)
     assert len(device.registered) == 1
@@ -437,43 +482,98 @@ def test_two_stores_over_the_same_tensor() -> None:
     assert device.registered == {}
 
 
-def test_a_store_in_the_middle_of_anothers_registration() -> None:
-    flat = torch.randn(4 * LARGE)
+def test_what_a_lock_has_only_a_part_of_is_gathered(tmp_path: Path) -> None:
+    first, second = file_of(tmp_path, LARGE + 5, LARGE)
     device = SimulatedDevice(copies="late", is_poisoned=True)
-    inner = Stored(flat[LARGE : 2 * LARGE], device=device)
-    outer = Stored(flat, device=device)
-    assert outer.is_registered()
-    assert len(outer.unit.segments) == 3, "cut where the inner registration begins and ends"
-    outer.check()
-    inner.close()
-    outer.check()
-    outer.close()
+    behind = Stored(second, device=device)
+    both = Stored(first, second, device=device)
+    assert behind.is_in_place()
+    assert [both.is_in_place(n) for n in range(2)] == [False, False], "a lock on both would overlap the one there is"
+    both.check()
+    both.close()
+    behind.close()
     assert device.registered == {}
 
 
-def test_no_copy_straddles_the_chunks_that_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_store, "_REGISTER_BYTES", 4 * PAGE_BYTES)
-    flat = torch.randn(LARGE + 5)
-    stored = Stored(flat[5:], torch.randn(3))
-    assert len(stored.device.registered) > 100
-    assert len(stored.unit.segments) > 100
+# ---- strangers
+
+KIB = 1024
+
+
+@pytest.mark.parametrize("num_bytes", [4 * KIB, 300 * KIB, MIB, 3 * MIB, 20 * MIB, 40 * MIB])
+@pytest.mark.parametrize("where", ["heap", "file", "apart"])
+def test_any_copy_by_user_code_works(num_bytes: int, where: str, tmp_path: Path) -> None:
+    """Strangers before and behind a weight, weights at home, and parts of them: none is `invalid argument`."""
+    sizes = [num_bytes // 4 + 5, 1000, num_bytes // 4, 77, num_bytes // 4, 400]
+    if where == "heap":
+        tensors = [on_a_heap(sizes[0]), *(torch.randn(n) for n in sizes[1:])]
+    else:
+        tensors = file_of(tmp_path, *sizes) if where == "file" else [apart(n) for n in sizes]
+    weights, strangers = [nn.Parameter(t) for t in tensors[::2]], tensors[1::2]
+    stored = Stored(*weights)
+    homes = [b.home for b in stored.binding.tensors]
+    for tensor in (*strangers, *homes, *(b.master for b in stored.binding.tensors)):
+        size = tensor.numel()
+        for part in (tensor, tensor[1:], tensor[: size // 2], tensor[size // 2 :], tensor[-1:], tensor[-1000:-3]):
+            stored.device.check_host_copy(part)
+    assert [torch.equal(h, v) for h, v in zip(homes, stored.values, strict=True)] == [True] * 3
+    ours = [h.untyped_storage() for h in homes]
+    for tensor in strangers if where == "heap" else ():
+        assert not stored.device.check_host_copy(tensor), "its pages are not locked"
+        assert tensor.untyped_storage() not in ours
     stored.check()
     stored.close()
-    assert stored.device.registered == {}
+
+
+def test_what_lies_on_a_heap_is_moved_and_handed_back_where_it_went() -> None:
+    parameter = nn.Parameter(on_a_heap(LARGE))
+    original = StorageWeakRef(parameter.untyped_storage())
+    stored = Stored(parameter)
+    assert original.expired(), "let go"
+    home = parameter.data_ptr()
+    stored.check()
+    stored.close()
+    assert parameter.data_ptr() == home, "nothing large is copied on leaving"
+    assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    again = Stored(parameter)
+    assert again.is_in_place(), "it has its pages to itself from now on"
+    again.check()
+    again.close()
+
+
+def test_a_unit_in_place_has_a_copy_for_each_tensor_and_one_for_the_rest() -> None:
+    weights = [apart(LARGE), torch.randn(9), on_a_heap(LARGE), apart(LARGE), torch.randn(5)]
+    stored = Stored(*weights)
+    assert len(stored.unit.segments) == 3
+    stored.check()
+    stored.close()
+
+
+def test_a_file_of_which_little_is_ours_is_gathered(tmp_path: Path) -> None:
+    tensors = file_of(tmp_path, LARGE, 9 * LARGE)
+    stored = Stored(tensors[0])
+    assert not stored.is_in_place(), "locking the file would make all of it memory of the process"
+    assert sum(stored.device.registered.values()) <= LARGE * 4 + PAGE_BYTES
+    stored.check()
+    stored.close()
+    last = Stored(tensors[1])
+    assert last.is_in_place()
+    assert sum(last.device.registered.values()) <= 9 * LARGE * 4 + 2 * PAGE_BYTES, "from the first of ours on"
+    last.close()
 
 
 def test_close_twice_and_without_pinning() -> None:
-    stored = Stored(torch.randn(LARGE), is_pinned=False)
+    stored = Stored(apart(LARGE), is_pinned=False)
     stored.store.close()
     stored.store.close()
-    stored = Stored(torch.randn(LARGE))
+    stored = Stored(apart(LARGE))
     stored.close()
     stored.close()
     assert stored.device.registered == {}
 
 
 def test_a_dropped_store_takes_its_locks_along() -> None:
-    stored = Stored(torch.randn(LARGE), torch.randn(4))
+    stored = Stored(apart(LARGE), torch.randn(4))
     device = stored.device
     assert device.registered
     del stored
@@ -481,20 +581,24 @@ def test_a_dropped_store_takes_its_locks_along() -> None:
     assert device.registered == {}
 
 
-def test_a_failure_in_the_middle_of_registering_takes_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_store, "_REGISTER_BYTES", MIB)
-    tensor = torch.randn(LARGE)
-    for operation in range(4):
-        stored = Stored(tensor, is_pinned=False)
-        stored.device.fail_at(operation, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            stored.store.pin()
-        assert stored.device.registered == {}
-        stored.close()
+def test_a_failure_in_the_middle_of_registering_takes_the_others_back() -> None:
+    device = SimulatedDevice()
+    bindings = [UnitBinding([BoundTensor.of("t", apart(LARGE))]) for _ in range(4)]
+    for operation in range(5):
+        store = HostStore(device, Stretches(device, [b.tensors[0] for b in bindings]))
+        for binding in bindings:  # a unit each, so neighbours stay apart
+            store.add(binding)
+        device.fail_at(operation, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt) if operation < 4 else contextlib.nullcontext():
+            store.pin()
+        assert len(device.registered) == (0 if operation < 4 else 4)
+        device.fail_at(10**9, KeyboardInterrupt())
+        store.close()
+        assert device.registered == {}
 
 
 def test_pin_works_after_a_failure() -> None:
-    stored = Stored(torch.randn(LARGE), is_pinned=False)
+    stored = Stored(apart(LARGE), is_pinned=False)
     stored.device.fail_at(0, RuntimeError("of the device"))
     with pytest.raises(RuntimeError, match="of the device"):
         stored.store.pin()
@@ -512,7 +616,7 @@ REFUSED = re.escape("of host memory was refused; those weights are copied throug
 
 def test_refused_pinning_is_said_once_and_copies_still_work() -> None:
     with pytest.warns(LayerstreamWarning, match=r"page-locking 3\.0 MiB " + REFUSED) as said:
-        stored = Stored(torch.randn(LARGE), torch.randn(8), device=SimulatedDevice(refuses_pinning=True))
+        stored = Stored(apart(LARGE), torch.randn(8), device=SimulatedDevice(refuses_pinning=True))
     assert len(said) == 1
     assert [s.is_pinned for s in stored.unit.segments] == [False] * 2
     assert (stored.store.pinned_bytes, stored.store.unpinned_bytes) == (0, stored.unit.copied_bytes)
@@ -534,69 +638,88 @@ class Limited(SimulatedDevice):
         return super().register(address, num_bytes)
 
 
-def test_pinning_refused_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_store, "_REGISTER_BYTES", MIB)
-    tensor = torch.randn(LARGE)
-    with pytest.warns(LayerstreamWarning, match=REFUSED) as said:
-        stored = Stored(tensor, device=Limited(MIB + MIB // 2))
+def test_pinning_refused_half_way() -> None:
+    device = Limited(LARGE * 4 + MIB)
+    bindings = [UnitBinding([BoundTensor.of("t", apart(LARGE))]) for _ in range(3)]
+    store = HostStore(device, Stretches(device, [b.tensors[0] for b in bindings]))
+    units = [store.add(binding) for binding in bindings]
+    with pytest.warns(LayerstreamWarning, match=r"page-locking 6\.0 MiB " + REFUSED) as said:
+        store.pin()
     assert len(said) == 1
-    assert {s.is_pinned for s in stored.unit.segments} == {True, False}
-    assert 0 < stored.store.pinned_bytes < tensor.nbytes
-    assert stored.store.pinned_bytes + stored.store.unpinned_bytes == tensor.nbytes
-    stored.check()
-    stored.close()
-    assert stored.device.registered == {}
+    assert [unit.is_pinned for unit in units] == [True, False, False]
+    assert (store.pinned_bytes, store.unpinned_bytes) == (LARGE * 4, 2 * LARGE * 4)
+    store.close()
+    assert device.registered == {}
 
 
-def test_no_room_in_the_control_group_leaves_file_pages_alone(
+# ---- how much host memory there is
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(host_store, "available_bytes", lambda: (num_bytes, "MemAvailable of the machine"))
+
+
+def test_file_pages_that_cannot_be_held_in_memory_are_refused(
     floats_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_store, "_has_room_for", lambda num_bytes: False)
-    tensor, own = mapped(floats_file, "c"), torch.randn(LARGE)
+    leave(monkeypatch, LARGE * 4)
+    tensor = mapped(floats_file, "c")
     before = anonymous_bytes(*span_of(tensor))
-    with pytest.warns(LayerstreamWarning, match=REFUSED):
-        stored = Stored(tensor, own)
-    assert not stored.is_registered(0)
-    assert stored.is_registered(1), "memory that is anonymous already costs nothing"
+    text = r"do not fit in host memory: 3\.0 MiB of them are mapped.*and 3\.0 MiB are left \(MemAvailable of the mach"
+    with pytest.raises(HostMemoryError, match=text) as caught:
+        Stored(tensor, torch.randn(3))
+    assert (caught.value.needed_bytes, caught.value.available_bytes) == (LARGE * 4, LARGE * 4)
     assert anonymous_bytes(*span_of(tensor)) == before, "not one page was written"
-    stored.check()
+    leave(monkeypatch, LARGE * 4 + MIB)
+    Stored(tensor, torch.randn(3)).close()
+
+
+def test_file_pages_that_are_in_memory_already_need_no_room(floats_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = mapped(floats_file, "c")
+    Stored(tensor).close()  # writes to all of its pages
+    leave(monkeypatch, MIB)
+    stored = Stored(tensor)
+    assert stored.is_in_place()
     stored.close()
 
 
-def test_room_is_asked_for_the_file_pages_only(floats_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(host_store, "_has_room_for", lambda num_bytes: not asked.append(num_bytes))
-    stored = Stored(mapped(floats_file, "c"), torch.randn(LARGE), torch.randn(3))
-    assert asked == [LARGE * 4]
-    stored.close()
-    Stored(torch.randn(LARGE)).close()
-    assert asked == [LARGE * 4]
+def test_memory_that_is_no_file_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(monkeypatch, 0)
+    Stored(apart(LARGE), torch.randn(3)).close()
 
 
 V1, V2 = "sys/fs/cgroup/memory/memory.", "sys/fs/cgroup/memory."
+MACHINE = {"proc/meminfo": "MemTotal: 64 kB\nMemAvailable:     8 kB\n"}
+CACHED = "file 900\nactive_file 100\ninactive_file 50\n"
 
 
 @pytest.mark.parametrize(
-    ("files", "has_room"),
+    ("files", "expected"),
     [
-        ({}, True),
-        ({f"{V2}max": "max", f"{V2}current": "5000"}, True),
-        ({f"{V2}max": "10000", f"{V2}current": "5000"}, True),
-        ({f"{V2}max": "10000\n", f"{V2}current": "8600\n"}, False),
-        ({f"{V1}limit_in_bytes": "10000", f"{V1}usage_in_bytes": "8600"}, False),
-        ({f"{V1}limit_in_bytes": "9223372036854771712", f"{V1}usage_in_bytes": "8600"}, True),
-        ({f"{V2}max": "10000", f"{V2}current": "nonsense"}, True),
-        ({f"{V2}max": "10000"}, True),
+        ({}, None),
+        (MACHINE, (8192, "MemAvailable of the machine")),
+        ({f"{V2}max": "max", f"{V2}current": "5000"}, None),
+        ({f"{V2}max": "10000\n", f"{V2}current": "8600\n"}, (1400, "the control group's memory.max")),
+        ({f"{V2}max": "10000", f"{V2}current": "8600", f"{V2}stat": CACHED}, (1550, "the control group's memory.max")),
+        (MACHINE | {f"{V2}max": "10000", f"{V2}current": "0"}, (8192, "MemAvailable of the machine")),
+        (MACHINE | {f"{V2}max": "9000", f"{V2}current": "999"}, (8001, "the control group's memory.max")),
+        ({f"{V2}max": "10000", f"{V2}current": "20000"}, (0, "the control group's memory.max")),
+        (
+            {f"{V1}limit_in_bytes": "10000", f"{V1}usage_in_bytes": "8600"},
+            (1400, "the control group's memory.limit_in_bytes"),
+        ),
+        ({f"{V2}max": "10000", f"{V2}current": "nonsense"}, None),
+        ({f"{V2}max": "10000"}, None),
     ],
 )
-def test_the_control_groups_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], has_room: bool
+def test_what_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: tuple[int, str] | None
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(host_store, "Path", lambda name: tmp_path / name.lstrip("/"))
-    assert host_store._has_room_for(1000) is has_room
+    monkeypatch.setattr(host_memory, "Path", lambda name: tmp_path / name.lstrip("/"))
+    assert host_memory.available_bytes() == expected
 
 
 # ---- ranges
@@ -606,46 +729,111 @@ SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda s:
 
 @given(SPANS)
 def test_merged_spans_are_sorted_apart_and_cover_the_same(spans: list[tuple[int, int]]) -> None:
-    merged = host_store._merged(spans)
+    merged = host_memory.merged(spans)
     assert all(a[1] < b[0] for a, b in pairwise(merged))
     assert {x for s, e in merged for x in range(s, e)} == {x for s, e in spans for x in range(s, e)}
 
 
-@given(st.integers(0, 60), st.integers(0, 30), SPANS)
-def test_pieces_cut_a_range_at_the_borders_of_locks(start: int, length: int, spans: list[tuple[int, int]]) -> None:
-    locks: list[tuple[int, int]] = []  # disjoint, and some that touch
-    for s, e in sorted(spans):
-        s = max(s, locks[-1][1] if locks else 0)
-        if s < e:
-            locks.append((s, e))
-    pieces = list(host_store._pieces(start, start + length, locks))
-    assert [x for s, e, _ in pieces for x in range(s, e)] == list(range(start, start + length))
-    for s, e, is_held in pieces:
-        holders = [lock for lock in locks if s < lock[1] and lock[0] < e]
-        assert s < e
-        assert (len(holders) == 1 and holders[0][0] <= s and e <= holders[0][1]) if is_held else holders == []
+class Refusing(SimulatedDevice):
+    """Refuses to register what begins at some pages."""
+
+    refused: frozenset[int] = frozenset()
+
+    def register(self, address: int, num_bytes: int) -> bool:
+        return address // PAGE_BYTES not in self.refused and super().register(address, num_bytes)
 
 
-def test_exact_pages_are_exact() -> None:
+@given(SPANS, SPANS, st.frozensets(st.integers(0, 60), max_size=5))
+def test_locks_are_disjoint_counted_and_hold_what_they_say(
+    first: list[tuple[int, int]], second: list[tuple[int, int]], refused: frozenset[int]
+) -> None:
+    device, locks = Refusing(), page_locks.PageLocks()
+    device.refused = refused
+    held: list[tuple[int, int]] = []
+    for spans in (first, second):
+        wanted = [(s * PAGE_BYTES, e * PAGE_BYTES) for s, e in host_memory.merged(spans)]
+        for span, lock in zip(wanted, locks.acquire(device, wanted), strict=True):
+            if lock is not None:
+                assert lock[0] <= span[0]
+                assert span[1] <= lock[1]
+                held.append(lock)
+            else:
+                assert refused or locks.overlapping(span) is not None
+    assert device.registered == {start: end - start for start, end in held}
+    while held:
+        locks.release(device, held.pop())
+        assert device.registered == {start: end - start for start, end in held}
+    assert not len(locks)
+
+
+def test_a_page_mapping_is_exact_and_lives_as_long_as_its_tensors() -> None:
     for num_bytes in (1, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1):
-        buffer = host_store._exact_pages(num_bytes)
-        assert buffer.numel() == num_bytes
-        assert buffer.data_ptr() % PAGE_BYTES == 0
-        assert buffer.untyped_storage().nbytes() == -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+        pages = PageMapping(num_bytes)
+        start, end = pages.range
+        buffer = pages.cut(0, num_bytes)
+        assert (buffer.data_ptr(), end - start) == (start, -(-num_bytes // PAGE_BYTES) * PAGE_BYTES)
+        assert buffer.untyped_storage().nbytes() == num_bytes
         assert not buffer.any()
+        del pages
+        assert MemoryMaps.read().stretch(buffer) == (start, end)
+        del buffer
+        gc.collect()
+        assert start not in host_memory._OWN
 
 
-def test_maps_know_gaps_and_what_is_private(floats_file: Path) -> None:
+def test_stretches(floats_file: Path) -> None:
+    """What can be locked as one: all of a private file mapping, a block that malloc mapped for one storage, pages of
+    our own; nothing that is shared, read-only, on a heap or unknown."""
     private, shared, read_only = (mapped(floats_file, mode) for mode in ("c", "r+", "r"))
-    own = torch.randn(LARGE)
-    maps = host_store._MemoryMaps.read()
-    assert [maps.is_private_writable(span_of(t)) for t in (private, shared, read_only, own)] == [
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert [maps.is_file(span_of(t)) for t in (private, shared, read_only, own)] == [True, True, True, False]
-    assert not maps.is_private_writable((0, 100))
-    assert not maps.is_private_writable((span_of(private)[0], 2**63)), "runs into a gap"
-    assert not host_store._MemoryMaps([]).is_private_writable(span_of(own))
+    large = mapped_by_malloc(40 * MIB)
+    maps = MemoryMaps.read()
+    start, end = maps.stretch(private) or (0, 0)
+    assert start <= span_of(private)[0] < span_of(private)[1] <= end <= start + LARGE * 4 + PAGE_BYTES
+    start, end = maps.stretch(large[1000:-1000]) or (0, 0)
+    assert start % PAGE_BYTES == end % PAGE_BYTES == 0
+    assert span_of(large)[0] - PAGE_BYTES < start < span_of(large)[0] < span_of(large)[1] <= end
+    assert end < span_of(large)[1] + 2 * PAGE_BYTES
+    own = apart(LARGE)
+    assert MemoryMaps.read().stretch(own) == (own.data_ptr(), own.data_ptr() + LARGE * 4)
+    numpys = torch.from_numpy(np.ones(10 * MIB))
+    for tensor in (shared, read_only, on_a_heap(LARGE), numpys, torch.randn(3), torch.empty(0)):
+        assert MemoryMaps.read().stretch(tensor) is None
+    assert MemoryMaps([]).stretch(large) is None
+    assert [maps.is_file(span_of(t)) for t in (private, shared, read_only, large)] == [True, False, False, False]
+
+
+def test_a_mapping_that_the_kernel_has_cut_is_one(floats_file: Path) -> None:
+    tensor = mapped(floats_file, "c")
+    start, end = span_of(tensor)
+    middle = start + 100 * PAGE_BYTES
+
+    def maps(*entries: tuple[int, int, str, str | None]) -> MemoryMaps:
+        return MemoryMaps(entries)
+
+    end = -(-end // PAGE_BYTES) * PAGE_BYTES
+    assert maps((start, middle, "rw-p", "f"), (middle, end, "rw-p", "f")).stretch(tensor) == (start, end)
+    assert maps((start, end, "rw-p", "f"), (end, end + 10, "rw-p", "f")).stretch(tensor) == (start, end + 10)
+    assert maps((start, end, "rw-p", "f"), (end, end + 10, "rw-p", "g")).stretch(tensor) == (start, end)
+    assert maps((start, middle, "rw-p", "f"), (middle, end, "r--p", "f")).stretch(tensor) is None
+    assert maps((start, middle, "rw-p", "f"), (middle + 1, end, "rw-p", "f")).stretch(tensor) is None
+    assert maps((start, middle, "rw-p", "f")).stretch(tensor) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "size"), [(0, 2), (48, 3), (48, 4), (47, 2), (48 + PAGE_BYTES, 2), (2**63, 2)], ids=str
+)
+def test_what_does_not_look_like_a_mapped_block_is_none(before: int, size: int) -> None:
+    """Of another allocator, the words before the memory say something else."""
+    pages = PageMapping(4 * PAGE_BYTES)
+    start = pages.range[0]
+    words = pages.cut(48, 16).view(torch.int64)
+
+    class Storage:
+        resizable = staticmethod(lambda: True)
+        data_ptr = staticmethod(lambda: start + 64)
+        nbytes = staticmethod(lambda: 3 * PAGE_BYTES)
+
+    words.copy_(torch.tensor([48, 4 * PAGE_BYTES - 48 | 2]))
+    assert host_memory._chunk(Storage()) == pages.range  # type: ignore[arg-type]  # as glibc writes it
+    words.copy_(torch.tensor([before - 2**64 if before >= 2**63 else before, 4 * PAGE_BYTES - 48 | size]))
+    assert host_memory._chunk(Storage()) is None  # type: ignore[arg-type]

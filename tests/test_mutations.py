@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import absent, binding, host_store, intercept, streamer, transfer
-from layerstream.simulated import SimulatedDevice
+from layerstream import binding, host_store, intercept, streamer, transfer
+from layerstream.errors import TransferError
+from layerstream.host_memory import PAGE_BYTES
+from layerstream.simulated import RaceError, SimulatedDevice
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 
@@ -33,13 +35,18 @@ def check(copies: str = "late", *, is_checked: bool = True, writes_buffer: bool 
     before = describe(model)
     device = adversary(copies=copies)
     try:
-        with layerstream.offload(model, vram_budget="min", device=device), checked(device, is_checked):
+        with layerstream.offload(model, vram_budget="min", device=device) as streaming, checked(device, is_checked):
             assert_equal(run(model), expected)
             kept = model.blocks[1].scale.detach()
             run(model)
             assert torch.equal(kept, twin_model.blocks[1].scale) or writes_buffer
+            assert streaming._streamer.gate.running is None, "a use goes on"
+            if not writes_buffer:
+                for each in (model, twin_model):
+                    each.blocks[4].scale.data += 1
+                assert torch.equal(run(model)[0], run(twin_model)[0]), "an edit is lost"
         assert seen == [truth] * len(seen)
-        assert_restored(model, before, changed=["count"])
+        assert_restored(model, before, changed=["count", "blocks.4.scale"])
         if writes_buffer:
             run(twin_model)
             assert [float(b.count) for b in model.blocks] == [float(b.count) for b in twin_model.blocks]
@@ -78,9 +85,9 @@ def no_release_event(patch: pytest.MonkeyPatch) -> None:
     def vacate(self: Any, unit: int) -> None:
         slot = self.slot_of(unit)
         slot.unit, slot.after = None, []
+        del self._loaded[unit]
         if slot.is_extra:
-            self.slots.remove(slot)
-            self._free(slot.buffer)
+            self.drop_extra(slot)
 
     patch.setattr(transfer.TransferEngine, "vacate", vacate)
 
@@ -109,22 +116,25 @@ def slot_reused_early(patch: pytest.MonkeyPatch) -> None:
 
     def use(self: Any, units: Any, **kwargs: Any) -> None:
         original(self, units, **kwargs)
-        slot = self._transfer.slot_of(units[-1])
-        others = [u for u in self._order.predict(6) if self._transfer.slot_of(u) is None]
-        if others:
-            self._transfer.vacate(units[-1])
-            self._transfer.load(others[0], slot)
+        transfer = self._transfer
+        slot = transfer.slot_of(units[-1]) if len(units) == 1 else None
+        others = [u for u in self._order.predict(6) if transfer.slot_of(u) is None and u not in transfer.own]
+        if slot in transfer.ring and others:
+            transfer.vacate(units[-1])
+            transfer.load(others[0], slot)
 
     patch.setattr(streamer.Streamer, "_use", use)
 
 
 def evicted_without_absent(patch: pytest.MonkeyPatch) -> None:
     """Parameters still point at a slot that is being loaded with another block, and nobody notices the alias."""
-    patch.setattr(transfer.Slot, "is_aliased", lambda self: False)
+    patch.setattr(transfer.Slot, "is_aliased", lambda self, num_bound=0: False)
     absent_at_first = binding.UnitBinding.absent
 
     def absent(self: Any) -> None:
-        if not self._addresses:  # when entering, as it should be
+        if self._addresses:
+            self.is_present = False
+        else:  # when entering, as it should be
             absent_at_first(self)
 
     patch.setattr(binding.UnitBinding, "absent", absent)
@@ -144,8 +154,12 @@ def hook_left_behind(patch: pytest.MonkeyPatch) -> None:
 
 
 def guard_left_behind(patch: pytest.MonkeyPatch) -> None:
-    def guard(self: Any, component: nn.Module, *args: Any, **kwargs: Any) -> None:
-        component.__dict__["_apply"] = None
+    original = intercept.Interception.guard_moves
+
+    def guard(self: Any, listener: Any, root: nn.Module, *args: Any, **kwargs: Any) -> None:
+        before = len(self._undo)
+        original(self, listener, root, *args, **kwargs)
+        del self._undo[before]
 
     patch.setattr(intercept.Interception, "guard_moves", guard)
 
@@ -153,18 +167,16 @@ def guard_left_behind(patch: pytest.MonkeyPatch) -> None:
 def wrong_class_order(patch: pytest.MonkeyPatch) -> None:
     """Data before class: the setter goes through the absent class."""
 
-    def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
-        for tensor, view in zip(tensors, data, strict=True):
-            is_absent = absent.is_absent(tensor)
+    def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor], classes: Iterable[Any]) -> None:
+        for tensor, view, cls in zip(tensors, data, classes, strict=True):
             tensor.data = view
-            if is_absent:
-                tensor.__class__ = nn.Parameter if isinstance(tensor, nn.Parameter) else torch.Tensor
+            tensor.__class__ = cls
 
     patch.setattr(binding, "make_present", make_present)
 
 
 def class_left_absent(patch: pytest.MonkeyPatch) -> None:
-    def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
+    def make_present(tensors: Iterable[torch.Tensor], data: Iterable[torch.Tensor], classes: Iterable[Any]) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             for tensor, view in zip(tensors, data, strict=True):
                 tensor.data = view
@@ -177,9 +189,10 @@ def views_of_another_layout(patch: pytest.MonkeyPatch) -> None:
 
     def views(self: Any, bound: Any, buffer: torch.Tensor) -> list[torch.Tensor]:
         found = original(self, bound, buffer)
-        number = next(i for i, b in enumerate(bound.tensors) if b.shape == (16,) and b.name.endswith("scale"))
-        other = next(i for i, b in enumerate(bound.tensors) if b.shape == (16,) and b.name.endswith("norm.bias"))
-        found[number], found[other] = found[other], found[number]
+        places = {".".join(b.name.split(".")[-2:]): i for i, b in enumerate(bound.tensors) if b.shape == (16,)}
+        if "norm.bias" in places:  # a block, no base
+            number, other = places["norm.weight"], places["norm.bias"]
+            found[number], found[other] = found[other], found[number]
         return found
 
     patch.setattr(host_store.StoredUnit, "views", views)
@@ -193,42 +206,85 @@ def device_memory_left(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(transfer.TransferEngine, "close", lambda self: None)
 
 
-@pytest.mark.parametrize(
-    "mutate",
-    [
-        missing_wait,
-        no_release_event,
-        release_too_early,
-        slot_reused_early,
-        evicted_without_absent,
-        hook_left_behind,
-        guard_left_behind,
-        wrong_class_order,
-        class_left_absent,
-        views_of_another_layout,
-        page_locks_left,
-        device_memory_left,
-    ],
-)
+def nobody_is_noticed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(streamer.Streamer, "_guard", lambda self: None)
+
+
+def what_is_lent_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(streamer.Streamer, "_settle_edits", lambda self: self.edits.lent.clear())
+
+
+def a_use_without_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(streamer.Streamer, "_go_out", lambda self: None)
+
+
+def too_few_pages_locked(patch: pytest.MonkeyPatch) -> None:
+    """A registration that ends inside a tensor."""
+    register = SimulatedDevice.register
+    patch.setattr(SimulatedDevice, "register", lambda self, start, size: register(self, start, size - PAGE_BYTES))
+
+
+# What must catch each: the exception, and words of it. A torch that swallows what a hook raises warns with its text.
+CAUGHT: dict[Mutation, tuple[type[BaseException] | tuple[type[BaseException], ...], str]] = {
+    missing_wait: (RaceError, "slot read without waiting for its load"),
+    no_release_event: ((RaceError, UserWarning), "copy into a slot does not wait for its reader"),
+    release_too_early: ((RaceError, UserWarning), "copy into a slot does not wait for its reader"),
+    slot_reused_early: (RaceError, "slot read without waiting for its load"),
+    evicted_without_absent: (RaceError, "slot read without waiting for its load"),
+    hook_left_behind: (AssertionError, " instance"),
+    guard_left_behind: (AssertionError, " instance"),
+    wrong_class_order: (RecursionError, "maximum recursion depth"),
+    class_left_absent: (RecursionError, "maximum recursion depth"),
+    views_of_another_layout: (AssertionError, "output 0 differs"),
+    page_locks_left: (AssertionError, ".registered"),
+    device_memory_left: (AssertionError, ".buffer_bytes"),
+    what_is_lent_is_forgotten: (AssertionError, "an edit is lost"),
+    a_use_without_end: (AssertionError, "a use goes on"),
+    too_few_pages_locked: (TransferError, "invalid argument"),
+}
+
+
+@pytest.mark.parametrize("mutate", CAUGHT)
 def test_caught(mutate: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, words = CAUGHT[mutate]
     with monkeypatch.context() as patch:
         mutate(patch)
-        with pytest.raises(CaughtError):
+        with pytest.raises(CaughtError) as caught:
             check()
+    assert isinstance(caught.value.__cause__, kind)
+    assert words in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("copies", ["at_once", "late", "random"])
 def test_a_lost_buffer_write_is_caught(copies: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lost_buffer_write(monkeypatch)
-    with pytest.raises(CaughtError):
+    with pytest.raises(CaughtError) as caught:
         check(copies, writes_buffer=True)
+    assert isinstance(caught.value.__cause__, AssertionError)
+    assert "output 0 differs" in str(caught.value.__cause__)
+
+
+def test_an_edit_of_a_resident_that_nobody_notices_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_kept() -> bool:
+        model = toy()
+        before = model.blocks[4].scale.detach().clone()
+        with layerstream.offload(model, vram_budget=10**8, device=adversary()):
+            for _ in range(3):
+                run(model)
+            model.blocks[4].scale.data += 1
+            run(model)
+        return torch.equal(model.blocks[4].scale, before + 1)
+
+    assert is_kept()
+    nobody_is_noticed(monkeypatch)
+    assert not is_kept()
 
 
 def test_ignored_aliases_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy()
     truth = model.blocks[1].scale.detach().clone()
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(transfer.Slot, "is_aliased", lambda self: False)
+        patch.setattr(transfer.Slot, "is_aliased", lambda self, num_bound=0: False)
         kept: list[torch.Tensor] = []
         handle = model.blocks[1].register_forward_hook(lambda m, a, o: kept.append(m.scale.detach()))
         with layerstream.offload(model, vram_budget="min", device=adversary()):
@@ -240,15 +296,17 @@ def test_ignored_aliases_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_waits_the_values_alone_give_it_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in a slot whose copy has not run: caught without the race detector too."""
     missing_wait(monkeypatch)
-    with pytest.raises(CaughtError):
+    with pytest.raises(CaughtError) as caught:
         check("late", is_checked=False)
+    assert isinstance(caught.value.__cause__, AssertionError)
+    assert "output 0 differs" in str(caught.value.__cause__)
 
 
 def test_a_copy_in_flight_at_close_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     device = adversary()
     model = toy()
     with (
-        pytest.warns(layerstream.LayerstreamWarning, match="in flight"),
+        pytest.warns(layerstream.LayerstreamWarning, match="memory given back with copy .* on its way|in flight"),
         layerstream.offload(model, vram_budget="min", device=device),
     ):
         run(model)

@@ -20,7 +20,10 @@ from layerstream.adapters import registry
 from layerstream.standins import build_tiny, repository
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "PIL", "torch._dynamo", "torch._inductor")
 REPOSITORY = ROOT / "layerstream" / "standins" / "repository"
 NOT_RUN = "<!-- not run by the tests"
@@ -202,7 +205,8 @@ def test_commands_in_the_readme_exist() -> None:
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert phony is not None
     assert set(phony[1].split()) == targets
-    options = set(re.findall(r"--[a-z-]+", code))
+    demos = [line for line in code.splitlines() if "layerstream demo" in line or line.startswith("--")]
+    options = set(re.findall(r"--[a-z-]+", "\n".join(demos)))
     help_ = subprocess.run(
         [sys.executable, "-m", "layerstream", "demo", "--help"], capture_output=True, text=True, check=True, timeout=120
     ).stdout
@@ -214,6 +218,15 @@ def test_commands_in_the_readme_exist() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_every_decision_is_in_the_index() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text()
+    titles = {page.name: page.read_text().splitlines()[0].removeprefix("# ") for page in folder.glob("2*.md")}
+    listed = {name: title for title, name in re.findall(r"^- \[(.+)\]\((.+)\)$", index, flags=re.MULTILINE)}
+    assert titles
+    assert listed == titles
 
 
 def test_every_error_is_explained() -> None:

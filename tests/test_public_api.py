@@ -22,16 +22,19 @@ NAMES = {
     "CompiledWholeError",
     "ConcurrentUseError",
     "DeviceError",
+    "HostMemoryError",
     "LayerStreamer",
     "LayerstreamError",
     "LayerstreamWarning",
     "MovedWhileStreamingError",
     "PipelineError",
     "Plan",
+    "Report",
     "Stats",
     "StreamerStateError",
     "TransferError",
     "__version__",
+    "active",
     "offload",
     "plan",
     "register_adapter",
@@ -45,6 +48,7 @@ BUILTINS = {
     "CompiledWholeError": RuntimeError,
     "ConcurrentUseError": RuntimeError,
     "DeviceError": ValueError,
+    "HostMemoryError": MemoryError,
     "MovedWhileStreamingError": RuntimeError,
     "PipelineError": TypeError,
     "StreamerStateError": RuntimeError,
@@ -66,7 +70,10 @@ def test_every_public_name_is_documented(name: str) -> None:
     assert not (thing.__doc__ or "").startswith(f"{name}(")
 
 
-@pytest.mark.parametrize("cls", [layerstream.LayerStreamer, layerstream.Adapter, layerstream.Stats])
+@pytest.mark.parametrize(
+    "cls",
+    [layerstream.LayerStreamer, layerstream.Adapter, layerstream.Plan, layerstream.Report, layerstream.Stats],
+)
 def test_every_public_method_is_documented(cls: type) -> None:
     for name, member in vars(cls).items():
         is_public = not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
@@ -84,8 +91,8 @@ def test_the_version_is_the_packages() -> None:
 @pytest.mark.parametrize("function", [layerstream.offload, layerstream.LayerStreamer.__init__])
 def test_options_are_keyword_only(function: object) -> None:
     parameters = list(inspect.signature(function).parameters.values())  # type: ignore[arg-type]
-    assert [p.name for p in parameters if p.name != "self"] == ["pipe", "vram_budget", "device"]
-    assert [p.kind for p in parameters[-2:]] == [inspect.Parameter.KEYWORD_ONLY] * 2
+    assert [p.name for p in parameters if p.name != "self"] == ["pipe", "vram_budget", "device", "call_timeout"]
+    assert [p.kind for p in parameters[-3:]] == [inspect.Parameter.KEYWORD_ONLY] * 3
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())

@@ -1,38 +1,21 @@
-"""What is printed, to the letter, and that it adds up."""
+"""The report and the lines for the log: to the letter, and that they add up."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import layerstream
 from layerstream.adapters import registry
-from layerstream.plan import Costs, Phase, Plan, make_plan
-from layerstream.report import report
+from layerstream.plan import Costs
+from layerstream.report import Report, entered_line, predicted_line, streamer_html
 from layerstream.simulated import SimulatedDevice
 from layerstream.stats import PhaseStats, Stats
-from layerstream.tables import table
 from tests.fakes import Sized
-from tests.test_plan import units_of
-
-MIB, GIB = 2**20, 2**30
-
-UNITS = units_of(
-    ("text", False, 128 * MIB, [256 * MIB] * 4),
-    ("net", True, 256 * MIB, [768 * MIB, *[512 * MIB] * 5]),
-    ("vae", False, 192 * MIB, []),
-)
-COSTS = Costs(50.0, {u.index: u.num_bytes / 1e9 * 12 for u in UNITS if u.component == "net" and u.is_block})
-
-
-def plan_of(budget: int | None, costs: Costs | None = COSTS) -> Plan:
-    phases = [Phase(("text",), False, 64 * MIB), Phase(("net",), True, 512 * MIB), Phase(("vae",), False, None)]
-    return make_plan(UNITS, phases, budget, costs=costs)
-
+from tests.html_reading import html_cells, html_text
+from tests.test_summary import COSTS, GIB, MIB, plan_of
 
 STATS = Stats(
     budget_bytes=3 * GIB,
@@ -69,61 +52,14 @@ PHASES = {
     ),
 }
 
-
-# ---- plans
-
-
-def test_a_plan() -> None:
-    assert str(plan_of(3 * GIB)).splitlines() == [
-        "budget 3.0 GiB, least 2.2 GiB, predicted peak 3.0 GiB",
-        "",
-        "component  stack   blocks  each                    placement               slots",
-        "text       base    1       128.0 MiB               1 by phase",
-        "text       layers  4       256.0 MiB               4 by phase",
-        "net        base    1       256.0 MiB               1 by phase",
-        "net        layers  6       512.0 MiB to 768.0 MiB  2 by phase, 4 streamed  2 x 512.0 MiB",
-        "vae        base    1       192.0 MiB               1 by phase",
-        "",
-        "text: 2.6 GiB of weights + 64.0 MiB beside them = 2.7 GiB",
-        "net: 2.5 GiB of weights + 512.0 MiB beside them = 3.0 GiB; 44.0 ms a pass predicted, waits-bound",
-        "vae: 192.0 MiB of weights + what it takes beside them, not measured yet",
-        "1 GiB more would take 2.1 ms off a pass of `net`",
-    ]
-
-
-def test_a_plan_of_the_least_promises_nothing() -> None:
-    """Nothing was measured, and there is no budget that could be raised."""
-    assert str(plan_of(None, None)).splitlines() == [
-        "budget the least, least 2.2 GiB, predicted peak 2.2 GiB",
-        "",
-        "component  stack   blocks  each                    placement   slots",
-        "text       base    1       128.0 MiB               1 by phase",
-        "text       layers  4       256.0 MiB               4 streamed  2 x 256.0 MiB",
-        "net        base    1       256.0 MiB               1 by phase",
-        "net        layers  6       512.0 MiB to 768.0 MiB  6 streamed  2 x 768.0 MiB",
-        "vae        base    1       192.0 MiB               1 by phase",
-        "",
-        "text: 640.0 MiB of weights + 64.0 MiB beside them = 704.0 MiB",
-        "net: 1.8 GiB of weights + 512.0 MiB beside them = 2.2 GiB",
-        "vae: 192.0 MiB of weights + what it takes beside them, not measured yet",
-    ]
-
-
-def test_a_plan_that_holds_everything_has_nothing_to_gain() -> None:
-    text = str(
-        make_plan(UNITS, [replace(p.phase, reserve_bytes=0) for p in plan_of(None).phases], 8 * GIB, costs=COSTS)
-    )
-    assert "1 GiB more" not in text
-    assert "streamed" not in text
-    assert "net        layers  6       512.0 MiB to 768.0 MiB  6 resident" in text
-    assert "; 41.9 ms a pass predicted, compute-bound" in text
+REPORT = Report.of(plan_of(3 * GIB).with_next_gib(), STATS, PHASES)
 
 
 # ---- reports
 
 
 def test_a_report() -> None:
-    assert report(plan_of(3 * GIB), STATS, PHASES).splitlines() == [
+    assert str(REPORT).splitlines() == [
         "budget 3.0 GiB; peak reserved 2.8 GiB, weights at most 2.4 GiB; 4.7 GiB page-locked in host memory",
         "43 loads, 19.0 GiB over the bus, 3 not foreseen; 12 stalls, 34.6 ms; 2 residents gave their room to another "
         "phase",
@@ -138,7 +74,7 @@ def test_a_report() -> None:
 
 
 def test_a_report_before_anything_ran() -> None:
-    assert report(plan_of(None, None), Stats(), {}).splitlines() == [
+    assert str(Report.of(plan_of(None, None), Stats(), {})).splitlines() == [
         "no budget, the least of weights; peak reserved 0 B, weights at most 0 B; 0 B page-locked in host memory",
         "0 loads, 0 B over the bus, 0 not foreseen; 0 stalls, 0.0 ms; 0 residents gave their room to another phase",
         "nothing has run yet",
@@ -146,7 +82,7 @@ def test_a_report_before_anything_ran() -> None:
 
 
 def test_only_phases_that_ran_have_a_line_and_what_is_not_known_says_so() -> None:
-    lines = report(plan_of(3 * GIB), STATS, {"vae": PhaseStats(num_passes=2)}).splitlines()
+    lines = str(Report.of(plan_of(3 * GIB), STATS, {"vae": PhaseStats(num_passes=2)})).splitlines()
     assert lines[3:5] == [
         "phase  passes  loaded  stalls      beside weights  peak reserved  predicted pass",
         "vae    2       0 B     0 (0.0 ms)  not measured    0 B",
@@ -156,43 +92,133 @@ def test_only_phases_that_ran_have_a_line_and_what_is_not_known_says_so() -> Non
 def test_waits_for_what_is_no_block() -> None:
     """A base is named itself, a stack by the sum of its blocks; what a pause took away has no name any more."""
     waited = PhaseStats(stall_ms=100.0, stall_ms_by_unit={0: 35.0, 1: 40.0, 2: 20.0, 99: 5.0})
-    assert report(plan_of(3 * GIB), STATS, {"text": waited}).splitlines()[5:-1] == [
+    assert str(Report.of(plan_of(3 * GIB), STATS, {"text": waited})).splitlines()[5:] == [
         "`text` waited 60.0 ms for `text.layers`, 35.0 ms for `text (base)`; longest for `text.layers.0`, 40.0 ms"
     ]
 
 
 def test_waits_for_nothing_that_has_a_name_are_no_line() -> None:
     lost = PhaseStats(stall_ms=5.0, stall_ms_by_unit={99: 5.0})
-    assert not any(line.endswith("waited ") for line in report(plan_of(3 * GIB), STATS, {"text": lost}).splitlines())
+    assert "waited" not in str(Report.of(plan_of(3 * GIB), STATS, {"text": lost}))
 
 
-# ---- what the next GiB would buy
+def test_a_report_in_a_terminal_is_its_text() -> None:
+    assert repr(REPORT) == str(REPORT)
 
 
-@pytest.mark.parametrize(("gib", "gain_ms"), [(2.5, 12.9), (3.0, 2.1), (3.5, None), (6, None)])
-def test_one_gib_more(gib: float, gain_ms: float | None) -> None:
-    """The difference to the plan with that GiB, in both texts alike; less than 0.05 ms is not worth a line."""
-    plan = plan_of(int(gib * GIB))
-    more = plan_of(int((gib + 1) * GIB)).phase_of("net").prediction
-    now = plan.phase_of("net").prediction
-    assert now is not None
-    assert more is not None
-    gain = now.ms_per_pass - more.ms_per_pass
+def test_a_report_does_not_change_when_the_counters_go_on() -> None:
+    stats, phases = Stats(num_loads=1), {"net": PhaseStats(num_passes=1, stall_ms=3.0, stall_ms_by_unit={6: 3.0})}
+    report = Report.of(plan_of(3 * GIB), stats, phases)
+    before = str(report), report.as_dict()
+    stats.num_loads = 2
+    phases["net"].num_passes = 2
+    phases["net"].stall_ms_by_unit[6] = 9.0
+    assert (str(report), report.as_dict()) == before
+
+
+def test_a_report_as_plain_values() -> None:
+    values = REPORT.as_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["stats"] == STATS.as_dict()
+    assert [phase["name"] for phase in values["phases"]] == ["text", "net"]
+    net = values["phases"][1]
+    assert {name: net[name] for name in ("num_passes", "num_loads", "loaded_bytes", "num_stalls", "stall_ms")} == {
+        "num_passes": 4,
+        "num_loads": 38,
+        "loaded_bytes": 18 * GIB,
+        "num_stalls": 10,
+        "stall_ms": 30.5,
+    }
+    assert net["stall_ms_by_unit"] == {"net (base)": 0.5, "net.layers.0": 20.0, "net.layers.2": 10.0}
+    assert net["stall_ms_by_stack"] == {"net (base)": 0.5, "net.layers": 30.0}
+    assert (round(net["predicted_ms_per_pass"], 1), net["predicted_bound"]) == (44.0, "waits")
+    assert values["phases"][0]["predicted_ms_per_pass"] is None
+    assert {name: round(ms, 1) for name, ms in values["next_gib_ms"].items()} == {"net": 2.1}
+
+
+def test_a_report_as_html_has_what_the_text_has() -> None:
+    html = REPORT._repr_html_()
+    assert html_cells(html) == [list(REPORT.phases[i].cells()) for i in range(2)]
+    told = html_text(html)
+    for line in str(REPORT).splitlines():
+        for part in line.replace("`", "").split("  "):
+            assert part.strip() in told
+
+
+def test_a_report_escapes_names() -> None:
+    report = Report.of(plan_of(3 * GIB), STATS, {"<b>": PhaseStats(num_passes=1)})
+    assert "<b>" not in report._repr_html_()
+    assert html_cells(report._repr_html_())[0][0] == "<b>"
+
+
+def test_no_limit_is_said_as_such() -> None:
+    """A simulated device without a size would have had a budget of 993.3 TiB."""
+    unlimited = Stats(budget_bytes=round(0.97 * SimulatedDevice().total_bytes()))
+    assert str(Report.of(plan_of(3 * GIB), unlimited, {})).startswith("no memory limit; peak reserved 0 B")
+
+
+@pytest.mark.parametrize("gib", [2.5, 3.0, 3.5, 6])
+def test_a_report_and_its_plan_say_the_same_of_the_next_gib(gib: float) -> None:
+    plan = plan_of(int(gib * GIB)).with_next_gib()
     told = [line for line in str(plan).splitlines() if line.startswith("1 GiB more")]
-    assert told == [line for line in report(plan, STATS, PHASES).splitlines() if line.startswith("1 GiB more")]
-    assert told == ([] if gain < 0.05 else [f"1 GiB more would take {gain:.1f} ms off a pass of `net`"])
-    assert (gain_ms is None and gain < 0.05) or gain == pytest.approx(gain_ms, abs=0.05)
+    assert told == [line for line in str(Report.of(plan, STATS, PHASES)).splitlines() if line.startswith("1 GiB more")]
+    assert len(told) == (gib < 3.5)
 
 
-def test_nothing_is_promised_that_was_not_measured() -> None:
+def test_nothing_is_reported_that_was_not_predicted() -> None:
     """Assumed speeds are good enough to plan with, and not to print."""
     partly = Costs(50.0, dict(list(COSTS.compute_ms.items())[1:]))
     for costs in (None, partly):
-        plan = plan_of(3 * GIB, costs)
-        for text in (str(plan), report(plan, STATS, PHASES)):
-            assert "1 GiB more" not in text
-            assert "predicted, " not in text
-            assert " ms, " not in text.split("predicted pass")[-1].split("waited")[0]
+        report = Report.of(plan_of(3 * GIB, costs).with_next_gib(), STATS, PHASES)
+        assert [phase.cells()[-1] for phase in report.phases] == ["", ""]
+        assert report.next_gib_ms == {}
+
+
+# ---- streamers in notebooks
+
+
+def test_a_streamer_as_html_has_its_state_its_plan_and_its_report() -> None:
+    plan = plan_of(3 * GIB)
+    html = streamer_html("LayerStreamer(active, `net` <1>)", plan, REPORT)
+    assert "active, net <1>" in html_text(html)
+    assert html_cells(html) == html_cells(plan._repr_html_()) + html_cells(REPORT._repr_html_())
+    empty = streamer_html("", plan, Report.of(plan, STATS, {}))
+    assert html_cells(empty) == html_cells(plan._repr_html_())
+    assert "report" not in html_text(empty)
+
+
+# ---- lines for the log
+
+
+def test_the_line_of_entering_before_anything_was_measured() -> None:
+    stats = Stats(pinned_bytes=4800 * MIB, enter_s=0.84)
+    new = plan_of(3 * GIB, None, reserves=(None, None, None))
+    assert entered_line(new, stats) == (
+        "budget 3.0 GiB: 4 of 4 blocks of `text` (1.0 GiB), 6 of 6 blocks of `net` (3.2 GiB) stream; 576.0 MiB of "
+        "weights stay while in use; 4.7 GiB page-locked, ready after 0.8 s; more stays once activations have been "
+        "measured"
+    )
+    least = plan_of(None, None, reserves=(None, None, None))
+    assert entered_line(least, stats).endswith("; 4.7 GiB page-locked, ready after 0.8 s"), "no more will stay"
+
+
+def test_the_line_of_entering_with_what_was_measured_before() -> None:
+    stats = Stats(pinned_bytes=GIB, enter_s=1.26)
+    line = entered_line(plan_of(3 * GIB, reserves=(0, 512 * MIB, 0)), stats)
+    assert "4 of 6 blocks of `net` (2.0 GiB) stream; " in line
+    assert line.endswith("; 1.0 GiB page-locked, ready after 1.3 s; predicted: 0.044 s a pass of `net` (waits-bound)")
+    assert "nothing streams; 4.8 GiB of weights" in entered_line(plan_of(9 * GIB, reserves=(0, 0, 0)), stats)
+
+
+def test_the_line_of_predictions() -> None:
+    assert predicted_line(plan_of(3 * GIB, None)) is None
+    plan = plan_of(3 * GIB)
+    assert predicted_line(plan) == "predicted: 0.044 s a pass of `net` (waits-bound)"
+    assert predicted_line(plan.with_next_gib()) == (
+        "predicted: 0.044 s a pass of `net` (waits-bound); 1 GiB more would take 2.1 ms off a pass of `net`"
+    )
+    fast = Costs(5e4, {u: ms / 1000 for u, ms in COSTS.compute_ms.items()})
+    assert predicted_line(plan_of(3 * GIB, fast)) == "predicted: under a millisecond a pass of `net` (waits-bound)"
 
 
 # ---- against the engine
@@ -222,7 +248,7 @@ def test_phases_add_up_to_the_whole() -> None:
                 for _ in range(6):
                     pipe["net"](x)
                 pipe["vae"](x)
-            text = streamer.report()
+            text = str(streamer.report())
             stats, phases = streamer.stats(), streamer._last.phase_stats
     finally:
         registry._REGISTERED.clear()
@@ -238,7 +264,28 @@ def test_phases_add_up_to_the_whole() -> None:
     for name, phase in phases.items():
         assert any(line.split()[:2] == [name, str(phase.num_passes)] for line in text.splitlines())
     # It can still be asked when all is over, and says the same of what has happened.
-    assert streamer.report() == text
+    assert str(streamer.report()) == text
+
+
+def test_a_streamer_in_a_notebook() -> None:
+    """Before, while and after it streams; what it displays plans nothing."""
+    device = SimulatedDevice(link_gb_per_s=5e-4)
+    pipe = {"<b>": Sized(device, [1024] * 8)}
+    streamer = layerstream.offload(pipe, vram_budget=6_000, device=device)
+    assert html_text(streamer._repr_html_()) == repr(streamer) == "LayerStreamer(not started, vram_budget=6000)"
+    with streamer, torch.no_grad():
+        assert html_cells(streamer._repr_html_()) == html_cells(streamer._last.plan._repr_html_())
+        for _ in range(8):
+            pipe["<b>"](torch.zeros(1, 8))
+        html = streamer._repr_html_()
+        assert "1 GiB more" not in html_text(html), "nobody has asked yet"
+        plan, report = streamer.plan, streamer.report()
+        html = streamer._repr_html_()
+        assert "1 GiB more would take" in html_text(html)
+    assert html_cells(html) == html_cells(plan._repr_html_()) + html_cells(report._repr_html_())
+    assert html_text(html).startswith("LayerStreamer(active, budget 5.9 KiB: ")
+    assert "<b>" not in html
+    assert html_text(streamer._repr_html_()).startswith("LayerStreamer(closed, budget 5.9 KiB: ")
 
 
 def test_components_that_share_a_phase_keep_what_they_did_alone_in_the_report() -> None:
@@ -250,40 +297,9 @@ def test_components_that_share_a_phase_keep_what_they_did_alone_in_the_report() 
         for _ in range(5):
             pipe["control"](x)
             pipe["net"](x)
-        text, phases = streamer.report(), streamer._last.phase_stats
+        text, phases = str(streamer.report()), streamer._last.phase_stats
     assert {"net", "control", "net + control"} == set(phases)
     assert [phase.num_passes for phase in phases.values()] == [2, 1, 7]
     cells = [line.split("  ") for line in text.splitlines()]
     rows = {row[0]: next(cell.strip() for cell in row[1:] if cell) for row in cells if len(row) > 4}
     assert rows == {"phase": "passes"} | {name: str(phase.num_passes) for name, phase in phases.items()}
-
-
-# ---- tables
-
-
-def test_columns_are_as_wide_as_their_widest_cell() -> None:
-    assert table(["a", "long header", "c"], [["wide cell", "1", ""], ["", "", "last"]]).split("\n") == [
-        "a          long header  c",
-        "wide cell  1",
-        "                        last",
-    ]
-    assert table(["only", "headers"], []) == "only  headers"
-
-
-cells = st.text(
-    st.characters(codec="ascii", exclude_characters=" \n\r\t\x0b\x0c\x1c\x1d\x1e\x1f"), min_size=1, max_size=9
-)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(cells, min_size=n, max_size=n), min_size=1, max_size=6)))
-def test_a_table_can_be_read_back(rows: list[list[str]]) -> None:
-    headers, *rest = rows
-    lines = table(headers, rest).split("\n")
-    assert [line.split() for line in lines] == rows
-    assert all(line == line.rstrip() for line in lines)
-
-
-def test_a_row_of_another_length_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="shorter|longer"):
-        table(["a", "b"], [["1", "2", "3"]])

@@ -17,8 +17,15 @@ from layerstream.simulated import SimulatedDevice
 from tests.fakes import Toy, adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
 
 
-def offloaded(model: nn.Module, device: SimulatedDevice, *, slots: int | None = None, budget: int | str = "min"):
-    streamer = layerstream.offload(model, vram_budget=budget, device=device)
+def offloaded(
+    model: nn.Module,
+    device: SimulatedDevice,
+    *,
+    slots: int | None = None,
+    budget: int | str = "min",
+    call_timeout: float | None = None,
+):
+    streamer = layerstream.offload(model, vram_budget=budget, device=device, call_timeout=call_timeout)
     streamer._num_slots = slots
     return streamer
 
@@ -549,19 +556,24 @@ def test_a_second_thread_is_refused() -> None:
             except layerstream.ConcurrentUseError as exc:
                 errors.append(exc)
 
-    with offloaded(model, adversary()) as streamer:
+    with offloaded(model, adversary(), call_timeout=0) as streamer:
         first = threading.Thread(target=lambda: results.extend(run(model, 1)), name="first")
         first.start()
         assert inside.wait(10)
         other = threading.Thread(target=second, name="second")
         other.start()
         other.join()
-        with pytest.raises(layerstream.ConcurrentUseError):
-            streamer.close()
+        closer = threading.Thread(target=streamer.close)
+        closer.start()
+        closer.join(0.05)
+        assert streamer.is_active, "a forward goes on"
         go_on.set()
+        closer.join()
+        assert not streamer.is_active
         first.join()
         handle.remove()
         assert_equal(results, run(resident, 1))
+        streamer.start()
         assert_equal(run(model), run(resident))
     assert len(errors) == 3
     assert "'second'" in str(errors[0])

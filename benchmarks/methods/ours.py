@@ -27,7 +27,7 @@ def _apply(setup: Setup) -> None:
             "predicted_ms_per_pass": round(predicted[0].ms_per_pass, 3) if predicted else None,
             "predicted_bound": predicted[0].bound if predicted else None,
             "plan": str(streamer),
-            "report": streamer.report(),
+            "report": str(streamer.report()),
         }
 
     setup.tell = tell

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import host_store, units
+from layerstream import page_locks, units
 from layerstream.device import CudaDevice
+from layerstream.host_memory import PageMapping
 from layerstream.standins import TINY_PIPELINES, build_tiny, run_tiny
 from tests.fakes import assert_equal, assert_restored, describe, toy, toy_input
 
@@ -35,7 +36,7 @@ def memory_comes_back(request: pytest.FixtureRequest) -> Iterator[None]:
     # Some models of diffusers keep tables that their forwards made in an lru_cache of the class.
     slack = 2**20 if "tiny_pipelines" in request.node.name else 0
     assert torch.cuda.memory_allocated() <= before + slack
-    assert not host_store._REAL_LOCKS or not len(host_store._REAL_LOCKS[0])
+    assert not len(page_locks._REAL)
 
 
 class Wide(nn.Module):
@@ -292,8 +293,8 @@ def test_out_of_memory_in_the_middle_of_a_call() -> None:
 
 def test_refused_pinning_leaves_no_error_behind() -> None:
     device = CudaDevice(torch.device("cuda", 0))
-    pages = host_store._exact_pages(2**21)
-    address = pages.data_ptr()
+    pages = PageMapping(2**21)
+    address = pages.range[0]
     assert device.register(address, 2**21)
     assert not device.register(address, 2**21)  # registered already: refused by the driver
     assert float(torch.ones(4, device="cuda").sum()) == 4.0

@@ -1,0 +1,316 @@
+"""Edits of weights between calls take effect and stay, however they are made, as on a resident model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import layerstream
+from layerstream import edits as module_of_edits
+from layerstream.absent import is_absent
+from tests.fakes import Toy, adversary, assert_equal, run, toy, twin
+
+BUDGETS: dict[str, int | str] = {"streamed": "min", "everything fits": 10**8, "some stay": 60_000}
+Edit = Callable[[Toy], object]
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(-1, 1, tensor[:2].numel()).reshape(tensor[:2].shape)
+
+
+def _each(edit: Callable[[torch.Tensor], object]) -> Edit:
+    """One weight of a block, one of the base, and a buffer."""
+
+    def apply(model: Toy) -> None:
+        for tensor in (model.blocks[1].up.weight, model.blocks[4].scale, model.head.weight, model.blocks[2].mask):
+            edit(tensor)
+
+    return apply
+
+
+def add(t: torch.Tensor) -> torch.Tensor:
+    return t.add_(1) if t.is_floating_point() else t.logical_not_()
+
+
+def by_row(t: torch.Tensor) -> None:
+    t.data[0] = t.data[-1].clone()
+    t.data[1:2].copy_(t.data[-1:].clone())
+
+
+def by_numpy(t: torch.Tensor) -> None:
+    array = t.detach().numpy()
+    array[...] = np.roll(array, 1)
+
+
+def by_pointing(t: torch.Tensor) -> None:
+    t.data = add(t.data.clone())
+
+
+def by_counted(t: torch.Tensor) -> None:
+    with torch.no_grad():
+        add(t)
+
+
+def by_addition(t: torch.Tensor) -> None:
+    if t.is_floating_point():
+        t.data += 0.5
+    else:
+        t.data ^= True
+
+
+def by_storage(t: torch.Tensor) -> None:
+    flat = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage(), t.storage_offset(), t.size(), t.stride())
+    add(flat)
+
+
+def by_dlpack(t: torch.Tensor) -> None:
+    add(torch.from_dlpack(t.detach()))
+
+
+EDITS: dict[str, Edit] = {
+    "weight.data.copy_": _each(lambda t: t.data.copy_(add(t.data.clone()))),
+    "weight.data += delta": _each(by_addition),
+    "weight.data[i] = row": _each(by_row),
+    "a view of weight.detach()": _each(lambda t: add(t.detach().view(-1)[: t.numel() // 2])),
+    "numpy": _each(by_numpy),
+    "weight.data = other": _each(by_pointing),
+    "weight.add_ under no_grad": _each(by_counted),
+    "its storage": _each(by_storage),
+    "dlpack": _each(lambda t: by_dlpack(t) if t.dtype is not torch.bool else by_counted(t)),
+    "every weight of the model": lambda m: [p.data.mul_(1.5) for p in m.parameters() if p.numel()],
+}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_between_calls_takes_effect_and_stays(name: str, budget: str) -> None:
+    resident, model = toy(), toy()
+    before = run(resident)
+    edit = EDITS[name]
+    device = adversary()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=device) as streamer, device.checking():
+        for _ in range(3):
+            assert_equal(run(model), run(resident))
+        for model_of in (resident, model):
+            edit(model_of)
+        for _ in range(2):
+            assert_equal(run(model), run(resident))
+        for model_of in (resident, model):
+            edit(model_of)  # nothing runs between this one and leaving
+        assert streamer.stats().num_written_back > 0
+    for (path, mine), (_, its) in zip(model.named_parameters(), resident.named_parameters(), strict=True):
+        assert torch.equal(mine, its), path
+    for (path, mine), (_, its) in zip(model.named_buffers(), resident.named_buffers(), strict=True):
+        assert torch.equal(mine, its), path
+    assert_equal(run(model), run(resident))
+    assert not torch.equal(run(model)[0], before[0])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_reading_changes_nothing(budget: str) -> None:
+    model = toy()
+    expected = run(twin(model))
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()) as streamer:
+        for _ in range(3):
+            run(model)
+            for tensor in [*model.parameters(), *model.buffers()]:
+                tensor.detach().clone()
+                repr(tensor.data)
+            assert_equal(run(model), expected)
+        assert streamer.stats().num_written_back == 0
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(
+    "kind", ["data", "view", "numpy", "state_dict", "numpy of a state_dict", "data of a state_dict"]
+)
+def test_what_was_read_once_is_written_to_much_later(kind: str, budget: str) -> None:
+    """Calls in between: the unit has left the memory that is written to."""
+
+    def get(model: Toy) -> Any:
+        name = "blocks.3.up.weight"
+        tensor = model.state_dict()[name] if "state_dict" in kind else model.get_parameter(name)
+        if kind == "view":
+            return tensor.detach()[1:]
+        if kind.startswith("numpy"):
+            return tensor.detach().numpy()
+        return tensor if kind == "state_dict" else tensor.data
+
+    resident, model = toy(), toy()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        kept = [get(each) for each in (model, resident)]
+        for number in range(4):
+            assert_equal(run(model), run(resident))
+            assert_equal(run(model), run(resident))
+            for each in kept:
+                each[0] = number
+        assert torch.equal(torch.as_tensor(kept[0]), torch.as_tensor(kept[1]))
+    assert_equal(run(model), run(resident))
+    assert torch.equal(model.blocks[3].up.weight, resident.blocks[3].up.weight)
+
+
+def test_what_is_kept_sees_what_a_forward_writes() -> None:
+    """As a view of a resident weight does; and it does not bring back what was there before."""
+    resident, model = toy(writes_buffer=True), toy(writes_buffer=True)
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        kept = [each.blocks[1].count.data for each in (model, resident)]
+        for _ in range(3):
+            assert_equal(run(model), run(resident))
+            run(model.blocks[0], make_input=lambda n: torch.ones(2, 16))
+            run(resident.blocks[0], make_input=lambda n: torch.ones(2, 16))
+        assert torch.equal(*kept)
+        kept[0] += 10
+        kept[1] += 10
+        assert_equal(run(model), run(resident))
+    assert float(model.blocks[1].count) == float(resident.blocks[1].count)
+
+
+@pytest.mark.parametrize("kind", ["data", "state_dict"])
+def test_what_is_kept_stays_tied_through_a_pause(kind: str) -> None:
+    resident, model = toy(), toy()
+    state = {name: torch.full_like(t, 0.25) for name, t in resident.state_dict().items() if "blocks.3" in name}
+
+    def get(each: Toy) -> torch.Tensor:
+        return each.state_dict()["blocks.3.scale"] if kind == "state_dict" else each.blocks[3].scale.data
+
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        kept = [get(each) for each in (model, resident)]
+        run(model)
+        kept[0][0], kept[1][0] = 7, 7
+        for each in (model, resident):
+            each.load_state_dict(state, strict=False)
+        assert_equal(run(model), run(resident))
+        kept[0][1], kept[1][1] = 9, 9
+        assert_equal(run(model), run(resident))
+    assert torch.equal(model.blocks[3].scale, resident.blocks[3].scale)
+
+
+def test_an_edit_in_a_callback_between_two_passes_takes_effect() -> None:
+    """Inside a pipeline's call, between two calls of its components."""
+    from layerstream.standins import build_tiny, run_tiny
+
+    def edit(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        for block in pipe.transformer.transformer_blocks:
+            block.attn.to_q.weight.data.mul_(1.5)
+        return kwargs
+
+    resident, pipe = build_tiny("sd3"), build_tiny("sd3")
+    plain = run_tiny(resident, "sd3")
+    expected = run_tiny(resident, "sd3", callback_on_step_end=edit)
+    assert not torch.equal(plain, expected)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()):
+        assert torch.equal(run_tiny(pipe, "sd3", callback_on_step_end=edit), expected)
+        assert torch.equal(run_tiny(pipe, "sd3"), run_tiny(resident, "sd3"))
+    assert torch.equal(run_tiny(pipe, "sd3"), run_tiny(resident, "sd3"))
+
+
+def test_an_edit_of_what_a_hook_kept_inside_a_forward() -> None:
+    resident, model = toy(), toy()
+    kept: dict[Toy, torch.Tensor] = {}
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        for each in (model, resident):
+            hook = each.blocks[2].up.register_forward_hook(
+                lambda m, a, o, each=each: kept.update({each: m.weight.data})
+            )
+            run(each)
+            hook.remove()
+        run(model), run(resident)
+        for view in kept.values():
+            view.zero_()
+        assert_equal(run(model), run(resident))
+    assert not model.blocks[2].up.weight.any()
+
+
+def test_tied_weights_stay_tied_when_one_is_edited() -> None:
+    def tied() -> Toy:
+        model = toy()
+        model.blocks[4].up.weight = model.blocks[1].up.weight
+        model.blocks[5].scale = nn.Parameter(model.blocks[2].scale.data)
+        return model
+
+    resident, model = tied(), tied()
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        for each in (resident, model):
+            each.blocks[4].up.weight.data[0] = 3.0
+            each.blocks[5].scale.data[1] = 5.0
+        assert_equal(run(model), run(resident))
+    assert model.blocks[4].up.weight is model.blocks[1].up.weight
+    assert float(model.blocks[2].scale.detach()[1]) == float(model.blocks[5].scale.detach()[1]) == 5.0
+
+
+def test_a_layer_merged_into_all_blocks_one_after_the_other() -> None:
+    """As tutorials merge LoRA weights; many more units than there are slots."""
+    resident, model = toy(num_blocks=12), toy(num_blocks=12)
+    generator = torch.Generator().manual_seed(0)
+    with layerstream.offload(model, vram_budget="min", device=adversary()) as streamer:
+        run(model)
+        for mine, its in zip(model.blocks, resident.blocks, strict=True):
+            delta = torch.randn(mine.up.weight.shape, generator=generator)
+            for block in (mine, its):
+                block.up.weight.data += delta
+        assert_equal(run(model), run(resident))
+        assert streamer.stats().num_written_back == 12
+        assert_equal(run(model), run(resident))
+        assert streamer.stats().num_written_back == 12
+    for mine, its in zip(model.parameters(), resident.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_weights_are_guarded_while_no_call_runs_and_plain_while_one_does() -> None:
+    model = toy()
+    inside: list[bool] = []
+    model.blocks[3].register_forward_hook(lambda *a: inside.append(any(map(is_absent, model.parameters()))))
+    with layerstream.offload(model, vram_budget=10**8, device=adversary()):
+        for _ in range(4):
+            run(model)
+        assert inside[-1] is False
+        assert all(map(is_absent, [*model.parameters(), *model.buffers()]))
+        assert model.blocks[0].up.weight.shape == (32, 16)
+        assert all(map(is_absent, model.parameters())), "shapes are answered"
+
+
+def test_nothing_is_remembered_of_what_nobody_holds() -> None:
+    model = toy()
+    with layerstream.offload(model, vram_budget="min", device=adversary()) as streamer:
+        edits = streamer._streamer.edits
+        kept = [p.data for p in model.parameters()]
+        state = model.state_dict()
+        run(model)
+        assert edits._kept
+        assert edits._entries
+        kept.clear()
+        state.clear()
+        gc.collect()
+        run(model)
+        assert not edits
+
+
+def test_large_ones_are_compared_once_a_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_of_edits, "_SMALL_BYTES", 0)
+    resident, model = toy(), toy()
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        kept = [each.blocks[3].scale.data for each in (model, resident)]
+        with pytest.warns(layerstream.LayerstreamWarning, match="64 B of tensors .* are still held") as told:
+            run(model)
+        for number in range(3):
+            for each in kept:
+                each[0] = number
+            assert_equal(run(model), run(resident))
+        assert len(told) == 1
+    assert_equal(run(model), run(resident))
+
+
+def test_an_edit_that_changes_the_shape_is_refused_with_words() -> None:
+    model = toy()
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        model.blocks[1].scale.data = torch.zeros(3)
+        with pytest.raises(layerstream.StreamerStateError, match=r"`Toy.blocks.1.scale` was changed from .* \[16\] to"):
+            run(model)
+        model.blocks[1].scale.data = torch.ones(16)
+        run(model)

@@ -71,7 +71,8 @@ def test_tests_of_other_pipelines_are_left_out(tmp_path: Path) -> None:
     [
         ("..s [100%]\n= 2 passed, 1 skipped, 4 deselected, 5 warnings in 3.20s (0:00:03) =", 0, "2 passed, 1 skipped"),
         (
-            "FAILED tests/test_a.py::test_b[x-min] - ValueError: 1\nERROR tests/test_a.py::test_c[x|y]\n"
+            "FAILED tests/test_a.py::test_b[x-min] - ValueError: 1\nERROR tests/test_a.py::test_b[x-min]\n"
+            "ERROR tests/test_a.py::test_c[x|y]\n"
             "1 failed, 2 passed, 1 error in 3s",
             1,
             "1 failed, 2 passed, 1 error: `test_b[x-min]`, `test_c[x\\|y]`",

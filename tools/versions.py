@@ -35,6 +35,7 @@ TESTS = (
     "tests/test_simulated.py",
     "tests/test_host_store.py",
     "tests/test_calls.py",
+    "tests/test_edits.py",
     "tests/test_changes.py",
     "tests/test_changes_lora.py",
     "tests/test_cli.py",
@@ -46,12 +47,12 @@ TESTS = (
     "tests/test_entry_points.py::test_skipped_layers",
     "tests/test_entry_points.py::test_weights_read_between_calls",
 )
-# Of those: budgets and sizes, which are counted alike whatever the versions, and take long.
+# Of those: budgets, sizes and a check of the tests themselves, which are alike whatever the versions, and take long.
 NOT_TESTS = (
     "tests/test_pipelines.py::test_the_budget_holds",
     "tests/test_pipelines.py::test_any_budget_any_sizes_in_one_context",
     "tests/test_changes.py::test_a_change_that_does_not_fit_the_budget_ends_streaming",
-    "tests/test_host_store.py::test_the_control_groups_limit",
+    "tests/test_public_api.py::test_the_import_check_can_fail",
 )
 # Of tests that run once for each tiny pipeline: these, one of each kind of denoiser.
 PIPELINES = ("sd3", "flux", "qwen_image", "wan22", "sdxl_img2img", "pixart")
@@ -59,11 +60,11 @@ TOOLS = ("pytest", "pytest-timeout", "hypothesis", "psutil")
 HEAD = """# Versions
 
 `make versions` runs the quick part of the tests in an environment for each row and writes this page. The part takes
-what differs between versions, namely how modules, tensors and hooks behave: binding, absent tensors, compiling, whole
-calls, changes while streaming, parts that are called directly, and of the tests that run for each pipeline those of
-{pipelines}. Warnings of other versions' own code are no errors there. A
-pipeline that a version does not have yet is skipped. No row uses a GPU: the tests run on the simulated device, whatever
-build of torch pip takes. `make test` runs everything with the versions of `constraints.txt`.
+what differs between versions, namely how modules, tensors and hooks behave: binding, absent tensors, host memory,
+compiling, whole calls, changes and edits while streaming, parts that are called directly, and of the tests that run for
+each pipeline those of {pipelines}. Warnings of other versions' own
+code are no errors there. A pipeline that a version does not have yet is skipped. No row uses a GPU: the tests run on the
+simulated device, whatever build of torch pip takes. `make test` runs everything with the versions of `constraints.txt`.
 
 | set | Python | torch | diffusers | transformers | peft | result | date |
 |---|---|---|---|---|---|---|---|
@@ -208,7 +209,7 @@ def result_of(printed: str, code: int) -> str:
     counts = re.findall(r"\d+ (?:passed|failed|skipped|xfailed|xpassed|errors?)\b", lines[-1] if lines else "")
     if not counts or code not in (0, 1):
         return f"stopped with exit code {code}"
-    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", printed, flags=re.MULTILINE)
+    failed = dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", printed, flags=re.MULTILINE))
     named = ", ".join(f"`{test}`" for test in failed).replace("|", r"\|")  # a bar would end the cell
     return ", ".join(counts) + (f": {named}" if named else "")
 

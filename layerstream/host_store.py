@@ -298,8 +298,8 @@ class HostStore:
         del large
         for bound, master in zip(gathered, masters, strict=True):
             # An original that is held elsewhere is not freed by letting it go, and handing it back keeps the tie.
-            # One of other strides is handed back because its strides are part of what is restored.
-            is_kept = not bound.is_dense or _is_held_elsewhere(bound)
+            # One of other strides, or in shared memory, is handed back because that is part of what is restored.
+            is_kept = not bound.is_dense or bound.home.is_shared() or _is_held_elsewhere(bound)
             binding.rehome(bound, master, keeps_home=is_kept, is_handed_back=bound.num_bytes >= IN_PLACE_LEAST_BYTES)
         if size >= IN_PLACE_LEAST_BYTES:
             trim_heap()  # whose fragments would keep what was let go

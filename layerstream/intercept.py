@@ -252,11 +252,13 @@ class _Guarded:
         if not self.is_named_apart:
             return False
         try:
-            # A tensor without bytes cannot be copied, to the host either: only what leaves it where it is works.
+            # A tensor without bytes cannot be copied, to the host either; what else cannot be done with it is no move.
             for dtype in dtypes:
                 fn(torch.empty(1, dtype=dtype, device="meta"))
         except NotImplementedError:
             return True
+        except Exception:
+            return False
         return False
 
     def probe(self, dtype: torch.dtype, dim: int) -> torch.Tensor:

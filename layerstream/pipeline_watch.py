@@ -178,10 +178,15 @@ class PipelineWatch:
         registry = getattr(sys.modules.get("diffusers.hooks.hooks"), "HookRegistry", None)
         if registry is not None:
             self._patch(registry, "register_hook", _around_register_hook)
-        for name in ("accelerate.hooks", "accelerate.big_modeling"):
-            module = sys.modules.get(name)
-            if hasattr(module, "add_hook_to_module"):
-                self._patch(module, "add_hook_to_module", _around_add_hook)
+        for place, name, wrap in (
+            # Before it leaves an empty registry on every module.
+            ("diffusers.hooks.group_offloading", "_apply_group_offloading", _around_group_offloading),
+            ("accelerate.hooks", "add_hook_to_module", _around_add_hook),
+            ("accelerate.big_modeling", "add_hook_to_module", _around_add_hook),
+        ):
+            module = sys.modules.get(place)
+            if hasattr(module, name):
+                self._patch(module, name, wrap)
 
     def _patch(self, target: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         self._undo.append(_PATCHES.add(target, name, wrap))
@@ -281,6 +286,15 @@ def _around_register_hook(original: Any) -> Any:
         return original(self, hook, name)
 
     return register_hook
+
+
+def _around_group_offloading(original: Any) -> Any:
+    @functools.wraps(original)
+    def apply_group_offloading(module: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_on(module, "diffusers' group_offloading hook")
+        return original(module, *args, **kwargs)
+
+    return apply_group_offloading
 
 
 def _around_add_hook(original: Any) -> Any:

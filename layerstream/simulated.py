@@ -41,6 +41,7 @@ from layerstream.device import Caps, engine_tensors
 from layerstream.errors import TransferError
 
 COPY_STREAM = 0
+_REMEMBERED_OPERATIONS = 256
 PAGE_BYTES = 4096
 
 
@@ -174,7 +175,8 @@ class SimulatedDevice:
         self.registered: dict[int, int] = {}
         self.num_copied_pieces = 0
         self.num_pageable_pieces = 0
-        self.operations: list[str] = []
+        self.operations: deque[str] = deque(maxlen=_REMEMBERED_OPERATIONS)  # the last ones, by name
+        self.num_operations = 0
         self._fault: tuple[int, BaseException] | None = None
         self._random = random.Random(seed)
         self._buffers: dict[int, _Buffer] = {}
@@ -201,7 +203,7 @@ class SimulatedDevice:
 
     def fail_at(self, operation: int, error: BaseException) -> None:
         """Raise `error` at the `operation`-th device operation from now (0 is the next), once."""
-        self._fault = (len(self.operations) + operation, error)
+        self._fault = (self.num_operations + operation, error)
 
     def new_stream(self) -> SimulatedStream:
         with self._lock:
@@ -210,17 +212,19 @@ class SimulatedDevice:
             return stream
 
     @contextlib.contextmanager
-    def use_stream(self, stream: SimulatedStream) -> Iterator[None]:
-        """Make `stream` this thread's compute stream, ordered after and before the one it replaces."""
+    def use_stream(self, stream: SimulatedStream, *, is_ordered: bool = True) -> Iterator[None]:
+        """Make `stream` this thread's compute stream, ordered after and before the one it replaces, or by nothing."""
         thread = threading.get_ident()
         outer = self.compute_stream()
-        self.wait(stream, self.record(outer))
+        if is_ordered:
+            self.wait(stream, self.record(outer))
         self._used_stream[thread] = stream
         try:
             yield
         finally:
             self._used_stream[thread] = outer
-            self.wait(outer, self.record(stream))
+            if is_ordered:
+                self.wait(outer, self.record(stream))
 
     def compute(self, ms: float) -> None:
         """Spend simulated time on this thread's compute stream."""
@@ -478,7 +482,8 @@ class SimulatedDevice:
 
     def _step(self, name: str, *, progresses: bool = True) -> None:
         """One device operation: faults strike here, and under "random" some queued copies run."""
-        number = len(self.operations)
+        number = self.num_operations
+        self.num_operations += 1
         self.operations.append(name)
         if self._fault is not None and number >= self._fault[0]:
             error, self._fault = self._fault[1], None

@@ -388,10 +388,10 @@ class Streamer:
         self._handled = sys.exc_info()[1]
         self._ranges.ask()
         self._unguard()
+        self._wait_on_this_stream()
         if self.edits:
             self._settle_edits()
         self._last_use = self.gate.running
-        self._wait_on_this_stream()
         if self._transfer.extra or self._cloned:  # what the plan has no room for
             with engine_tensors():
                 self._drop_extra_slots(held=[])
@@ -784,6 +784,8 @@ class Streamer:
 
     def _use(self, units: Sequence[int], *, is_touch: bool, is_grad: bool) -> None:
         """Load what is missing, start loading what is expected next, wait, and bind."""
+        if self._device.stream_number() != self._stream_number:
+            self._stream_number = None  # what is bound now is waited for on this thread's stream alone
         held = [*units, *self._held()]
         self._drop_extra_slots(held)
         for unit in units:

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import UnitSpec, WholeSpec, unit_bytes
@@ -119,7 +118,7 @@ class Division:
 
 def whole_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the plain tensors inside a tensor that is none."""
-    if is_traceable_wrapper_subclass(tensor):
+    if hasattr(tensor, "__tensor_flatten__"):
         return sum(whole_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     if tensor.layout is torch.sparse_coo:
         return whole_bytes(tensor._indices()) + whole_bytes(tensor._values())

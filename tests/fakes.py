@@ -73,8 +73,8 @@ def toy_input(seed: int = 1) -> torch.Tensor:
 
 
 def adversary(**kwargs: Any) -> SimulatedDevice:
-    """The harshest device: copies as late as is legal, slots poisoned until then."""
-    return SimulatedDevice(**{"copies": "late", "is_poisoned": True} | kwargs)
+    """The harshest device: copies as late as is legal, slots poisoned until then, and told apart from the host."""
+    return SimulatedDevice(**{"copies": "late", "is_poisoned": True, "is_named_apart": True} | kwargs)
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

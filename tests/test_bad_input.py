@@ -194,7 +194,6 @@ def test_moving_while_active(number: int) -> None:
         with pytest.raises(layerstream.MovedWhileStreamingError, match="`Toy` .* cannot be moved.*leave the offload"):
             MOVES[number](model)
         assert_equal(run(model), expected)
-        model.to("cpu")  # where it is
         model.eval().requires_grad_(True)
         assert_equal([o.detach() for o in run(model)], expected)
     assert_restored(model, before)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import layerstream
+from layerstream.host_memory import PageMapping
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 
@@ -57,6 +60,59 @@ def test_a_failure_in_a_call_restores_everything(error: BaseException) -> None:
         assert device.buffer_bytes == 0, operation
         assert not device.registered, operation
         assert_equal(run(model, 1), expected)
+
+
+class Parts(nn.Module):
+    """A block whose weights are loaded in several copies, since each has its pages to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(PageMapping(2**20).cut(0, 2**20).view(torch.float32).normal_() for _ in range(3))
+        self.small = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.stack([part[:100].sum() for part in self.parts]).sum() + self.small.sum()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Parts() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("error", [DeviceLostError("lost"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_an_interrupt_between_two_copies_of_a_load(error: BaseException) -> None:
+    """Some of the copies are on their way to a slot that nobody holds; its memory is given back behind them."""
+    torch.manual_seed(0)
+    model = Net()
+    x = torch.ones(3)
+    with torch.no_grad():
+        expected = model(x)
+    num_between = 0
+    for operation in range(80):
+        device = adversary()
+        with (
+            layerstream.offload(model, vram_budget="min", device=device) as streamer,
+            device.checking(),
+            torch.no_grad(),
+        ):
+            device.fail_at(operation, error)
+            with contextlib.suppress(type(error)):
+                for _ in range(3):
+                    model(x)
+            num_between += device.operations[-1] == "piece"
+            device.fail_at(10**9, error)
+            if operation % 2:
+                with streamer.paused():  # gives all device memory back
+                    pass
+            assert torch.equal(model(x), expected)
+        assert device.buffer_bytes == 0
+    assert num_between > 3
 
 
 def test_the_context_is_still_good_after_a_failed_call() -> None:

@@ -567,6 +567,21 @@ def test_an_operator_that_swallows_a_refusal_raises() -> None:
             net(x())
 
 
+def test_a_swallowed_refusal_raises_in_a_call_inside_an_except_block_too() -> None:
+    """The error that the caller is handling says nothing of this call."""
+    device = SimulatedDevice()
+    net = Swallowing(device, [KIB] * 6)
+    net.workspace_bytes = 50_000
+    with (
+        pytest.raises(layerstream.BudgetError, match="an operator was refused"),
+        streamed(device, {"net": net}, 40_000),
+    ):
+        try:
+            raise ValueError("of the caller")
+        except ValueError:
+            net(x())
+
+
 def test_the_peak_of_a_refused_call_is_counted() -> None:
     device = SimulatedDevice()
     net = Layered(device, [KIB] * 6, takes=batch(3_000))

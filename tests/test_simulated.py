@@ -771,7 +771,7 @@ def test_a_fault_strikes_at_its_operation_once(position: int) -> None:
             assert raised.value is error
         else:
             operation()
-    assert device.operations == ["allocate", "allocate", "record", "copy", "copy_back", "register"]
+    assert list(device.operations) == ["allocate", "allocate", "record", "copy", "copy_back", "register"]
 
 
 def test_a_failed_copy_has_not_begun() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
+import sys
 import threading
 
 import pytest
@@ -516,6 +518,113 @@ def test_streams_of_the_caller_are_read_at_each_use() -> None:
             with device.use_stream(device.new_stream()):
                 assert_equal(run(model, 1), run(resident, 1))
         assert_equal(run(model), run(resident))
+
+
+@pytest.mark.parametrize("budget", ["min", 40_000, 10**8])
+def test_a_second_stream_that_nothing_orders_waits_for_what_is_there(budget: int | str) -> None:
+    """Residents and bases were waited for on the first stream, long ago; and what the second reads is not to be
+    overwritten before it has."""
+    model, resident = toy(), toy()
+    device = adversary()
+    with offloaded(model, device, budget=budget) as streamer, device.checking():
+        for _ in range(5):  # until nothing is measured or planned any more
+            assert_equal(run(model), run(resident))
+        streams = [device.new_stream() for _ in range(2)]
+        for number in range(6):
+            with device.use_stream(streams[number % 2], is_ordered=False):
+                assert_equal(run(model, 1), run(resident, 1))
+                assert torch.equal(model.blocks[2](torch.ones(2, 16)), resident.blocks[2](torch.ones(2, 16)))
+            if number == 3:
+                with streamer.paused():
+                    pass
+        assert_equal(run(model), run(resident))
+
+
+def test_a_stream_for_each_block_of_what_stays() -> None:
+    """Blocks whose hooks have nothing to do, each on a stream of its own."""
+    device = adversary()
+    model, resident = toy(), toy()
+    streams = [device.new_stream() for _ in model.blocks]
+    with offloaded(model, device, budget=10**8), device.checking(), torch.no_grad():
+        for _ in range(5):
+            run(model)
+        for _ in range(2):
+            x = model.embed(toy_input())
+            expected = resident.embed(toy_input())
+            for stream, block, its in zip(streams, model.blocks, resident.blocks, strict=True):
+                with device.use_stream(stream, is_ordered=False):
+                    x, expected = block(x), its(expected)
+            assert torch.equal(x, expected)
+
+
+# ---- exceptions of the caller's
+
+
+@pytest.mark.parametrize("budget", ["min", 40_000])
+def test_a_call_inside_an_except_block_is_no_failed_call(budget: int | str) -> None:
+    """A retry after an error: what the caller is handling is not what became of this call."""
+    model, resident = toy(), toy()
+    with offloaded(model, adversary(), budget=budget) as streamer:
+        for _ in range(4):
+            run(model)
+        loads = streamer.stats().num_loads
+        run(model)
+        usual = streamer.stats().num_loads - loads
+        plans = streamer.stats().num_plans
+        for error in (torch.OutOfMemoryError("of somebody else"), ValueError("of somebody else")):
+            try:
+                raise error
+            except type(error):
+                loads = streamer.stats().num_loads
+                assert_equal(run(model), run(resident))
+                assert streamer.stats().num_loads - loads == usual
+            assert not getattr(error, "__notes__", [])
+        assert streamer.stats().num_plans == plans
+
+
+def test_an_error_raised_while_another_is_handled_is_the_calls_own() -> None:
+    model = toy()
+
+    def fail(module: nn.Module, args: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    with offloaded(model, adversary()) as streamer:
+        run(model)
+        handle = model.blocks[2].up.register_forward_pre_hook(fail)
+        try:
+            raise torch.OutOfMemoryError("of the caller")
+        except torch.OutOfMemoryError as outer:
+            with pytest.raises(torch.OutOfMemoryError, match="Tried") as inner:
+                run(model, 1)
+            assert inner.value.__context__ is outer
+        if sys.version_info >= (3, 11):
+            assert any("layerstream" in note for note in inner.value.__notes__)
+        handle.remove()
+        assert streamer.is_active
+
+
+# ---- autocast
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.6])
+def test_one_autocast_region_over_several_passes_keeps_the_budget(share: float) -> None:
+    """Autocast keeps a cast copy of every fp32 parameter until its region ends."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(12)]))
+    model.forward = lambda x: functools.reduce(lambda x, layer: layer(x), model[0], x)
+    weights = 12 * 64 * 64 * 4
+    x = torch.randn(1, 64)
+    device = adversary()
+    expected = []
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = [model(x) for _ in range(4)]
+    torch.clear_autocast_cache()
+    budget = int(share * weights) + 2**14  # and one block's cast
+    with offloaded(model, device, budget=budget) as streamer, device.checking(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            outputs = [model(x) for _ in range(4)]
+        assert streamer.stats().peak_reserved_bytes <= budget
+    assert_equal(outputs, expected)
 
 
 def test_a_thread_per_call() -> None:

@@ -120,7 +120,11 @@ def test_rows_that_did_not_run_stay(tmp_path: Path) -> None:
     assert rows == [f"| {first} | old |", f"| {second} | new |"]
 
 
-def test_the_page_is_of_the_sets_of_today() -> None:
+def test_the_page_is_of_the_sets_of_today(tmp_path: Path) -> None:
+    again = tmp_path / "versions.md"
+    again.write_text(versions.PAGE.read_text())
+    versions.write_page({}, again)
+    assert again.read_text() == versions.PAGE.read_text()
     lines = [line.strip("| ").split(" | ") for line in versions.PAGE.read_text().splitlines() if line.startswith("| ")]
     header, rows = lines[0], {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[1:]}
     assert header == ["set", "Python", *versions.SHOWN, "result", "date"]

@@ -63,7 +63,7 @@ HEAD = """# Versions
 what differs between versions, namely how modules, tensors and hooks behave: binding, absent tensors, host memory,
 compiling, whole calls, changes and edits while streaming, parts that are called directly, and of the tests that run for
 each pipeline those of {pipelines}. Warnings of other versions' own
-code are no errors there. A pipeline that a version does not have yet is skipped. No row uses a GPU: the tests run on the
+code are no errors there. A pipeline that a version does not have yet is skipped. No row uses a GPU: tests run on the
 simulated device, whatever build of torch pip takes. `make test` runs everything with the versions of `constraints.txt`.
 
 | set | Python | torch | diffusers | transformers | peft | result | date |

@@ -59,7 +59,7 @@ class _Entry:
 
     def is_held(self) -> bool:
         """Whether somebody else has the entry, or what was made of it: a view, an array."""
-        return sys.getrefcount(self.entry) > 2 or is_held(self.entry.untyped_storage(), self.num_holders)
+        return sys.getrefcount(self.entry) > 2 or is_held(self.entry, self.num_holders)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Edits:
         """The unit's weights are about to leave memory that is each one's own, not a slot's; some of it may be held."""
         for bound in self.units[unit].binding.tensors:
             view = bound.tensor.data
-            if view.numel() and is_held(view.untyped_storage(), num_own=2):
+            if view.numel() and is_held(view, num_own=2):
                 self._kept.append(_KeptView(bound.tensor, view))
 
     def track(self, entries: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -127,9 +127,7 @@ class Edits:
         stale = self._by_version()
         counts = Counter(kept.view.untyped_storage().data_ptr() for kept in self._kept)
         self._kept = [
-            kept
-            for kept in self._kept
-            if is_held(storage := kept.view.untyped_storage(), num_own=counts[storage.data_ptr()])
+            kept for kept in self._kept if is_held(kept.view, num_own=counts[kept.view.untyped_storage().data_ptr()])
         ]
         if is_new_use or sum(kept.view.nbytes for kept in self._kept) <= _SMALL_BYTES:
             stale |= self._of_kept()

@@ -320,5 +320,4 @@ def _release_locks(device: Device, locks: PageLocks, units: list[StoredUnit]) ->
 
 def _is_held_elsewhere(bound: BoundTensor) -> bool:
     """Whether anything but this parameter, and our view of its home, looks at its storage."""
-    storage = bound.home.untyped_storage()
-    return is_held(storage, num_own=2)
+    return is_held(bound.home, num_own=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import torch
@@ -14,19 +13,25 @@ def use_count(storage: torch.UntypedStorage) -> int | None:
     return None if count is None else int(count(storage._cdata))
 
 
-def is_held(storage: torch.UntypedStorage, num_own: int) -> bool:
-    """Whether anything but `num_own` tensors of ours, and the caller's variable, looks at a storage.
+def is_held(tensor: torch.Tensor, num_own: int) -> bool:
+    """Whether anything but `num_own` tensors of ours, this one included, looks at the memory of a tensor.
 
     Where torch does not tell, it is taken to be so.
     """
+    storage = tensor.untyped_storage()
     count = use_count(storage)
-    # In Python a storage is one object however often it is asked for: as many references as to one that nobody holds,
-    # which depends on the version of torch. The call of this function is one more.
-    return count is None or count > num_own + 1 or sys.getrefcount(storage) > _references_to_an_unheld_storage() + 1
+    return count is None or count > num_own + 1 or _num_references(tensor) > 1 + _references_to_an_unheld_storage()
 
 
-@functools.cache
-def _references_to_an_unheld_storage() -> int:
-    tensor = torch.empty(1, device="cpu")  # alive, or its storage would be held by one less
+def _num_references(tensor: torch.Tensor) -> int:
+    """How many references Python has to the storage: one object however often a tensor is asked for it.
+
+    What the count of a storage that nobody holds is, and what each call adds, depends on the versions of Python and
+    torch and on whether torch.compile has ever run. So counts are compared only with each other, from this very line.
+    """
     storage = tensor.untyped_storage()
     return sys.getrefcount(storage)
+
+
+def _references_to_an_unheld_storage() -> int:
+    return _num_references(torch.empty(1, device="cpu"))

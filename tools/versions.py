@@ -36,6 +36,7 @@ TESTS = (
     "tests/test_host_store.py",
     "tests/test_calls.py",
     "tests/test_edits.py",
+    "tests/test_references.py",
     "tests/test_changes.py",
     "tests/test_changes_lora.py",
     "tests/test_cli.py",

@@ -41,6 +41,13 @@ def llama_encoder(*, hidden: int, layers: int) -> Any:
     return transformers.LlamaModel(transformers.LlamaConfig(**_letter_decoder_options(hidden=hidden, layers=layers)))
 
 
+def smol_lm3(*, hidden: int, layers: int) -> Any:
+    """Return a SmolLM3ForCausalLM: every other layer has no rotary positions."""
+    options = _letter_decoder_options(hidden=hidden, layers=layers)
+    del options["head_dim"]  # it has no such field: a head is its part of `hidden`
+    return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**options, no_rope_layer_interval=2))
+
+
 def qwen3_encoder(*, hidden: int, layers: int, with_head: bool = False) -> Any:
     """Return a Qwen3Model: grouped attention of two heads on one, a norm on queries and keys.
 

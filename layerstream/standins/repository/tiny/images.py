@@ -1,4 +1,4 @@
-"""Tiny image pipelines whose denoiser attends to text and image jointly: SD 3, Flux 1 and 2, Qwen-Image, Ideogram 4."""
+"""Tiny image pipelines whose denoiser attends to text and image jointly: SD 3, Flux, Qwen-Image and others."""
 
 import warnings
 from contextlib import AbstractContextManager
@@ -12,6 +12,7 @@ from layerstream.standins.repository.components import (
     qwen3_encoder,
     qwen3_vl_encoder,
     qwen25_vl_encoder,
+    smol_lm3,
     video_vae_options,
 )
 from layerstream.standins.repository.tiny.recipes import (
@@ -24,7 +25,7 @@ from layerstream.standins.repository.tiny.recipes import (
     pil_picture,
     replaced,
 )
-from layerstream.standins.repository.tokenizers import qwen_tokenizer, qwen_vl_processor
+from layerstream.standins.repository.tokenizers import letter_tokenizer, qwen_tokenizer, qwen_vl_processor
 from layerstream.standins.tokenizers import clip_tokenizer, t5_tokenizer
 
 
@@ -205,6 +206,35 @@ def _ideogram4() -> dict[str, Any]:
     }
 
 
+def _bria_fibo_edit() -> dict[str, Any]:
+    return {
+        # Every block is given the states of one layer of the text encoder.
+        "transformer": diffusers.BriaFiboTransformer2DModel(
+            in_channels=16,
+            num_layers=BLOCKS,
+            num_single_layers=BLOCKS,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=2 * HIDDEN,
+            text_encoder_dim=HIDDEN,
+            axes_dims_rope=[4, 6, 6],
+        ),
+        "scheduler": flow_scheduler(by_size=True),
+        "vae": diffusers.AutoencoderKLWan(**video_vae_options(width=8)),
+        "text_encoder": smol_lm3(hidden=HIDDEN, layers=ENCODER_LAYERS),
+        "tokenizer": letter_tokenizer("PreTrainedTokenizerFast", start="<s>", end="</s>"),
+    }
+
+
+def _any_prompt() -> AbstractContextManager[None]:
+    """Let BriaFiboEditPipeline take a prompt that is no JSON."""
+    return replaced(
+        "diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit",
+        "is_valid_edit_json",
+        lambda kept: lambda prompt: True,
+    )
+
+
 def _few_layers() -> AbstractContextManager[None]:
     """Let Ideogram4Pipeline take the states of every layer of a short text encoder: it names 13 of 36 in its source."""
     return replaced(
@@ -265,5 +295,13 @@ IMAGE_RECIPES = {
         without=("negative_prompt",),
         around=_few_layers,
         adjust=_spread_statistics,
+    ),
+    # Makes tables of positions on the CPU in each call and copies them from there.
+    "bria_fibo_edit": Recipe(
+        "BriaFiboEditPipeline",
+        _bria_fibo_edit,
+        {"guidance_scale": 5.0, "max_sequence_length": 128},
+        inputs=lambda: {"image": pil_picture(height=64, width=64)},
+        around=_any_prompt,
     ),
 }

@@ -1,7 +1,9 @@
-"""Tiny video pipelines: Wan 2.2 and VACE, HunyuanVideo, LTX-Video, CogVideoX, Kandinsky 5 and Latte."""
+"""Tiny video pipelines: Wan 2.2, VACE, HunyuanVideo, LTX-Video, CogVideoX, Kandinsky 5, Latte and Cosmos."""
 
 from contextlib import AbstractContextManager
 from typing import Any
+
+import torch
 
 from layerstream.standins.components import clip_text_encoder, flow_scheduler, image_vae, t5_encoder
 from layerstream.standins.libraries import Library, diffusers
@@ -232,6 +234,69 @@ def _kandinsky5() -> dict[str, Any]:
     }
 
 
+class _SafetyChecker(torch.nn.Module):
+    """Stands for the checker of Cosmos, of a package of its own; its pipelines move it to the device and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = torch.nn.Sequential(torch.nn.Embedding(128, HIDDEN), torch.nn.Linear(HIDDEN, HIDDEN))
+        self.frame = torch.nn.Linear(3, 3, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return self.frame.weight.device
+
+    def check_text_safety(self, prompt: str) -> bool:
+        """Return True, having read `prompt` on the device of the weights."""
+        letters = torch.tensor([min(ord(letter), 127) for letter in prompt], device=self.device)
+        return bool(self.text(letters).isfinite().all())
+
+    def check_video_safety(self, frames: Any) -> Any:
+        """Return uint8 [frames, height, width, 3] with colours mixed, so that a wrong weight shows in the video."""
+        weight = self.frame.weight
+        mixed = self.frame(torch.from_numpy(frames).to(self.device, weight.dtype) / 255).sigmoid()
+        return (255 * mixed).round().to(torch.uint8).cpu().numpy()
+
+
+def _cosmos() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.CosmosTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=BLOCKS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            text_embed_dim=HIDDEN,
+            adaln_lora_dim=8,
+            max_size=(4, 16, 16),
+            concat_padding_mask=False,  # resizing the mask wants torchvision
+        ),
+        "scheduler": diffusers.EDMEulerScheduler(
+            sigma_min=0.002,
+            sigma_max=80,
+            sigma_data=0.5,
+            sigma_schedule="karras",
+            prediction_type="epsilon",
+            final_sigmas_type="sigma_min",
+        ),
+        "vae": diffusers.AutoencoderKLCosmos(
+            latent_channels=4,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decode_block_out_channels=(8, 8, 8, 8),
+            attention_resolutions=(8,),
+            resolution=64,
+            num_layers=1,
+            patch_size=4,
+            latents_mean=None,
+            latents_std=None,
+        ),
+        "text_encoder": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS),
+        "tokenizer": t5_tokenizer(),
+        "safety_checker": _SafetyChecker(),
+    }
+
+
 VIDEO_RECIPES = {
     "wan22": Recipe("WanPipeline", _wan22, {"guidance_scale": 4.0, "num_frames": 5, "max_sequence_length": 32}),
     # A reference image and a video to change, so that the VAE encodes three times.
@@ -270,5 +335,11 @@ VIDEO_RECIPES = {
     # Its template alone is more than the 512 tokens that it keeps by default, a token per byte here.
     "kandinsky5": Recipe(
         "Kandinsky5T2VPipeline", _kandinsky5, {"guidance_scale": 5.0, "num_frames": 5, "max_sequence_length": 1000}
+    ),
+    # Moves its safety checker to the device twice in a call, and back.
+    "cosmos": Recipe(
+        "CosmosTextToWorldPipeline",
+        _cosmos,
+        {"guidance_scale": 3.0, "num_frames": 9, "max_sequence_length": 32},
     ),
 }

@@ -15,14 +15,19 @@ through them then may be written (`weight.data[0] = row`), which no version coun
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-Load = Callable[[Sequence[int]], None]
+Reading = Callable[[Sequence[int]], AbstractContextManager[None]]
+
+_NUMBERS = itertools.count()
 
 
 class AbsentRecord(NamedTuple):
@@ -40,12 +45,16 @@ class AbsentClasses:
     tensor that a copy or a pickle would carry along.
 
     Args:
-        load: makes units' tensors present, all at once, given their indices.
+        reading: makes units' tensors present, all at once, given their indices; no other thread takes them away again
+            before the `with` block is left.
         stand_in: gives an absent tensor's twin over its bytes at home.
     """
 
-    def __init__(self, load: Load, stand_in: Callable[[torch.Tensor], torch.Tensor | None] = lambda t: None) -> None:
-        self.load, self.stand_in = load, stand_in
+    def __init__(
+        self, reading: Reading, stand_in: Callable[[torch.Tensor], torch.Tensor | None] = lambda t: None
+    ) -> None:
+        self.reading, self.stand_in = reading, stand_in
+        self.number = next(_NUMBERS)
         self.records: dict[int, AbsentRecord] = {}  # by the id of the tensor, which lives as long as its record
         own = {"__module__": __name__, "__slots__": (), "_classes": self}
         self.of_parameters: type[torch.Tensor] = type("AbsentParameter", (AbsentParameter,), dict(own))
@@ -123,17 +132,17 @@ class _Absent:
                     size, dtype = args[0].size(), args[0].dtype
                     twin = torch.empty_strided(size, record.strides, dtype=dtype, device="meta")
                 return func(twin, *args[1:], **kwargs)
-        _load_all((args, kwargs))
-        return func(*args, **kwargs)
+        with _reading((args, kwargs)):
+            return func(*args, **kwargs)
 
     # Both would keep the absent class in the copy, since they ask for `type(self)` before they look at the bytes.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        _load_all(self)
-        return self.__deepcopy__(memo)
+        with _reading(self):
+            return self.__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _load_all(self)
-        return self.__reduce_ex__(protocol)
+        with _reading(self):
+            return self.__reduce_ex__(protocol)
 
 
 def keep_out_of_graphs(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -157,16 +166,19 @@ def _record_of(tensor: torch.Tensor) -> AbsentRecord | None:
     return None if classes is None else classes.records.get(id(tensor))
 
 
-def _load_all(used: Any) -> None:
-    """Load the units of all absent tensors in `used`, together, so that none evicts another."""
+def _reading(used: Any) -> AbstractContextManager[object]:
+    """Load the units of all absent tensors in `used`, together, so that none evicts another; nobody else does, either,
+    before the `with` block is left."""
     units: dict[AbsentClasses, set[int]] = {}
     for leaf in tree_leaves(used):
         if isinstance(leaf, _Absent):
             record = _record_of(leaf)  # type: ignore[arg-type]  # the classes are tensors', their mixin is not
             if record is not None:
                 units.setdefault(leaf._classes, set()).add(record.unit)
-    for classes, numbers in units.items():
-        classes.load(sorted(numbers))
+    with contextlib.ExitStack() as entered:
+        for classes in sorted(units, key=lambda c: c.number):  # two threads wait for two streamers in the same order
+            entered.enter_context(classes.reading(sorted(units[classes])))
+        return entered.pop_all()
 
 
 def _getters(*names: str) -> set[Any]:

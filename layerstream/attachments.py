@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from layerstream import compiled
-from layerstream.absent import AbsentClasses, Load, nan_scalar
+from layerstream.absent import AbsentClasses, Reading, nan_scalar
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.device import Device
@@ -63,11 +63,11 @@ class Attachments:
         records: of absent tensors, by their id.
 
     Args:
-        load_absent: makes units present that something looks at.
+        reading: makes units present that something looks at, and keeps them so meanwhile.
         bring_home: copies home what was written to a unit on the device.
     """
 
-    def __init__(self, device: Device, load_absent: Load, bring_home: Callable[[int], object]) -> None:
+    def __init__(self, device: Device, reading: Reading, bring_home: Callable[[int], object]) -> None:
         self.all: list[Attachment] = []
         self.units: dict[int, Unit] = {}
         self.stored: dict[int, StoredUnit] = {}
@@ -76,7 +76,7 @@ class Attachments:
         self.of_component: dict[str, Attachment] = {}
         self._device = device
         self._bring_home = bring_home
-        self._classes = AbsentClasses(load_absent, self._stand_in)
+        self._classes = AbsentClasses(reading, self._stand_in)
         self.records = self._classes.records
         self._told: set[tuple[tuple[str, ...], int]] = set()
         self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew

@@ -61,6 +61,9 @@ class Gate:
         self._line: deque[Ticket] = deque()
         self._at_end: Callable[[], None] | None = None
         self._changed = threading.Condition(threading.Lock())
+        # Of whoever reads weights in a use that others may share (a pause, a copy of the context), until it has read.
+        # Taken after a turn in line and before the streamer's own lock.
+        self.reading_lock = threading.RLock()
 
     @property
     def is_inside(self) -> bool:
@@ -124,12 +127,23 @@ class Gate:
         try:
             yield
         finally:
-            self.leave(ticket)
+            with self.reading_lock if is_pause else contextlib.nullcontext():
+                self.leave(ticket)
 
-    def reading(self) -> contextlib.AbstractContextManager[None]:
-        """The use that reading a weight is. It waits for no pause, since whoever pauses may wait for it."""
-        running = self._ticket
-        return contextlib.nullcontext() if running is not None and running.is_pause else self.entered("reading weights")
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """The use that reading a weight is, until it has been read.
+
+        It waits for no pause, since whoever pauses may wait for it; the pause does not end meanwhile.
+        """
+        while True:
+            running = self._ticket
+            is_pause = running is not None and running.is_pause
+            turn = contextlib.nullcontext() if is_pause else self.entered("reading weights")
+            with turn, self.reading_lock:
+                if not is_pause or self._ticket is running:
+                    yield
+                    return
 
     def when_free(self, work: Callable[[], None]) -> bool:
         """Do something while nobody else is inside: now, or when the running call ends, in the thread that ends it.

@@ -96,7 +96,7 @@ class Streamer:
         self._find_replaced = find_replaced
         self._let_go = let_go
         self._device = device
-        self._attached = Attachments(device, self.load_absent, self._unit_home)
+        self._attached = Attachments(device, self.reading, self._unit_home)
         self._units = self._attached.units
         self._ranges = Ranges()
         self._transfer = TransferEngine(device, self._attached.stored, self._units, self.stats, self._ranges)
@@ -214,14 +214,14 @@ class Streamer:
             try:
                 yield  # without a lock: code here may start threads that read other components' weights
             finally:
-                with self._mutex:
+                with self.gate.reading_lock, self._mutex:
                     self.is_paused = False
                     if not self.is_closed:
                         self._resume(names, component is None)
 
     def _pause(self, component: str | None) -> set[str]:
         """Take a component's weights home, or all; returns the names of the components that this concerns."""
-        with self._mutex:
+        with self.gate.reading_lock, self._mutex:
             if not self._is_outermost():
                 raise StreamerStateError(
                     "a component is in the middle of its forward: weights cannot be changed or handed back now. Do it "
@@ -588,7 +588,7 @@ class Streamer:
         compiled.refuse_fullgraph(root, name)
         is_grad = _is_grad_enabled()
         self._come_in(f"`{name}`")
-        with self._mutex:
+        with self.gate.reading_lock, self._mutex:
             is_outermost = self._is_outermost(root)
             if is_outermost:
                 self._catch_up()
@@ -619,7 +619,7 @@ class Streamer:
             return False
         is_grad = _is_grad_enabled()
         self._come_in(f"`{component}.{name}`", is_guarded=True)
-        with self._mutex:
+        with self.gate.reading_lock, self._mutex:
             self._calls.check_thread()
             if not self._is_outermost():
                 return False
@@ -692,7 +692,7 @@ class Streamer:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         self._come_in(f"a block of `{component}`")
-        with self._mutex:
+        with self.gate.reading_lock, self._mutex:
             if is_whole:
                 self._wait_on_this_stream()
                 return
@@ -737,11 +737,17 @@ class Streamer:
                     self._go_out()
             return None if replaced is output else replaced
 
-    def load_absent(self, units: Sequence[int]) -> None:
+    @contextlib.contextmanager
+    def reading(self, units: Sequence[int]) -> Iterator[None]:
         """Something looks at weights that are not there, or that nobody was to look at unseen: make these units
-        present, all at once."""
+        present, all at once. No other thread evicts them before the `with` block is left."""
         is_grad = _is_grad_enabled()
-        with self.gate.reading(), self._mutex:
+        with self.gate.reading():
+            self._make_present(units, is_grad)
+            yield
+
+    def _make_present(self, units: Sequence[int], is_grad: bool) -> None:
+        with self._mutex:
             self._calls.check_thread()
             if not self._is_outermost():
                 with engine_tensors():

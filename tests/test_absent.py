@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -24,7 +25,7 @@ class ToyLoader:
 
     def __init__(self) -> None:
         self.loads: list[list[int]] = []
-        self.classes = AbsentClasses(self.load)
+        self.classes = AbsentClasses(self.reading)
         self.bindings: list[UnitBinding] = []
         self._views: list[list[torch.Tensor]] = []
 
@@ -41,6 +42,11 @@ class ToyLoader:
     def _view(bound: BoundTensor) -> torch.Tensor:
         view = torch.empty_strided(bound.shape, bound.strides, dtype=bound.dtype)
         return view.copy_(bound.home)
+
+    @contextlib.contextmanager
+    def reading(self, units: Sequence[int]) -> Iterator[None]:
+        self.load(units)
+        yield
 
     def load(self, units: Sequence[int]) -> None:
         self.loads.append(list(units))

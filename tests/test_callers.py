@@ -75,6 +75,31 @@ class Stop:
         self.handle.remove()
 
 
+class Slow(torch.Tensor):
+    """An operand that stops in the middle of an operation with it, when what else the operation reads is loaded."""
+
+    is_there: threading.Event
+    go_on: threading.Event
+
+    @classmethod
+    def of(cls, like: torch.Tensor) -> Slow:
+        made = torch.zeros(like.shape, dtype=like.dtype).as_subclass(cls)
+        made.is_there, made.go_on = threading.Event(), threading.Event()
+        return made
+
+    def added_to(self, find: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return torch.add(find(), self)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.add:
+            args[1].is_there.set()
+            assert args[1].go_on.wait(TIMEOUT_S)
+            with torch._C.DisableTorchFunctionSubclass():
+                return torch.add(*args).detach().as_subclass(torch.Tensor)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def streamed(pipe: Any, call_timeout: float | None = None) -> layerstream.LayerStreamer:
     return layerstream.offload(pipe, vram_budget="min", device=adversary(), call_timeout=call_timeout)
 
@@ -180,6 +205,93 @@ def test_a_bare_component_and_a_weight_wait_for_the_call_between_whose_passes_th
         assert torch.equal(one.result(TIMEOUT_S), expected)
         assert decoded.result(TIMEOUT_S) is not None
         assert torch.equal(read.result(TIMEOUT_S), weight)
+
+
+# ---- while one thread is in the middle of reading a weight, nobody takes the weight away
+
+
+def first_weight(pipe: Any) -> torch.Tensor:
+    weight: torch.Tensor = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    return weight
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "a call": image,
+    "a bare component": lambda pipe: pipe.vae.decode(torch.zeros(1, 16, 4, 4)).sample,
+    "another reader": lambda pipe: [weight.sum() for weight in pipe.vae.parameters()],
+    "an edit": lambda pipe: pipe.vae.decoder.conv_in.bias.mul_(1),
+    "a deep copy": lambda pipe: copy.deepcopy(pipe.text_encoder),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_others_wait_for_who_reads_a_weight(submit: Submit, expected: torch.Tensor, other: str) -> None:
+    pipe = build_tiny("sd3")
+    weight = first_weight(pipe).detach().clone()
+    slow = Slow.of(weight)
+    with streamed(pipe) as streamer, torch.no_grad():
+        read = submit(slow.added_to, lambda: first_weight(pipe))
+        assert slow.is_there.wait(TIMEOUT_S)
+        theirs = submit(torch.no_grad()(OTHERS[other]), pipe)
+        until(lambda: waiting(streamer) == 1)
+        slow.go_on.set()
+        assert torch.equal(read.result(TIMEOUT_S), weight)
+        theirs.result(TIMEOUT_S)
+        assert torch.equal(image(pipe), expected)
+
+
+@pytest.mark.parametrize("other", ["the end of the pause", "another reader"])
+def test_a_pause_waits_for_who_reads_a_weight_in_it(submit: Submit, expected: torch.Tensor, other: str) -> None:
+    pipe = build_tiny("sd3")
+    weight = first_weight(pipe).detach().clone()
+    slow = Slow.of(weight)
+    in_pause, end = threading.Event(), threading.Event()
+
+    def pause(streamer: Any) -> None:
+        with streamer._streamer.paused("vae"):
+            in_pause.set()
+            assert end.wait(TIMEOUT_S)
+
+    with streamed(pipe) as streamer:
+        pausing = submit(pause, streamer)
+        assert in_pause.wait(TIMEOUT_S)
+        read = submit(slow.added_to, lambda: first_weight(pipe))
+        assert slow.is_there.wait(TIMEOUT_S)
+        if other == "another reader":
+            theirs = submit(lambda: [w.sum() for w in pipe.text_encoder_3.parameters()])
+        else:
+            end.set()
+            theirs = pausing
+        time.sleep(0.1)  # it would be through by now
+        assert not theirs.done()
+        slow.go_on.set()
+        assert torch.equal(read.result(TIMEOUT_S), weight)
+        theirs.result(TIMEOUT_S)
+        end.set()
+        pausing.result(TIMEOUT_S)
+        assert torch.equal(image(pipe), expected)
+
+
+def test_a_call_waits_for_who_reads_a_weight_in_a_copy_of_its_context(submit: Submit, expected: torch.Tensor) -> None:
+    pipe = build_tiny("sd3")
+    weight = first_weight(pipe).detach().clone()
+    slow = Slow.of(weight)
+    started: list[Future[Any]] = []
+
+    def start_reading(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            read = contextvars.copy_context().run
+            started.append(submit(read, slow.added_to, lambda: first_weight(pipe)))
+            assert slow.is_there.wait(TIMEOUT_S)
+        return kwargs
+
+    with streamed(pipe):
+        made = submit(image, pipe, callback_on_step_end=start_reading)
+        assert slow.is_there.wait(TIMEOUT_S)
+        time.sleep(0.1)  # it would be in the next pass by now
+        slow.go_on.set()
+        assert torch.equal(started[0].result(TIMEOUT_S), weight)
+        assert torch.equal(made.result(TIMEOUT_S), expected)
 
 
 def test_bare_components_of_one_pipeline_take_turns(submit: Submit) -> None:

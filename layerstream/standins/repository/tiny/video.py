@@ -247,6 +247,11 @@ class _SafetyChecker(torch.nn.Module):
         """Return where the weights are."""
         return self.frame.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the weights."""
+        return self.frame.weight.dtype
+
     def check_text_safety(self, prompt: str) -> bool:
         """Return True, having read `prompt` on the device of the weights."""
         letters = torch.tensor([min(ord(letter), 127) for letter in prompt], device=self.device)

@@ -28,10 +28,13 @@ torch._dynamo is imported only where something is installed (`compile_safe`, `ke
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -342,6 +345,7 @@ def _do_nothing() -> None:
 # Code that is passed over, by its id, and how many hold it so: components of one class share it.
 _held: Final[dict[int, tuple[CodeType, int]]] = {}
 _held_lock: Final = threading.Lock()
+_dropped: Final[deque[list[CodeType]]] = deque()  # held no longer, and to be counted so
 
 
 def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Callable[[], None]:
@@ -357,6 +361,8 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
 
     Applies to classes, since dynamo keeps this with the code: another model of the component's class that is compiled
     as a whole runs in pieces too meanwhile.
+
+    Returns: what undoes it, once, and holds no module. A collector may call it at any place.
     """
     from torch._dynamo.eval_frame import skip_code
 
@@ -368,23 +374,42 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
     modules = [root.get_submodule(path) for path in parents]
     around = _forward_codes([*modules, *(base for module in modules for base in type(module).__mro__)])
     codes = [code for code in around - _forward_codes(units.values()) if not code.co_filename.startswith(_TORCH_DIR)]
-    with _held_lock:
+    with _holding():
         for code in codes:
             _, count = _held.get(id(code), (code, 0))
             _held[id(code)] = (code, count + 1)
             skip_code(code)
+    return functools.partial(_let_go_later, codes)
 
-    def let_go() -> None:
-        with _held_lock:
-            while codes:
-                code = codes.pop()
-                _, count = _held.pop(id(code))
-                if count > 1:
-                    _held[id(code)] = (code, count - 1)
-                else:
-                    _compile_again(code)
 
-    return let_go
+def _let_go_later(codes: list[CodeType]) -> None:
+    """Let dynamo compile these again: now, or, where that is in the middle of another hold, when that is through."""
+    _dropped.append(codes)
+    _let_go_of_dropped()
+
+
+@contextlib.contextmanager
+def _holding() -> Iterator[None]:
+    with _held_lock:
+        yield
+    _let_go_of_dropped()
+
+
+def _let_go_of_dropped() -> None:
+    # Whoever has the lock looks at the list afterwards, so nobody waits for it: a collector may interrupt its holder.
+    while _dropped and _held_lock.acquire(blocking=False):
+        try:
+            while _dropped:
+                codes = _dropped.popleft()
+                while codes:
+                    code = codes.pop()
+                    _, count = _held.pop(id(code))
+                    if count > 1:
+                        _held[id(code)] = (code, count - 1)
+                    else:
+                        _compile_again(code)
+        finally:
+            _held_lock.release()
 
 
 def _compile_again(code: CodeType) -> None:

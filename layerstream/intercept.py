@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -50,7 +51,9 @@ class Interception:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
         self._compile_undo: list[Callable[[], object]] = []
+        self._eager_undo: list[Callable[[], None]] = []  # holds no module, and must be called even if this is dropped
         self._hooked: list[nn.Module] = []
+        weakref.finalize(self, _call_all, self._eager_undo).atexit = False
 
     def install(self, listener: Listener, roots: Iterable[nn.Module], blocks: Mapping[nn.Module, nn.Module]) -> None:
         """Hook the blocks and the roots of their components.
@@ -69,7 +72,7 @@ class Interception:
         for called in dict.fromkeys(blocks.values()):
             own = [block for block, of in blocks.items() if of is called]
             self._compile_undo.append(compiled.exchange_for_block_compile(called, own))
-            self._compile_undo.append(compiled.keep_eager_around(called, own))
+            self._eager_undo.append(compiled.keep_eager_around(called, own))
         for modules, enter, leave in ((roots, enter_root, leave_root), (list(blocks), enter_block, leave_block)):
             for module in modules:
                 for handle in (
@@ -159,13 +162,18 @@ class Interception:
 
     def remove(self) -> None:
         """Take everything off; idempotent."""
-        while self._undo:
-            self._undo.pop()()
+        _call_all(self._undo)
         # While the whole is still out of the way: what was compiled for it stays, and is used again.
         compiled.drop_dynamo_caches(self._hooked)
         self._hooked = []
-        while self._compile_undo:
-            self._compile_undo.pop()()
+        _call_all(self._eager_undo)
+        _call_all(self._compile_undo)
+
+
+def _call_all(undo: list[Callable[[], Any]]) -> None:
+    """Undo the latest first."""
+    while undo:
+        undo.pop()()
 
 
 _NOT_THERE = object()

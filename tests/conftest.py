@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from layerstream import api
+from layerstream import api, compiled
 
 
 @pytest.fixture(autouse=True)
@@ -17,9 +17,10 @@ def nothing_left_behind() -> Iterator[None]:
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
     yield
     assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()) == modes
-    if api._ACTIVE:
+    if api._ACTIVE or compiled._held:
         gc.collect()
     assert not list(api._ACTIVE), "a streamer left active"
+    assert not compiled._held, "code that dynamo passes over still"
 
 
 @pytest.fixture

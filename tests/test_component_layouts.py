@@ -37,6 +37,7 @@ OF_ENCODERS = {
     "Qwen3ForCausalLM": "layers:3",
     "Qwen3Model": "layers:3",
     "Qwen3VLModel": "visual.blocks:3 language_model.layers:3",
+    "SmolLM3ForCausalLM": "layers:3",
     "SpeechT5HifiGan": "upsampler:2 resblocks:4",
     "T5EncoderModel": "encoder.block:3",
     "UMT5EncoderModel": "encoder.block:3",
@@ -91,6 +92,9 @@ OF_DENOISERS = {
     "sana": {"transformer": "transformer_blocks:4"},
     "lumina2": {"transformer": "noise_refiner:2 context_refiner:2 layers:4", "text_encoder": "layers:4"},
     "glm_image": {"transformer": "transformer_blocks:4"},
+    # A projection of the text's states per block is too small to stream by itself.
+    "bria_fibo_edit": {"transformer": FLUX_LIKE},
+    "cosmos": {"transformer": "transformer_blocks:4", "safety_checker": ""},
     "audioldm2": {
         "unet": "down_blocks.*.attentions:6 up_blocks.*.attentions:12 up_blocks.*.resnets:6 mid_block.attentions:3 "
         "mid_block.resnets:2",
@@ -103,6 +107,7 @@ MOSTLY_BASE = {
     ("stable_cascade", "decoder"),
     ("sd15_controlnet", "controlnet"),
     ("audioldm2", "projection_model"),
+    ("cosmos", "safety_checker"),
 }
 
 

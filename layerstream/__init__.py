@@ -8,6 +8,7 @@ from layerstream.api import LayerStreamer, active, offload, plan
 from layerstream.errors import (
     AdapterError,
     AlreadyOffloadedError,
+    ArgumentError,
     BackwardError,
     BudgetError,
     CompiledWholeError,
@@ -29,6 +30,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "AlreadyOffloadedError",
+    "ArgumentError",
     "BackwardError",
     "BudgetError",
     "CompiledWholeError",

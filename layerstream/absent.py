@@ -16,7 +16,6 @@ through them then may be written (`weight.data[0] = row`), which no version coun
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
@@ -26,8 +25,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 Reading = Callable[[Sequence[int]], AbstractContextManager[None]]
-
-_NUMBERS = itertools.count()
 
 
 class AbsentRecord(NamedTuple):
@@ -47,14 +44,17 @@ class AbsentClasses:
     Args:
         reading: makes units' tensors present, all at once, given their indices; no other thread takes them away again
             before the `with` block is left.
+        number: in this order one waits for streamers, if for more than one.
         stand_in: gives an absent tensor's twin over its bytes at home.
     """
 
     def __init__(
-        self, reading: Reading, stand_in: Callable[[torch.Tensor], torch.Tensor | None] = lambda t: None
+        self,
+        reading: Reading,
+        number: int = 0,
+        stand_in: Callable[[torch.Tensor], torch.Tensor | None] = lambda t: None,
     ) -> None:
-        self.reading, self.stand_in = reading, stand_in
-        self.number = next(_NUMBERS)
+        self.reading, self.number, self.stand_in = reading, number, stand_in
         self.records: dict[int, AbsentRecord] = {}  # by the id of the tensor, which lives as long as its record
         own = {"__module__": __name__, "__slots__": (), "_classes": self}
         self.of_parameters: type[torch.Tensor] = type("AbsentParameter", (AbsentParameter,), dict(own))

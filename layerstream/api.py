@@ -9,7 +9,6 @@ import logging
 import math
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -37,14 +36,15 @@ from layerstream.decorating import decorated
 from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import (
     AlreadyOffloadedError,
+    ArgumentError,
     BudgetError,
-    LayerstreamWarning,
     StreamerStateError,
 )
 from layerstream.intercept import Interception, refuse_rivals
 from layerstream.pipeline_watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
 from layerstream.plan import Phase, Plan, make_plan
 from layerstream.report import Report, entered_line, streamer_html
+from layerstream.saying import warn
 from layerstream.stats import Stats
 from layerstream.streamer import Streamer
 from layerstream.units import divide
@@ -275,6 +275,11 @@ class LayerStreamer:
                 self._watch()
 
     # ---- what is told of pipelines and modules (`pipeline_watch.Owner`)
+
+    @property
+    def number(self) -> int:
+        """In this order one waits for streamers, if for more than one."""
+        return -1 if self._streamer is None else self._streamer.gate.number
 
     def using(self, what: str) -> contextlib.AbstractContextManager[object]:
         """A call of a pipeline that has some of the components: others wait meanwhile."""
@@ -554,6 +559,9 @@ def offload(
         AlreadyOffloadedError: offloaded already, by layerstream, accelerate, diffusers or a device_map.
         CompiledWholeError: a component is compiled as a whole with `fullgraph=True`.
         HostMemoryError: the weights cannot be held in host memory.
+
+    Raises, at once:
+        ArgumentError: `call_timeout` is no number of seconds.
     """
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
     streamer = LayerStreamer(
@@ -639,7 +647,7 @@ def _checked_timeout(call_timeout: float | None) -> float | None:
         return None
     is_number = isinstance(call_timeout, int | float) and not isinstance(call_timeout, bool)
     if not is_number or math.isnan(call_timeout) or call_timeout < 0:
-        raise StreamerStateError(
+        raise ArgumentError(
             f"call_timeout must be a number of seconds, or None to wait as long as it takes, not {call_timeout!r}."
         )
     return float(call_timeout)
@@ -669,9 +677,7 @@ def _refuse_active(components: Mapping[str, nn.Module]) -> None:
 
 
 def _warn_nothing_streams(components: Mapping[str, nn.Module]) -> None:
-    warnings.warn(
+    warn(
         f"no block stacks found in {', '.join(f'`{n}` ({type(m).__name__})' for n, m in components.items())}: each "
         "component is on the device whole. Name its stacks: layerstream.register_adapter(cls, Adapter(stacks=[...])).",
-        LayerstreamWarning,
-        stacklevel=4,
     )

@@ -7,7 +7,6 @@ every tensor, hook and page lock as it was found, and works from any state that 
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,10 @@ from layerstream.absent import AbsentClasses, Reading, nan_scalar
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.device import Device
-from layerstream.errors import LayerstreamWarning
 from layerstream.host_store import HostStore, StoredUnit, Stretches
 from layerstream.intercept import Interception, Listener
 from layerstream.progress import Progress
+from layerstream.saying import warn
 from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
 
 
@@ -65,9 +64,10 @@ class Attachments:
     Args:
         reading: makes units present that something looks at, and keeps them so meanwhile.
         bring_home: copies home what was written to a unit on the device.
+        number: of the streamer's gate.
     """
 
-    def __init__(self, device: Device, reading: Reading, bring_home: Callable[[int], object]) -> None:
+    def __init__(self, device: Device, reading: Reading, bring_home: Callable[[int], object], number: int) -> None:
         self.all: list[Attachment] = []
         self.units: dict[int, Unit] = {}
         self.stored: dict[int, StoredUnit] = {}
@@ -76,7 +76,7 @@ class Attachments:
         self.of_component: dict[str, Attachment] = {}
         self._device = device
         self._bring_home = bring_home
-        self._classes = AbsentClasses(reading, self._stand_in)
+        self._classes = AbsentClasses(reading, number, self._stand_in)
         self.records = self._classes.records
         self._told: set[tuple[tuple[str, ...], int]] = set()
         self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
@@ -170,11 +170,9 @@ class Attachments:
             own = [self.units[i] for i in attachment.units if self.units[i].spec.component == layout.name]
             streamed = [module for unit in own for module in unit.called]
             if compiled.describe_compiled(layout.outermost) is not None and streamed:
-                warnings.warn(
+                warn(
                     f"`{layout.name}` is compiled as a whole; while it streams, its blocks are compiled one by one "
                     "instead (the same code for all that are alike).",
-                    LayerstreamWarning,
-                    stacklevel=7,
                 )
             if streamed:
                 roots.append(layout.root)
@@ -237,12 +235,10 @@ class Attachments:
         kinds = tuple(sorted({kind for spec in whole for kind in spec.kinds}))
         if (kinds, num_bytes) not in self._told:  # pausing attaches them again
             self._told.add((kinds, num_bytes))
-            warnings.warn(
+            warn(
                 f"{sum(spec.num_tensors for spec in whole)} weights of type {', '.join(kinds)} "
                 f"({format_bytes(num_bytes)}) are no plain tensors: they do not stream, and stay on the device whole, "
                 "within the budget. Load the model without quantisation to have all of it streamed.",
-                LayerstreamWarning,
-                stacklevel=7,
             )
 
     def _move_other(self, attachment: Attachment, place: TensorPlace) -> None:

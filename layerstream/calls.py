@@ -58,8 +58,8 @@ class RunningCalls:
             names = {t.ident: t.name for t in threading.enumerate()}
             raise ConcurrentUseError(
                 f"thread {threading.current_thread().name!r} uses a streamed pipeline while thread "
-                f"{names.get(self._thread, self._thread)!r} is in the middle of a call. One call at a time: use a "
-                "lock around the call, or one pipeline per thread."
+                f"{names.get(self._thread, self._thread)!r} is in the middle of a call. Both are part of one use, "
+                "so neither waits for the other: let one thread of it call components."
             )
 
     @property

@@ -14,7 +14,6 @@ What was edited is copied home, or is home already; then what the device has of 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +24,9 @@ import torch
 from layerstream.binding import BoundTensor
 from layerstream.budget import format_bytes
 from layerstream.device import Device
-from layerstream.errors import LayerstreamWarning
 from layerstream.host_memory import bytes_of
 from layerstream.references import is_held, use_count
+from layerstream.saying import warn
 from layerstream.stats import Stats
 from layerstream.units import Unit
 
@@ -159,12 +158,10 @@ class Edits:
         num_bytes = sum(k.view.nbytes for k in self._kept) + sum(e.entry.nbytes for e in self._entries)
         if num_bytes > _SMALL_BYTES and not self._has_told:
             self._has_told = True
-            warnings.warn(
+            warn(
                 f"{format_bytes(num_bytes)} of tensors that were read from weights while they are streamed are still "
                 "held (a state_dict, weight.data): they are compared with the weights before each call, in case "
                 "somebody writes to them. Let them go to save that time.",
-                LayerstreamWarning,
-                stacklevel=2,
             )
 
     def _by_version(self) -> set[int]:

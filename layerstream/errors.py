@@ -50,6 +50,10 @@ class HostMemoryError(LayerstreamError, MemoryError):
         self.available_bytes = available_bytes
 
 
+class ArgumentError(LayerstreamError, ValueError):
+    """An argument is of a kind, or has a value, that means nothing."""
+
+
 class AdapterError(LayerstreamError, ValueError):
     """An adapter described a component wrongly (a name that does not exist, a block listed twice)."""
 
@@ -75,15 +79,16 @@ class AlreadyOffloadedError(LayerstreamError, RuntimeError):
 
 
 class StreamerStateError(LayerstreamError, RuntimeError):
-    """A streamer was used at the wrong moment: entered twice, or asked for something before it started."""
+    """A streamer was used at the wrong moment: entered twice, closed in the middle of a call, asked for something before it
+    started. Or its pipeline was changed in a way that it could not go on with."""
 
 
 class ConcurrentUseError(LayerstreamError, RuntimeError):
-    """A second thread called a pipeline that is in the middle of a call. One call at a time per streamer."""
+    """A call in another thread did not end within `call_timeout`, or two threads of one call used it at once."""
 
 
 class MovedWhileStreamingError(LayerstreamError, RuntimeError):
-    """A component was moved to a device, or a streamed one cast, while its weights are streamed."""
+    """A component was moved to a device by its user while its weights are streamed."""
 
 
 class BackwardError(LayerstreamError, RuntimeError):

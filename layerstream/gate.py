@@ -8,6 +8,7 @@ copy of its context (`asyncio.to_thread`, `contextvars.copy_context`). Nobody's 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -45,6 +46,7 @@ class Ticket:
     is_ended: bool = False
 
 
+_NUMBERS = itertools.count()
 _INSIDE: ContextVar[tuple[Ticket, ...]] = ContextVar("layerstream_inside", default=())
 
 
@@ -57,6 +59,7 @@ class Gate:
 
     def __init__(self, timeout_s: float | None = None) -> None:
         self.timeout_s = timeout_s
+        self.number = next(_NUMBERS)  # who waits at more than one gate waits in this order
         self._ticket: Ticket | None = None
         self._line: deque[Ticket] = deque()
         self._at_end: Callable[[], None] | None = None

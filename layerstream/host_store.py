@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +33,7 @@ from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import align
 from layerstream.budget import format_bytes
 from layerstream.device import Device
-from layerstream.errors import HostMemoryError, LayerstreamWarning
+from layerstream.errors import HostMemoryError
 from layerstream.host_memory import (
     MemoryMaps,
     PageMapping,
@@ -51,6 +50,7 @@ from layerstream.host_memory import (
 )
 from layerstream.page_locks import PageLocks, page_locks_of
 from layerstream.references import is_held
+from layerstream.saying import warn
 
 IN_PLACE_LEAST_BYTES = 2**20
 # Of a stretch of memory that is locked as one. What else it holds is locked, and of a file mapping made anonymous
@@ -128,12 +128,14 @@ class Stretches:
         self.files: set[Range] = set()  # of the stretches, those that are mapped from files
         maps, locks = MemoryMaps.read(), page_locks_of(device)
         found: dict[Range, list[BoundTensor]] = {}
+        needed = 0  # what becomes memory of this process that is none yet
         for bound in tensors:
-            if bound.home_device.type == "cpu" and bound.is_dense and bound.num_bytes:
+            if bound.home_device.type != "cpu":
+                needed += bound.num_bytes
+            elif bound.is_dense and bound.num_bytes:
                 stretch = maps.stretch(bound.home)
                 if stretch is not None:
                     found.setdefault(stretch, []).append(bound)
-        needed = 0
         for stretch, inside in found.items():
             spans = [address_range(bound.home) for bound in inside]
             is_file = maps.is_file(spans[0])
@@ -164,17 +166,17 @@ def _locked_for(stretch: Range, own: Sequence[Range], locks: PageLocks, *, is_fi
 
 
 def _refuse_too_much(num_bytes: int, spans: Iterable[Range]) -> None:
-    """Raise if so much of files cannot become memory of this process, where all of it must be to be page-locked."""
+    """Raise if so much of files, or of a GPU, cannot become memory of this process, where all of it must be to be
+    page-locked."""
     room = available_bytes()
     if room is None or num_bytes <= (1 - _SPARED_SHARE) * room[0]:
         return
     num_bytes -= anonymous_bytes(list(spans))  # what was written to before; asked last, because it takes long
     if num_bytes > (1 - _SPARED_SHARE) * room[0]:
         raise HostMemoryError(
-            f"the weights do not fit in host memory: {format_bytes(num_bytes)} of them are mapped from files and "
-            f"become memory of this process when they are page-locked, and {format_bytes(room[0])} are left "
-            f"({room[1]}). "
-            "Free host memory, raise the limit of the container, or load fewer components, or in a smaller dtype.",
+            f"the weights do not fit in host memory: {format_bytes(num_bytes)} of them are mapped from files, or on "
+            f"the device, and become memory of this process; {format_bytes(room[0])} are left ({room[1]}). Free host "
+            "memory, raise the limit of the container, or load fewer components, or in a smaller dtype.",
             needed_bytes=num_bytes,
             available_bytes=room[0],
         )
@@ -248,12 +250,10 @@ class HostStore:
                 else:
                     self.unpinned_bytes += source.numel()
         if self.unpinned_bytes:
-            warnings.warn(
+            warn(
                 f"page-locking {format_bytes(self.unpinned_bytes)} of host memory was refused; those weights are "
                 "copied through a small staging buffer, which is several times slower. Raise the memlock limit "
                 "(ulimit -l), or the container's or WSL's memory.",
-                LayerstreamWarning,
-                stacklevel=2,
             )
 
     def close(self) -> None:
@@ -298,9 +298,13 @@ class HostStore:
         del large
         for bound, master in zip(gathered, masters, strict=True):
             # An original that is held elsewhere is not freed by letting it go, and handing it back keeps the tie.
-            # One of other strides, or in shared memory, is handed back because that is part of what is restored.
-            is_kept = not bound.is_dense or bound.home.is_shared() or _is_held_elsewhere(bound)
-            binding.rehome(bound, master, keeps_home=is_kept, is_handed_back=bound.num_bytes >= IN_PLACE_LEAST_BYTES)
+            # One of other strides, or in shared memory, is handed back because that is part of what is restored. All
+            # memory of a GPU is "shared" to torch; that is what is to be let go.
+            is_on_host = bound.home_device.type == "cpu"
+            is_shared = is_on_host and bound.home.is_shared()
+            is_large = bound.num_bytes >= IN_PLACE_LEAST_BYTES
+            is_kept = not bound.is_dense or is_shared or _is_held_elsewhere(bound)
+            binding.rehome(bound, master, keeps_home=is_kept, is_handed_back=is_on_host and is_large)
         if size >= IN_PLACE_LEAST_BYTES:
             trim_heap()  # whose fragments would keep what was let go
         unit.ranges.append((buffer, 0, pages.range))

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from layerstream.device import Device
-from layerstream.errors import LayerstreamWarning
 from layerstream.host_memory import NUM_THREADS, Range
+from layerstream.saying import warn
 
 
 class PageLocks:
@@ -115,11 +114,9 @@ def page_locks_of(device: Device) -> PageLocks:
 
 def _warn_at_fork() -> None:
     if len(_REAL):
-        warnings.warn(
+        warn(
             "the process forks while layerstream has host memory page-locked: the kernel copies those pages for the "
             "child at once. Start worker processes before streaming, or with the 'spawn' method.",
-            LayerstreamWarning,
-            stacklevel=2,
         )
 
 

@@ -32,6 +32,10 @@ RIVAL_METHODS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "e
 class Owner(Protocol):
     """Who streams components; what the watch tells."""
 
+    @property
+    def number(self) -> int:
+        """In this order one waits for those that stream, if for more than one."""
+
     def using(self, what: str) -> contextlib.AbstractContextManager[object]:
         """A call of a pipeline that has some of its components; others wait meanwhile."""
 
@@ -53,7 +57,7 @@ ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKey
 
 
 def owners_of(modules: Iterable[object]) -> list[Any]:
-    """Who streams some of these modules, each once, in an order that is the same in every thread."""
+    """Who streams some of these modules, each once, in the order in which one waits for them."""
     found = {}
     for module in modules:
         if isinstance(module, nn.Module):
@@ -61,7 +65,7 @@ def owners_of(modules: Iterable[object]) -> list[Any]:
             owner = reference() if reference is not None else None
             if owner is not None:
                 found[id(owner)] = owner
-    return [found[key] for key in sorted(found)]
+    return sorted(found.values(), key=lambda owner: owner.number)
 
 
 def modules_of(pipe: object) -> list[object]:

@@ -36,7 +36,8 @@ class Progress:
     def add(self, num_bytes: int) -> None:
         """So many bytes more are done."""
         if self._bar is not None:
-            self._bar.update(num_bytes)
+            # Page locks are told in whole pages, which hold more than the weights.
+            self._bar.update(min(num_bytes, self._bar.total - self._bar.n))
 
     def close(self) -> bool:
         """Take the bar away; returns whether it was shown. Idempotent."""

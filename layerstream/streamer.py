@@ -23,7 +23,6 @@ import logging
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,7 +38,7 @@ from layerstream.blocks import Placement
 from layerstream.calls import RunningCalls, shapes_of
 from layerstream.device import Device, engine_tensors
 from layerstream.edits import Edits
-from layerstream.errors import BudgetError, LayerstreamWarning, StreamerStateError
+from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.gate import Gate, Ticket
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
@@ -49,6 +48,7 @@ from layerstream.plan import PhasePlan, Plan
 from layerstream.profiling import Ranges
 from layerstream.progress import Progress
 from layerstream.report import predicted_line
+from layerstream.saying import warn
 from layerstream.stats import PhaseStats, Stats
 from layerstream.timing import PassTimer
 from layerstream.transfer import Slot, TransferEngine
@@ -96,7 +96,7 @@ class Streamer:
         self._find_replaced = find_replaced
         self._let_go = let_go
         self._device = device
-        self._attached = Attachments(device, self.reading, self._unit_home)
+        self._attached = Attachments(device, self.reading, self._unit_home, self.gate.number)
         self._units = self._attached.units
         self._ranges = Ranges()
         self._transfer = TransferEngine(device, self._attached.stored, self._units, self.stats, self._ranges)
@@ -187,7 +187,7 @@ class Streamer:
         An interrupt while it waits for the device is raised once all is given back.
         """
         started = time.perf_counter()
-        with self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
+        with self.gate.reading_lock, self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
             self._detach(self._attached.all, attempt)
@@ -282,8 +282,8 @@ class Streamer:
     def _note_components(self, all_names: Sequence[str], changed: Collection[str]) -> None:
         """Units came or went: order, ledger and stats go by what there is now."""
         by_name = {layout.name: layout for a in self._attached.all for layout in a.layouts}
-        # In the order of the pipeline, in which its components usually run.
-        layouts = [by_name[name] for name in all_names if name in by_name]
+        # In the order of the pipeline, in which its components usually run; what it has dropped is yet to be let go of.
+        layouts = [by_name[name] for name in dict.fromkeys([*all_names, *by_name]) if name in by_name]
         names = tuple(by_name)
         specs = [
             # What no hook can bring to the device when it is needed is there always.
@@ -604,7 +604,7 @@ class Streamer:
 
     def leave_root(self, root: nn.Module) -> None:
         """A component's forward ended; the slots of its last blocks are free for what comes next."""
-        with self._mutex:
+        with self.gate.reading_lock, self._mutex:
             if not self._calls.leave(root) or not self._is_outermost():
                 return
             try:
@@ -636,7 +636,7 @@ class Streamer:
         return True
 
     def leave_method(self, root: nn.Module) -> None:
-        with self._mutex:
+        with self.gate.reading_lock, self._mutex:
             self._in_method = None
             try:
                 self._ended()
@@ -719,7 +719,7 @@ class Streamer:
         self._forget_autocast()
         if not self._calls.is_running(block):
             return None  # all of its component is here to stay: entering it did nothing
-        with self._mutex:
+        with self.gate.reading_lock, self._mutex:
             if not self._calls.leave(block):
                 return None
             self._timer.leave_block(units)
@@ -758,7 +758,8 @@ class Streamer:
                     self._units[unit].binding.unguard()
             missing = [unit for unit in units if not self._units[unit].binding.is_present]
             if missing:
-                self._catch_up()
+                if self.gate.is_inside:  # not in another thread's pause, which that thread may be about to end
+                    self._catch_up()
                 self._begin_by_touch(missing, is_grad)
                 with engine_tensors():
                     self._use(missing, is_touch=True, is_grad=is_grad)
@@ -979,7 +980,7 @@ def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what:
     except Exception as exc:
         # Said at the end too: where warnings are errors, saying it raises.
         message = f"leaving the offload context could not {what}: {exc!r}"
-        afterwards.callback(warnings.warn, message, LayerstreamWarning, stacklevel=6)
+        afterwards.callback(warn, message)
     except BaseException as exc:
         afterwards.callback(_raise, exc)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.pipeline_watch import ACTIVE
+from layerstream.pipeline_watch import ACTIVE, owners_of
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
@@ -294,6 +294,69 @@ def test_a_call_waits_for_who_reads_a_weight_in_a_copy_of_its_context(submit: Su
         assert torch.equal(made.result(TIMEOUT_S), expected)
 
 
+def test_a_method_that_ends_waits_for_who_reads_a_weight(submit: Submit, expected: torch.Tensor) -> None:
+    """Its end loads what comes next, in the place of what is read."""
+    pipe = build_tiny("sd3")
+    weight = first_weight(pipe).detach().clone()
+    slow = Slow.of(weight)
+    started: list[Future[Any]] = []
+    done: list[bool] = []
+
+    def start_reading(*args: object) -> None:
+        if not started:
+            started.append(submit(contextvars.copy_context().run, slow.added_to, lambda: first_weight(pipe)))
+            assert slow.is_there.wait(TIMEOUT_S)
+
+    with streamed(pipe), torch.no_grad():
+        handle = pipe.vae.decoder.register_forward_hook(start_reading)
+
+        def decode() -> None:
+            pipe.vae.decode(torch.zeros(1, 16, 4, 4))
+            done.append(slow.go_on.is_set())
+
+        decoding = submit(decode)
+        assert slow.is_there.wait(TIMEOUT_S)
+        time.sleep(0.1)  # it would have returned by now
+        slow.go_on.set()
+        assert torch.equal(started[0].result(TIMEOUT_S), weight)
+        decoding.result(TIMEOUT_S)
+        assert done == [True]
+        handle.remove()
+        assert torch.equal(image(pipe), expected)
+
+
+def test_reading_in_a_pause_leaves_what_was_dropped_for_later(submit: Submit, expected: torch.Tensor) -> None:
+    """To let go of a component takes a turn, for which the pause's end would be waited for, and that for the reader."""
+    pipe = build_tiny("sd3")
+    modules = {k: m for k, m in pipe.components.items() if isinstance(m, nn.Module)}
+    in_pause, end = threading.Event(), threading.Event()
+
+    def pause(streamer: Any) -> None:
+        with streamer._streamer.paused("vae"):
+            in_pause.set()
+            assert end.wait(TIMEOUT_S)
+
+    with streamed(modules) as streamer:
+        del modules["text_encoder_3"]
+        pausing = submit(pause, streamer)
+        assert in_pause.wait(TIMEOUT_S)
+        read = submit(lambda: first_weight(pipe).clone())
+        assert torch.isfinite(read.result(TIMEOUT_S)).all()
+        end.set()
+        pausing.result(TIMEOUT_S)
+        assert torch.equal(image(pipe), expected)
+
+
+def test_who_needs_two_streamers_waits_for_them_in_one_order(submit: Submit) -> None:
+    """Calls and readers alike, or each would have what the other waits for."""
+    first, second = toy(), toy(seed=1)
+    with streamed(first) as one, streamed(second) as two:
+        assert owners_of([second, first]) == owners_of([first, second]) == [one, two]
+        classes = [type(model.head.weight)._classes for model in (first, second)]  # type: ignore[attr-defined]
+        assert [c.number for c in classes] == [one.number, two.number]
+        assert one.number < two.number
+
+
 def test_bare_components_of_one_pipeline_take_turns(submit: Submit) -> None:
     model = toy()
     expected = run(twin(model), 1)
@@ -375,7 +438,7 @@ def test_a_bare_component_that_is_interrupted_lets_the_next_one_in(submit: Submi
 
 @pytest.mark.parametrize("wrong", [-1, float("nan"), "3", True, object()])
 def test_bad_timeouts(wrong: Any) -> None:
-    with pytest.raises(layerstream.StreamerStateError, match="call_timeout must be a number of seconds, or None"):
+    with pytest.raises(layerstream.ArgumentError, match="call_timeout must be a number of seconds, or None"):
         layerstream.offload(toy(), call_timeout=wrong)
 
 

@@ -183,7 +183,7 @@ def test_another_thread_in_a_call_is_refused_by_name(watched: Watched, where: st
         here = threading.current_thread().name
         message = (
             f"thread {here!r} uses a streamed pipeline while thread 'caller' is in the middle of a call. "
-            "One call at a time: use a lock around the call, or one pipeline per thread."
+            "Both are part of one use, so neither waits for the other: let one thread of it call components."
         )
         for use in (watched, watched.calls.check_thread, lambda: watched.root.blocks[0](torch.zeros(1))):
             with pytest.raises(ConcurrentUseError) as error:

@@ -665,7 +665,7 @@ def test_file_pages_that_cannot_be_held_in_memory_are_refused(
     leave(monkeypatch, LARGE * 4)
     tensor = mapped(floats_file, "c")
     before = anonymous_bytes(*span_of(tensor))
-    text = r"do not fit in host memory: 3\.0 MiB of them are mapped.*and 3\.0 MiB are left \(MemAvailable of the mach"
+    text = r"do not fit in host memory: 3\.0 MiB of them are mapped.*; 3\.0 MiB are left \(MemAvailable of the mach"
     with pytest.raises(HostMemoryError, match=text) as caught:
         Stored(tensor, torch.randn(3))
     assert (caught.value.needed_bytes, caught.value.available_bytes) == (LARGE * 4, LARGE * 4)

@@ -30,6 +30,7 @@ RANKS = {
     "profiling": 1,
     "progress": 1,
     "references": 1,
+    "saying": 1,
     "standins": 1,
     "absent": 2,
     "calls": 2,

@@ -17,6 +17,7 @@ NAMES = {
     "Adapter",
     "AdapterError",
     "AlreadyOffloadedError",
+    "ArgumentError",
     "BackwardError",
     "BudgetError",
     "CompiledWholeError",
@@ -42,6 +43,7 @@ NAMES = {
 # What a caller who knows nothing of layerstream would catch.
 BUILTINS = {
     "AdapterError": ValueError,
+    "ArgumentError": ValueError,
     "AlreadyOffloadedError": RuntimeError,
     "BackwardError": RuntimeError,
     "BudgetError": ValueError,

@@ -79,8 +79,8 @@ class AlreadyOffloadedError(LayerstreamError, RuntimeError):
 
 
 class StreamerStateError(LayerstreamError, RuntimeError):
-    """A streamer was used at the wrong moment: entered twice, closed in the middle of a call, asked for something before it
-    started. Or its pipeline was changed in a way that it could not go on with."""
+    """A streamer was used at the wrong moment: entered twice, closed in the middle of a call, asked for a report before
+    it started. Or its pipeline was changed in a way that it could not go on with."""
 
 
 class ConcurrentUseError(LayerstreamError, RuntimeError):

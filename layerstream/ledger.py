@@ -22,8 +22,9 @@ from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_bytes
 from layerstream.device import Device
 from layerstream.errors import BudgetError
+from layerstream.order import OrderLearner
 from layerstream.phases import Key, PhaseTracker, Reserve
-from layerstream.plan import Costs, Phase, PhasePlan, Plan, check_budget, make_plan
+from layerstream.plan import Costs, Phase, PhasePlan, Plan, check_budget, make_plan, uses_per_pass
 from layerstream.stats import PhaseStats, Stats
 
 # Of a measurement: the allocator may cut its segments otherwise the next time. In units of its granularity (2 MiB).
@@ -74,6 +75,9 @@ class Ledger:
         self._is_unchecked = False  # passes have run since `_num_ooms` was read
         self._num_unwatched = 0  # passes since somebody looked at what others have
         self._has_new_times = False  # not planned with yet
+        self._order: OrderLearner | None = None
+        self._uses: Mapping[int, int] = {}  # per pass, of units that a pass uses never or often
+        self._num_uses_counted = 0
 
     # ---- from open to close
 
@@ -102,9 +106,12 @@ class Ledger:
         units: Sequence[UnitSpec],
         whole: Sequence[WholeSpec],
         changed: Collection[str],
+        order: OrderLearner,
     ) -> None:
-        """The pipeline has these components (name, is_repeated) and units now; what was measured of `changed` ones is
-        forgotten."""
+        """The pipeline has these components (name, is_repeated) and units now, used in this order; what was measured of
+        `changed` ones is forgotten."""
+        if order is not self._order:
+            self._order, self._uses, self._num_uses_counted = order, {}, 0
         self._tracker = self._tracker.successor(components, changed)
         self._units, self._whole = units, whole
         self._reserve = self._plan = None
@@ -187,6 +194,10 @@ class Ledger:
         if reserve.over_bytes is not None:
             self.phase_stats.reserve_bytes = reserve.over_bytes + self._outside_bytes
         return phase_plan
+
+    def begin_use(self, *, is_call: bool) -> None:
+        """Somebody begins to use the components: a call of a pipeline, or of a bare component."""
+        self._tracker.begin_use(is_call)
 
     def again(self, component: str) -> None:
         """The same call as before begins, and there is nothing to learn."""
@@ -401,7 +412,7 @@ class Ledger:
     def _still_holds(self, plan: Plan, phases: Sequence[Phase]) -> bool:
         """Whether a plan was made for these reserves, or for little more."""
         old = [p.phase for p in plan.phases]
-        if [p.components for p in old] != [p.components for p in phases]:
+        if [(p.components, p.is_repeated) for p in old] != [(p.components, p.is_repeated) for p in phases]:
             return False
         needed = self._tracker.needed_bytes(self._outside_bytes)
         for before, now, least in zip(old, phases, needed, strict=True):
@@ -430,7 +441,26 @@ class Ledger:
 
     def _costs(self) -> Costs | None:
         compute_ms = self._tracker.compute_ms()
-        return Costs(self.link_gb_per_s, compute_ms) if self.link_gb_per_s and compute_ms else None
+        if not self.link_gb_per_s or not compute_ms:
+            return None
+        return Costs(self.link_gb_per_s, compute_ms, self._uses_per_pass())
+
+    def _uses_per_pass(self) -> Mapping[int, int]:
+        """Counted when there are new times, and again whenever as much again has been seen."""
+        if self._order is None:
+            return {}
+        if self._has_new_times or self._order.num_uses >= 2 * self._num_uses_counted:
+            self._num_uses_counted = self._order.num_uses
+            counts = self._order.uses()
+            self._uses = {
+                unit: count
+                for phase in self._tracker.phases(0)
+                if phase.is_repeated
+                for unit, count in uses_per_pass(
+                    [u for u in self._units if u.is_block and u.component in phase.components], counts
+                ).items()
+            }
+        return self._uses
 
     def _merge_partners(self) -> None:
         """Components that take turns share a phase, if the budget holds the least of all of them together."""

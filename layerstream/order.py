@@ -12,13 +12,15 @@ a pass nothing is predicted until the present follows the past again: wrong load
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 _MAX_HISTORY = 1 << 20  # uses kept; a call of 50 steps has about 3,000, a token loop 200,000
 _MAX_CANDIDATES = 512  # earlier uses looked at when the cursor is lost: a call of 50 steps in two passes has 100
 _MAX_COMMON_PAST = 8192  # uses compared per candidate: finding the place again must cost less than a load
 _MISSES_TO_DOUBT = 2
+_COUNTED_USES = 1 << 16  # the most recent ones; a token of a large model has some 400
 
 
 class OrderLearner:
@@ -59,6 +61,15 @@ class OrderLearner:
         if len(self._history) > _MAX_HISTORY:
             self._forget()
         return is_hit
+
+    @property
+    def num_uses(self) -> int:
+        """How many uses are remembered."""
+        return len(self._history)
+
+    def uses(self) -> Mapping[int, int]:
+        """How often each unit was used of late."""
+        return Counter(self._history[-_COUNTED_USES:])
 
     def predict(self, count: int) -> list[int]:
         """Up to `count` units expected next, nearest first; may repeat a unit. Empty while in doubt."""

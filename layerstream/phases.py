@@ -7,11 +7,14 @@ What a phase takes beside the weights, its *reserve*, is measured, not guessed, 
 entry point, shapes and dtypes of what is passed. A key that was never measured gets all the room there is. Shapes that
 are no larger than measured ones borrow their reserve until they were measured themselves; shapes that grow token by
 token stay one key, which is measured again when they have grown by a quarter.
+
+That a component runs many times a call is known of denoisers, and learned of others: a language model that writes a
+prompt anew, or draws an image token by token, runs in a *loop*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layerstream.plan import Phase
@@ -23,6 +26,11 @@ READ = "(weights)"
 GROWTH = 1.25
 # A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
 _MOST_PASSES_PER_TURN = 4
+# A text encoder runs once or twice in a turn. What runs more often than this in one is in a loop.
+_PASSES_OF_A_LOOP = 8
+# So often components that are not repeated take turns within one call before they are taken to share a loop.
+_TURNS_OF_A_LOOP = 4
+_MOST_TURNS = 16
 _MEASUREMENTS = 2
 _TIMED_PASSES = 3
 _MOST_KEYS = 4096  # an application that makes images of every size must not grow without end
@@ -109,6 +117,11 @@ class Reserve:
     _most_bytes: int = 0
 
     @property
+    def known_bytes(self) -> int | None:
+        """The best that is known of it: what was measured, be it once too few, or borrowed; None: nothing."""
+        return self.over_bytes if self.over_bytes is not None else self._most_bytes or None
+
+    @property
     def is_timed(self) -> bool:
         return self.num_untimed <= 0 and self.num_unread <= 0
 
@@ -171,6 +184,8 @@ class PhaseTracker:
         self._reserves: dict[Key, Reserve] = {}
         self._last_key: dict[tuple[str, str], Key] = {}
         self._turns: list[tuple[str, int]] = []  # (component, passes in a row), the most recent last
+        self._is_in_use = False  # the turns are of one call of a pipeline
+        self._entered: Reserve | None = None  # the most recent
         self._run: dict[tuple[str, ...], list[Reserve]] = {}  # reserves of the present, or last, run of each phase
         self._before: dict[tuple[str, ...], list[Reserve]] = {}  # of the run before
         self.current: tuple[str, ...] | None = None
@@ -184,13 +199,36 @@ class PhaseTracker:
             self._before[group] = self._run.get(group, [])
             self._run[group] = []
             self.current = group
-        if reserve not in self._run[group]:
-            self._run[group].append(reserve)
+        run = self._run[group]
+        if key.entry != READ and any(r.key.entry == READ for r in run):
+            # What was read before the first call of a phase says nothing, and would keep it unknown.
+            run = self._run[group] = [r for r in run if r.key.entry != READ]
+        if reserve not in run and (key.entry != READ or not run):
+            run.append(reserve)
+        self._entered = reserve
         return reserve
 
     def again(self, component: str) -> None:
         """The same key as before is entered again."""
         self._take_turn(component)
+
+    def begin_use(self, is_call: bool) -> None:
+        """Somebody else uses the components now: what takes turns with what begins anew.
+
+        Args:
+            is_call: of a pipeline, rather than of a bare component.
+        """
+        self._is_in_use = is_call
+        if is_call:
+            self._turns = []
+
+    def is_repeated(self, component: str) -> bool:
+        """Whether a component runs many times a call, as far as known."""
+        return self._is_repeated[component]
+
+    def in_loop(self, component: str) -> bool:
+        """Whether the shapes that a component is entered with grow step by step."""
+        return any(r.is_growing for r in self._run.get(self._groups[component], ()))
 
     def phases(self, outside_bytes: int) -> tuple[Phase, ...]:
         """Every phase with its reserve as far as known, in the order of the components.
@@ -199,13 +237,19 @@ class PhaseTracker:
             outside_bytes: what others than our weights have allocated on the device when the phase begins.
         """
         return tuple(
-            Phase(group, any(self._is_repeated[c] for c in group), _most(r.kept_bytes(outside_bytes) for r in expected))
+            Phase(
+                group,
+                any(self._is_repeated[c] for c in group),
+                self._most(group, expected, outside_bytes, Reserve.kept_bytes),
+            )
             for group, expected in self._all_expected()
         )
 
     def needed_bytes(self, outside_bytes: int) -> tuple[int | None, ...]:
         """What each of `phases` takes, without the room that a plan keeps for tokens to come."""
-        return tuple(_most(r.needed_bytes(outside_bytes) for r in expected) for _, expected in self._all_expected())
+        return tuple(
+            self._most(group, expected, outside_bytes, Reserve.needed_bytes) for group, expected in self._all_expected()
+        )
 
     def compute_ms(self) -> Mapping[int, float]:
         """Measured compute by unit index, of the keys that are expected in each phase."""
@@ -218,12 +262,16 @@ class PhaseTracker:
 
     def partners(self) -> tuple[str, ...] | None:
         """Components that take short turns with the current one, and are not one phase with it yet."""
+        repeated: dict[str, int] = {}
         counts: dict[str, int] = {}
+        are_repeated = True
         for component, passes in reversed(self._turns):
-            if not self._is_repeated[component] or passes >= _MOST_PASSES_PER_TURN:
+            are_repeated &= self._is_repeated[component]
+            if passes >= _MOST_PASSES_PER_TURN or not (are_repeated or self._is_in_use):
                 break
-            counts[component] = counts.get(component, 0) + 1
-        wanted = tuple(c for c in self._is_repeated if counts.get(c, 0) >= 2)
+            for counted in (counts, repeated) if are_repeated else (counts,):
+                counted[component] = counted.get(component, 0) + 1
+        wanted = tuple(c for c in self._is_repeated if repeated.get(c, 0) >= 2 or counts.get(c, 0) >= _TURNS_OF_A_LOOP)
         is_new = len(wanted) >= 2 and self._turns[-1][0] in wanted and not set(wanted) <= set(self.current or ())
         return wanted if is_new else None
 
@@ -243,6 +291,8 @@ class PhaseTracker:
         new = PhaseTracker(components)
         kept = {name for name, _ in components} - set(changed)
         new._reserves = {key: reserve for key, reserve in self._reserves.items() if key.component in kept}
+        new._is_repeated |= {name: self._is_repeated[name] for name in kept if name in self._is_repeated}
+        new._is_in_use = self._is_in_use
         return new
 
     # ---- inside
@@ -257,9 +307,36 @@ class PhaseTracker:
 
     def _take_turn(self, component: str) -> None:
         if self._turns and self._turns[-1][0] == component:
-            self._turns[-1] = component, self._turns[-1][1] + 1
+            passes = self._turns[-1][1] + 1
+            self._turns[-1] = component, passes
+            if passes > _PASSES_OF_A_LOOP and self._is_in_use:
+                self._is_repeated[component] = True
         else:
-            self._turns = [*self._turns[-11:], (component, 1)]
+            self._turns = [*self._turns[1 - _MOST_TURNS :], (component, 1)]
+
+    def _most(
+        self,
+        group: tuple[str, ...],
+        expected: Sequence[Reserve],
+        outside_bytes: int,
+        bytes_of: Callable[[Reserve, int], int | None],
+    ) -> int | None:
+        """The largest of what is expected in a phase; None if there is nothing, or it is not known.
+
+        While the phase runs, only what runs now must be known: the first of a prompt, which was measured once, has
+        ended when the tokens come.
+        """
+        is_current = group == self.current
+        found = []
+        for reserve in expected:
+            num_bytes = bytes_of(reserve, outside_bytes)
+            if num_bytes is None and is_current and reserve is not self._entered:
+                num_bytes = None if reserve.known_bytes is None else reserve.known_bytes + outside_bytes
+                if num_bytes is None:
+                    continue
+            found.append(num_bytes)
+        known = [amount for amount in found if amount is not None]
+        return max(known) if known and len(known) == len(found) else None
 
     def _reserve(self, key: Key) -> Reserve:
         if key.entry == READ:  # a call of the component is to follow, perhaps of a part that nobody knows of
@@ -273,8 +350,8 @@ class PhaseTracker:
         if known is not None and (known.key == key or known.is_growing):
             return known
         last = self._reserves.get(last_key) if last_key is not None else None
-        if last is not None and last_key is not None and last.over_bytes is not None and key.is_a_token_after(last_key):
-            if key.num_elements > GROWTH * last.key.num_elements:
+        if last is not None and last_key is not None and key.is_a_token_after(last_key):
+            if last.over_bytes is not None and key.num_elements > GROWTH * last.key.num_elements:
                 # Measured anew, with what was kept so far and a quarter more meanwhile: evicting everything every
                 # few hundred tokens would cost more than the loop does.
                 last = Reserve(
@@ -300,13 +377,6 @@ class PhaseTracker:
             self._reserves.pop(next(iter(self._reserves)))
         self._reserves[key] = reserve
         return reserve
-
-
-def _most(amounts: Iterable[int | None]) -> int | None:
-    """The largest; None if there is none, or one is not known."""
-    found = list(amounts)
-    known = [amount for amount in found if amount is not None]
-    return max(known) if known and len(known) == len(found) else None
 
 
 def _product(shape: Sequence[int]) -> int:

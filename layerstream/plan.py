@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,8 @@ LEAST_SLOTS = 2  # one that compute reads, one that is loaded meanwhile
 _MOST_SLOTS = 4  # more slots even out blocks of unlike compute; beyond that residents do more
 _MOST_COUNTS = 8  # numbers of slots to choose from
 _SLOTS_PER_PIECE = 2  # that many more for each piece beyond the first of the block that has most
+_LEAST_PASSES_COUNTED = 8  # fewer do not tell what is used seldom
+_SELDOM = 8  # what is used once in so many passes is loaded when it is needed
 # The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
 _CAREFUL_SHARE = 0.95
 # Assumed until measured: a link of PCIe 5 at 16 lanes, and a denoiser that computes 2.5 times faster than it loads.
@@ -71,10 +73,12 @@ class Costs:
 
     Attributes:
         compute_ms: of one use, by unit index; may lack some units.
+        uses: how often a pass uses a unit, by unit index, where that is not once: see `uses_per_pass`.
     """
 
     link_gb_per_s: float
     compute_ms: Mapping[int, float]
+    uses: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,35 @@ class Plan:
 
     def _repr_html_(self) -> str:
         return self.summary().page().html()
+
+
+def uses_per_pass(units: Sequence[UnitSpec], counts: Mapping[int, int]) -> dict[int, int]:
+    """How often units are used while what most bytes lie in is used once: a token of a language model, say.
+
+    A head that runs 28 steps for a token is used 28 times, an embedding that only a prompt needs, never. Told in powers
+    of two, and only where it is not about once, so that counts that waver change nothing.
+
+    Args:
+        units: blocks of one phase.
+        counts: uses of late, by unit index.
+    """
+    used = sorted((counts.get(u.index, 0), u.num_bytes) for u in units if counts.get(u.index, 0))
+    half = sum(num_bytes for _, num_bytes in used) / 2
+    usual = 0
+    for count, num_bytes in used:
+        usual, half = count, half - num_bytes
+        if half <= 0:
+            break
+    if usual < _LEAST_PASSES_COUNTED:
+        return {}
+    found: dict[int, int] = {}
+    for unit in units:
+        count = counts.get(unit.index, 0)
+        if count * _SELDOM <= usual:
+            found[unit.index] = 0
+        elif count >= 2 * usual:
+            found[unit.index] = 1 << (count // usual).bit_length() - 1
+    return found
 
 
 def make_plan(
@@ -439,15 +472,20 @@ class _Draft:
         self.units = [u for u in units if any(c in phase.components for c in (u.component, *u.also))]
         self.bases = [u for u in self.units if not u.is_block]
         self.blocks = [u for u in self.units if u.is_block]
+        self.uses = costs.uses if costs is not None and phase.is_repeated else {}
+        # What hardly any pass uses has no part in it: it is loaded beyond the plan, for which residents make room.
+        self.on_demand = {b.index for b in self.blocks if self.uses.get(b.index) == 0}
+        self.looped = [b for b in self.blocks if b.index not in self.on_demand]
         self.base_bytes = sum(self.size(u) for u in self.bases)
         self.shapes = [self._shape(size) for size in sorted({self.size(b) for b in self.blocks} | {0})]
         self.least_shape = min(self.shapes, key=lambda s: s.bytes_with(LEAST_SLOTS))
         self.least_bytes = self.base_bytes + self.least_shape.bytes_with(LEAST_SLOTS)
         self.needed_bytes = self.least_bytes + (phase.reserve_bytes or 0)
         self.is_measured = (
-            bool(self.blocks) and costs is not None and all(b.index in costs.compute_ms for b in self.blocks)
+            bool(self.looped) and costs is not None and all(b.index in costs.compute_ms for b in self.looped)
         )
-        times = [(u.num_bytes, ms) for u, ms in zip(self.units, self._compute_ms(costs), strict=True)]
+        often = [self.uses.get(u.index, 1) for u in self.units]
+        times = [(n * u.num_bytes, n * ms) for n, u, ms in zip(often, self.units, self._compute_ms(costs), strict=True)]
         link = costs.link_gb_per_s if costs else _LINK_GB_PER_S
         wholes = [u.whole for u in self.units]
         self.pace = Pace(times, link, wholes)
@@ -457,17 +495,24 @@ class _Draft:
         self.kept: dict[int, int] = {}  # bytes by unit
         self.shares_blocks = False  # other phases keep some of its blocks
         self.num_slots = 0
+        self.takes_least = True  # nothing is known of what it takes: all blocks pass through the slots
 
     def size(self, unit: UnitSpec) -> int:
         return -(-unit.num_bytes // self.granularity) * self.granularity
 
     @property
+    def streamed(self) -> list[UnitSpec]:
+        """Blocks that pass through the slots."""
+        through = self.blocks if self.takes_least else self.looped
+        return [b for b in through if b.index not in self.resident]
+
+    @property
     def slot_bytes(self) -> int:
-        return max((u.num_bytes for u in self.blocks if u.index not in self.resident), default=0)
+        return max((u.num_bytes for u in self.streamed), default=0)
 
     @property
     def weights_bytes(self) -> int:
-        slots = self.num_slots * max((self.size(u) for u in self.blocks if u.index not in self.resident), default=0)
+        slots = self.num_slots * max((self.size(u) for u in self.streamed), default=0)
         return sum(self.size(u) for u in self.units if u.index in self.resident) + sum(self.kept.values()) + slots
 
     @property
@@ -489,6 +534,7 @@ class _Draft:
                 num_slots = None
         self.resident = {u.index for u in (*self.bases, *shape.forced)}
         self.num_slots = shape.num_slots(num_slots or LEAST_SLOTS)
+        self.takes_least = True
 
     def choose(self, num_slots: int | None, *, is_frugal: bool = False, stay: Collection[int] = ()) -> None:
         """The fastest pass that fits, with as few copies as all the room allows; frugally: in no more room than hiding
@@ -499,8 +545,10 @@ class _Draft:
         """
         assert self.capacity_bytes is not None
         room = self.capacity_bytes - self.base_bytes - sum(self.kept.values())
+        stay = self._with_often_used(stay, room)
         room -= sum(self.size(u) for u in self.blocks if u.index in stay)
-        sizes = [self.size(u) if u.is_block and u.index not in stay else 0 for u in self.units]
+        looped = {b.index for b in self.looped if b.index not in stay}
+        sizes = [self.size(u) if u.index in looped else 0 for u in self.units]
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
         most = (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + _SLOTS_PER_PIECE * (self.pace.most_pieces - 1)
         usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_shape.num_slots(LEAST_SLOTS)}
@@ -514,7 +562,8 @@ class _Draft:
                 break
         assert choice is not None  # the least fits, or the budget would have been refused
         self.num_slots = choice.num_slots
-        self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)}
+        self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)} - self.on_demand
+        self.takes_least = False
 
     def spend(self, num_slots: int | None, shared: Collection[int]) -> None:
         """Give what is left to blocks of its own, if that makes no pass slower; what other phases keep stays."""
@@ -524,11 +573,12 @@ class _Draft:
             self.resident, self.num_slots = before
 
     def _pass_ms(self, resident: Collection[int], num_slots: int) -> float:
-        streamed = [i for i, u in enumerate(self.units) if u.index not in resident]
+        streamed = [i for i, u in enumerate(self.units) if u.index not in resident and u.index not in self.on_demand]
         return round(self.pace.pass_ms(streamed, num_slots), 6)
 
     def plan(self) -> PhasePlan:
-        streamed = [i for i, u in enumerate(self.units) if u.index not in self.resident]
+        through = {b.index for b in self.streamed}
+        streamed = [i for i, u in enumerate(self.units) if u.index in through]
         return PhasePlan(
             phase=self.phase,
             resident=frozenset(self.resident),
@@ -572,9 +622,24 @@ class _Draft:
 
     def add(self, blocks: Sequence[UnitSpec]) -> None:
         self.resident.update(b.index for b in blocks)
-        self.num_slots = min(self.num_slots, sum(u.index not in self.resident for u in self.blocks))
+        self.num_slots = min(self.num_slots, len(self.streamed))
 
     # ---- inside
+
+    def _with_often_used(self, stay: Collection[int], room: int) -> set[int]:
+        """What is used several times a pass stays first, the most used before all, as far as the least of the others
+        leaves room: each byte of it spares as many copies."""
+        chosen = set(stay)
+        often = [b for b in self.looped if self.uses.get(b.index, 1) > 1 and b.index not in chosen]
+        for block in sorted(often, key=lambda b: (-self.uses[b.index], self.size(b))):
+            others = [b for b in self.looped if b.index not in chosen and b is not block]
+            pieces = max(Counter(b.whole for b in others).values(), default=0)
+            slots = min(len(others), max(LEAST_SLOTS, pieces + 1)) * max((self.size(b) for b in others), default=0)
+            taken = sum(self.size(b) for b in self.blocks if b.index in chosen) + self.size(block)
+            if taken + slots > room:
+                break
+            chosen.add(block.index)
+        return chosen
 
     def _shape(self, slot_bytes: int) -> _Shape:
         # What has no bytes needs no slot.

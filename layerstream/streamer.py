@@ -297,7 +297,7 @@ class Streamer:
         if stacks != self._stacks:  # what was only cast is used in the same order
             self._stacks, self._order = stacks, OrderLearner(stacks)
         whole = [spec for a in self._attached.all for spec in a.division.whole()]
-        self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, whole, changed)
+        self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, whole, changed, self._order)
         self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attached.all)
         self.stats.pin_s = sum(a.store.pin_s for a in self._attached.all)
         self._count_placements()
@@ -391,7 +391,9 @@ class Streamer:
         self._wait_on_this_stream()
         if self.edits:
             self._settle_edits()
-        self._last_use = self.gate.running
+        if self._last_use is not self.gate.running:
+            self._last_use = self.gate.running
+            self._ledger.begin_use(is_call=self.gate.is_inside_call)
         if self._transfer.extra or self._cloned:  # what the plan has no room for
             with engine_tensors():
                 self._drop_extra_slots(held=[])

@@ -31,7 +31,7 @@ from layerstream.changes import (
     methods_of,
 )
 from layerstream.compiled import uncompiled
-from layerstream.components import components_of, layouts_of, some_components_of
+from layerstream.components import components_of, containers_of, is_plain, layouts_of, some_components_of
 from layerstream.decorating import decorated
 from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import (
@@ -43,6 +43,7 @@ from layerstream.errors import (
 from layerstream.intercept import Interception, refuse_rivals
 from layerstream.pipeline_watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
 from layerstream.plan import Phase, Plan, make_plan
+from layerstream.remembered import RememberedDevices
 from layerstream.report import Report, entered_line, streamer_html
 from layerstream.saying import warn
 from layerstream.stats import Stats
@@ -82,6 +83,7 @@ class LayerStreamer:
         self._changes = Interception()
         self._pipelines = PipelineWatch()
         self._called: Mapping[str, nn.Module] = {}
+        self._remembered: RememberedDevices | None = None
         self._num_guests: int | None = None  # decorated calls that share it; None: nobody but its user ends it
         self._num_slots: int | None = None  # set by benchmarks and tests; the plan chooses otherwise
 
@@ -133,12 +135,16 @@ class LayerStreamer:
         layouts = layouts_of(self._pipe)
         if not any(stack.blocks for layout in layouts for stack in layout.stacks):
             _warn_nothing_streams(components)
+        homes = {t.device for module in components.values() for t in module.parameters()}
         streamer.owner = self  # hooks keep the engine alive, the engine keeps us: dropped by its user, it can be closed
         streamer.open(layouts)
         self._streamer = self._last = streamer
         try:
             self._watch()
-            self._pipelines.install(self._pipe)
+            plain = [type(self._pipe)] if is_plain(self._pipe) else []
+            self._pipelines.install(self._pipe, [*plain, *(type(m) for m in containers_of(self._pipe))])
+            if plain:
+                self._remembered = RememberedDevices(self._pipe, homes, device.torch_device)
         except BaseException:
             self.close()
             raise
@@ -152,18 +158,26 @@ class LayerStreamer:
         """Mark the components as ours, and pause around the calls that change them."""
         self._called = components_of(self._pipe)
         components = {name: uncompiled(module) for name, module in self._called.items()}
+        containers = [m for m in containers_of(self._pipe) if m not in components.values()]
+        for module in containers:
+            ACTIVE[module] = weakref.ref(self)
+            self._watch_methods(module)
         for component, module in components.items():
             ACTIVE[module] = weakref.ref(self)
             for layer in adapter_layers(module):
                 for name in MERGING_METHODS:  # of one component only: there is a call for each layer
                     self._changes.watch_change(layer, name, functools.partial(self._paused, component))
-            for name in methods_of(module, CHANGING_METHODS):
-                self._changes.watch_change(module, name, self.paused)
-            for name in methods_of(module, READING_METHODS):
-                self._changes.watch_call(module, name, functools.partial(self._read, module))
-            for name in methods_of(module, RIVAL_METHODS):
-                refuse = functools.partial(self._refuse_rival_call, f"{type(module).__name__}.{name}()")
-                self._changes.watch_call(module, name, refuse)
+            self._watch_methods(module)
+
+    def _watch_methods(self, module: nn.Module) -> None:
+        """Pause around what changes or reads all of a module, and refuse other offloaders."""
+        for name in methods_of(module, CHANGING_METHODS):
+            self._changes.watch_change(module, name, self.paused)
+        for name in methods_of(module, READING_METHODS):
+            self._changes.watch_call(module, name, functools.partial(self._read, module))
+        for name in methods_of(module, RIVAL_METHODS):
+            refuse = functools.partial(self._refuse_rival_call, f"{type(module).__name__}.{name}()")
+            self._changes.watch_call(module, name, refuse)
 
     def _find_replaced(self) -> str | None:
         """The name of a component that is another module now than when streaming began."""
@@ -178,12 +192,23 @@ class LayerStreamer:
     def _let_go_of_dropped(self) -> None:
         """Components that are in a dict no longer; of an object, that is seen when it happens."""
         if isinstance(self._pipe, Mapping):
-            for name in [name for name in self._called if self._pipe.get(name) is None]:
+            for name in [name for name in self._called if self._held(name, None) is None]:
                 with self._paused(name):
                     pass
 
     def _now(self, name: str, module: nn.Module) -> object:
-        return self._pipe.get(name, module) if isinstance(self._pipe, Mapping) else getattr(self._pipe, name, module)
+        return self._held(name, module)
+
+    def _held(self, name: str, default: object) -> object:
+        """What the pipeline has by the name of a component, which may be a part of what it holds."""
+        if isinstance(self._pipe, Mapping):
+            if name in self._pipe:
+                return self._pipe[name]
+        elif name in getattr(self._pipe, "__dict__", {}) or "." not in name:
+            return getattr(self._pipe, name, default)
+        holder, _, part = name.rpartition(".")
+        held = self._held(holder, None) if holder else None
+        return getattr(held, part, default) if isinstance(held, nn.Module) else default
 
     def _unwatch(self) -> None:
         self._changes.remove()
@@ -219,7 +244,13 @@ class LayerStreamer:
             if streamer.is_closed:
                 self._streamer = None
                 self._unwatch()
-                self._pipelines.remove()
+                self._let_go_of_pipelines()
+
+    def _let_go_of_pipelines(self) -> None:
+        self._pipelines.remove()
+        if self._remembered is not None:
+            self._remembered.restore()
+            self._remembered = None
 
     @property
     def _is_closing(self) -> bool:
@@ -270,7 +301,7 @@ class LayerStreamer:
             self._unwatch()
             if streamer.is_closed:
                 self._streamer = None
-                self._pipelines.remove()
+                self._let_go_of_pipelines()
             else:
                 self._watch()
 
@@ -291,9 +322,10 @@ class LayerStreamer:
 
     def replacing(self, pipe: object, name: str) -> contextlib.AbstractContextManager[object]:
         """Another value is about to take the place of a component in `pipe`."""
-        if pipe is not self._pipe or name not in self._called:
+        inside = [called for called in self._called if called == name or called.startswith(f"{name}.")]
+        if pipe is not self._pipe or not inside:
             return contextlib.nullcontext()
-        return self._paused(name)
+        return self._paused(name if inside == [name] else None)
 
     def refuse_rival(self, what: str) -> None:
         """Another offloader is about to be switched on.
@@ -541,8 +573,9 @@ def offload(
     Output is bit-identical to the pipeline on the device. Leaving restores every parameter, hook and device.
 
     Args:
-        pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, or a dict of modules (what else it
-            holds is passed over). A class or function is decorated; without it, the result is a decorator.
+        pipe: a diffusers pipeline, any object with `.components`, an `nn.Module`, a dict of modules, or an object of
+            any class whose attributes are modules (what else it holds is passed over). A class or function is
+            decorated; without it, the result is a decorator.
         vram_budget: what the process may reserve on the device, activations and all other tensors included: int bytes,
             "8GiB" (or "8G"), "8GB", "50%" of the device's memory, "auto" (what is free, less a small reserve) or "min"
             (the least of weights: everything streamed, and no limit for the rest).

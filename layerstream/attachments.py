@@ -19,6 +19,7 @@ from layerstream.absent import AbsentClasses, Reading, nan_scalar
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.device import Device
+from layerstream.entrances import Entrance, EntranceFinder
 from layerstream.host_store import HostStore, StoredUnit, Stretches
 from layerstream.intercept import Interception, Listener
 from layerstream.progress import Progress
@@ -59,6 +60,7 @@ class Attachments:
         units_of: by the id of their block.
         root_of: component by the id of its root, and of its compiled form.
         of_component: by the component's name.
+        entrances: finds methods by which components are entered, and are not watched yet.
         records: of absent tensors, by their id.
 
     Args:
@@ -74,11 +76,14 @@ class Attachments:
         self.units_of: dict[int, tuple[int, ...]] = {}
         self.root_of: dict[int, str] = {}
         self.of_component: dict[str, Attachment] = {}
+        self.entrances = EntranceFinder()
         self._device = device
         self._bring_home = bring_home
         self._classes = AbsentClasses(reading, number, self._stand_in)
         self.records = self._classes.records
+        self._uses: dict[str, list[int]] = {}  # units by component, and by the name of a part of one
         self._told: set[tuple[tuple[str, ...], int]] = set()
+        self._told_eager: set[str] = set()
         self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
 
     def specs(self) -> list[UnitSpec]:
@@ -98,6 +103,7 @@ class Attachments:
             division: of these components.
             listener: what the hooks call.
         """
+        self._uses.clear()
         stretches = Stretches(self._device, (b for unit in division.units for b in unit.binding.tensors))
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         for group in connected(layouts, division):
@@ -154,12 +160,36 @@ class Attachments:
                 self.of_component.pop(layout.name, None)
                 self.root_of.pop(id(layout.root), None)
                 self.root_of.pop(id(layout.outermost), None)
+                self.entrances.forget(layout.name)
             attempt(attachment.store.close, "release page locks")
+        self._uses.clear()
         gone = {index for attachment in attachments for index in attachment.units}
         self.units_of = {block: units for block, units in self.units_of.items() if not gone.intersection(units)}
         for index in gone:
             self.units.pop(index, None)
             self.stored.pop(index, None)
+
+    def watch_entrance(self, entrance: Entrance, component: str, listener: Listener) -> None:
+        """Tell the listener when this method is called from now on."""
+        self.of_component[component].interception.watch_method(listener, entrance.owner, entrance.name)
+
+    def units_of_component(self, component: str) -> Sequence[int]:
+        """Units that a component uses, its own and those of others."""
+        found = self._uses.get(component)
+        if found is None:
+            found = [i for i, unit in self.units.items() if component in (unit.spec.component, *unit.spec.also)]
+            self._uses[component] = found
+        return found
+
+    def units_below(self, owner: nn.Module) -> Sequence[int]:
+        """Units of the modules in and below one, and of what its component has outside blocks."""
+        component, path = self.entrances.modules[id(owner)]
+        found = self._uses.get(f"{component}.{path}")
+        if found is None:
+            below = {unit for module in owner.modules() for unit in self.units_of.get(id(module), ())}
+            found = [i for i in self.units_of_component(component) if i in below or not self.units[i].spec.is_block]
+            self._uses[f"{component}.{path}"] = found
+        return found
 
     # ---- inside
 
@@ -183,12 +213,22 @@ class Attachments:
                 self.root_of[id(layout.outermost)] = layout.name
             self.root_of.setdefault(id(layout.root), layout.name)
         attachment.interception.install(listener, roots, blocks)
+        names = ", ".join(f"`{name}`" for name in attachment.interception.eager)
+        if names and names not in self._told_eager:
+            self._told_eager.add(names)  # pausing attaches them again
+            warn(
+                f"{names} of `{attachment.layouts[0].name}` were given to torch.compile as functions around "
+                "blocks that stream; while they do, these run uncompiled, as they were written. To compile the blocks, use "
+                "`block.compile()` on each."
+            )
         for layout in attachment.layouts:
-            for method in layout.entry_points:
-                attachment.interception.watch_method(listener, layout.root, method)
+            self.entrances.watch(layout.name, layout.modules())
+            for entry_point in layout.entry_points:
+                path, _, method = entry_point.rpartition(".")
+                attachment.interception.watch_method(listener, layout.root.get_submodule(path), method)
             attachment.interception.guard_moves(
                 listener,
-                layout.root,
+                layout.modules(),
                 layout.name,
                 self._device.torch_device,
                 is_named_apart=self._device.is_named_apart,

@@ -35,7 +35,7 @@ import re
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -366,12 +366,9 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
     """
     from torch._dynamo.eval_frame import skip_code
 
-    root = uncompiled(component)
     units = {id(block): block for block in map(uncompiled, blocks)}
-    paths = [path for path, module in root.named_modules(remove_duplicate=False) if id(module) in units and path]
-    parents = {path[:end] for path in paths for end in (0, *(at.start() for at in re.finditer(r"\.", path)))}
     # A forward may call that of a base class, which is a function of its own to dynamo.
-    modules = [root.get_submodule(path) for path in parents]
+    modules = list(_around(component, units).values())
     around = _forward_codes([*modules, *(base for module in modules for base in type(module).__mro__)])
     codes = [code for code in around - _forward_codes(units.values()) if not code.co_filename.startswith(_TORCH_DIR)]
     with _holding():
@@ -380,6 +377,35 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
             _held[id(code)] = (code, count + 1)
             skip_code(code)
     return functools.partial(_let_go_later, codes)
+
+
+def _around(component: nn.Module, blocks: Collection[int]) -> dict[str, nn.Module]:
+    """The modules that contain one of these blocks (by their ids), by their dotted names in the component."""
+    root = uncompiled(component)
+    paths = [path for path, module in root.named_modules(remove_duplicate=False) if id(module) in blocks and path]
+    parents = {path[:end] for path in paths for end in (0, *(at.start() for at in re.finditer(r"\.", path)))}
+    return {path: root.get_submodule(path) for path in parents}
+
+
+def compiled_methods_around(
+    component: nn.Module, blocks: Iterable[nn.Module]
+) -> Iterator[tuple[str, nn.Module, str, Callable[..., Any]]]:
+    """Methods whose functions were given to `torch.compile` when their class was made, of modules that contain blocks:
+    the module's dotted name, the module, the method's name, and the function that was compiled.
+
+    Remote code does this (`sample = torch.compile(sample, fullgraph=True)` in a class body). One graph cannot stop at a
+    block, so while blocks stream these functions are to run as they were written.
+    """
+    for path, module in _around(component, {id(block) for block in map(uncompiled, blocks)}).items():
+        seen: set[str] = set()
+        for cls in type(module).__mro__:
+            if cls is nn.Module:
+                break
+            for name, value in vars(cls).items():
+                original = getattr(value, "_torchdynamo_orig_callable", None)
+                if name not in seen and callable(original):
+                    yield path, module, name, original
+                seen.add(name)
 
 
 def _let_go_later(codes: list[CodeType]) -> None:

@@ -53,6 +53,7 @@ class Interception:
         self._compile_undo: list[Callable[[], object]] = []
         self._eager_undo: list[Callable[[], None]] = []  # holds no module, and must be called even if this is dropped
         self._hooked: list[nn.Module] = []
+        self.eager: list[str] = []  # methods that run uncompiled meanwhile
         weakref.finalize(self, _call_all, self._eager_undo).atexit = False
 
     def install(self, listener: Listener, roots: Iterable[nn.Module], blocks: Mapping[nn.Module, nn.Module]) -> None:
@@ -73,6 +74,9 @@ class Interception:
             own = [block for block, of in blocks.items() if of is called]
             self._compile_undo.append(compiled.exchange_for_block_compile(called, own))
             self._eager_undo.append(compiled.keep_eager_around(called, own))
+            for path, module, name, function in compiled.compiled_methods_around(called, own):
+                self.eager.append(f"{path}.{name}" if path else name)
+                self._replace(module, name, functools.partial(function, module))
         for modules, enter, leave in ((roots, enter_root, leave_root), (list(blocks), enter_block, leave_block)):
             for module in modules:
                 for handle in (
@@ -131,14 +135,14 @@ class Interception:
     def guard_moves(
         self,
         listener: Listener,
-        root: nn.Module,
+        modules: Iterable[tuple[str, nn.Module]],
         component: str,
         device: torch.device,
         *,
         is_named_apart: bool = True,
         at_home: Callable[[torch.Tensor], torch.Tensor | None] = lambda tensor: None,
     ) -> None:
-        """Refuse what would move `root`, or a part of it, off `device`, and let the listener lay the component out
+        """Refuse what would move a component, or a part of it, off `device`, and let the listener lay the component out
         anew when some of it is changed otherwise: pipelines cast single layers of a VAE.
 
         Everything that moves or casts a module goes through `_apply`; here it is met before the first weight is
@@ -146,10 +150,11 @@ class Interception:
         checker) is left believing that it did. Copies of the module, pickled or not, are plain and free to move.
 
         Args:
+            modules: of the component, by their dotted names in it.
             is_named_apart: `device` has another name than host memory; else both are "cpu", and nothing moves.
             at_home: gives a weight's stand-in for a pickle, over its bytes at home; None: it is none of ours.
         """
-        for path, module in root.named_modules():
+        for path, module in modules:
             if "_apply" not in module.__dict__:  # else it is part of another component, too
                 name = f"{component}.{path}" if path else component
                 guarded = _Guarded(listener, component, name, device, is_named_apart, at_home)

@@ -66,6 +66,7 @@ class Ledger:
         self._planned_costs: Costs | None = None
         self._refused: set[tuple[str, ...]] = set()  # components that cannot share a phase within the budget
         self._reserve: Reserve | None = None  # of the call that runs, or ran last
+        self._planned_with: set[Reserve] = set()  # those that the present plan was found to do for
         self._outside_bytes = 0  # what others had when it began
         self._interval_weights: int | None = None  # our weights in the running interval; None: none runs
         self._is_open = False
@@ -115,6 +116,7 @@ class Ledger:
         self._tracker = self._tracker.successor(components, changed)
         self._units, self._whole = units, whole
         self._reserve = self._plan = None
+        self._planned_with = set()
 
     def check(
         self,
@@ -176,16 +178,16 @@ class Ledger:
             BudgetError: it is known not to fit, whatever else is given up.
         """
         reserve = self._tracker.enter(Key(component, entry, shapes, is_grad))
-        is_like_before = reserve is self._reserve and self.is_settled and not self._has_new_times
-        if is_like_before and self._plan is not None and not self.has_grown(weights_bytes):
+        if reserve in self._planned_with and self._plan is not None and self._goes_on(reserve, weights_bytes):
             # The next token: its shapes have grown, and what is kept for them is enough.
-            self.phase_stats.num_passes += 1
             return self._plan.phase_of(component)
         self._check_passes()
         self.end_interval()
         self._outside_bytes = max(0, self._device.allocated_bytes() - weights_bytes)
         self._merge_partners()
+        before = self._plan
         self._replan(reserve)
+        self._planned_with = {*(self._planned_with if self._plan is before else ()), reserve}
         phase_plan = self.plan.phase_of(component)
         self._reserve = reserve
         self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
@@ -199,10 +201,27 @@ class Ledger:
         """Somebody begins to use the components: a call of a pipeline, or of a bare component."""
         self._tracker.begin_use(is_call)
 
-    def again(self, component: str) -> None:
-        """The same call as before begins, and there is nothing to learn."""
-        self._tracker.again(component)
+    def again(self, reserve: Reserve, weights_bytes: int) -> bool:
+        """A call begins that is like one before under the present plan; returns whether there is nothing to learn or to
+        change: else it is to `begin`."""
+        if not self._goes_on(reserve, weights_bytes):
+            return False
+        self._tracker.again(reserve.key.component)
+        return True
+
+    def _goes_on(self, reserve: Reserve, weights_bytes: int) -> bool:
+        is_settled = self.is_settled and self._is_settled(reserve) and not self._has_new_times
+        if not is_settled or self.has_grown(weights_bytes):
+            return False
+        self._reserve = reserve
         self.phase_stats.num_passes += 1
+        return True
+
+    @property
+    def reserve(self) -> Reserve:
+        """Of the call that runs."""
+        assert self._reserve is not None
+        return self._reserve
 
     def has_grown(self, weights_bytes: int) -> bool:
         """Whether others hold more than when the phase began: a scheduler's history, say, or another library."""
@@ -220,7 +239,10 @@ class Ledger:
     @property
     def is_settled(self) -> bool:
         """Whether the running call's reserve and times are known, so that the next like it changes nothing."""
-        return self._reserve is not None and self._reserve.is_measured and not self.wants_times
+        return self._reserve is not None and self._is_settled(self._reserve)
+
+    def _is_settled(self, reserve: Reserve) -> bool:
+        return reserve.is_measured and not self._wants_times(reserve)
 
     def start_interval(self, weights_bytes: int) -> None:
         """All that the running call needs of us is on the device; the rest that appears is its own."""
@@ -260,11 +282,12 @@ class Ledger:
     @property
     def wants_times(self) -> bool:
         """Whether the running pass should be timed, block by block."""
-        if self._reserve is None or self._plan is None or not self._reserve.is_measured:
+        return self._reserve is not None and self._wants_times(self._reserve)
+
+    def _wants_times(self, reserve: Reserve) -> bool:
+        if self._plan is None or not reserve.is_measured or reserve.num_untimed <= 0:
             return False
-        if self._reserve.num_untimed <= 0:
-            return False
-        return self._plan.phase_of(self._reserve.key.component).num_slots > 0
+        return self._plan.phase_of(reserve.key.component).num_slots > 0
 
     def starts_timing(self) -> Reserve:
         """The running pass is timed: of the key that this returns."""

@@ -309,7 +309,7 @@ class PhaseTracker:
         if self._turns and self._turns[-1][0] == component:
             passes = self._turns[-1][1] + 1
             self._turns[-1] = component, passes
-            if passes > _PASSES_OF_A_LOOP and self._is_in_use:
+            if passes > _PASSES_OF_A_LOOP:
                 self._is_repeated[component] = True
         else:
             self._turns = [*self._turns[1 - _MOST_TURNS :], (component, 1)]

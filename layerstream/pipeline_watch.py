@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from layerstream.absent import at_home
-from layerstream.changes import CHANGING_METHODS
+from layerstream.changes import CHANGING_METHODS, READING_METHODS
 from layerstream.compiled import uncompiled
 from layerstream.intercept import RIVAL_HOOKS
 
+_LIBRARIES = ("builtins", "torch", "transformers", "diffusers", "accelerate", "huggingface_hub")
 # Methods of pipelines and models by which other offloaders are switched on.
 RIVAL_METHODS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
 
@@ -137,8 +138,14 @@ class PipelineWatch:
         self._classes: set[type] = set()
         weakref.finalize(self, _take_back, self._undo)
 
-    def install(self, pipe: object) -> None:
-        """Watch the class of `pipe`, and of all pipelines that may have the same components."""
+    def install(self, pipe: object, plain: Iterable[type] = ()) -> None:
+        """Watch the class of `pipe`, and of all pipelines that may have the same components.
+
+        Args:
+            plain: ordinary classes, of pipelines or of modules that hold components, whose own methods use them.
+        """
+        for cls in plain:
+            self._watch_methods(cls)
         if not isinstance(pipe, Mapping | nn.Module):
             self.watch_class(type(pipe))
             self._patch(type(pipe), "__setattr__", _around_setattr)
@@ -172,6 +179,15 @@ class PipelineWatch:
                         self._patch(definer, name, wrap)
                         break
 
+    def _watch_methods(self, cls: type) -> None:
+        """Each call of a method that the author of the class wrote is a use."""
+        for definer in cls.__mro__:
+            if definer.__module__.partition(".")[0] in _LIBRARIES:
+                continue
+            for name, function in list(vars(definer).items()):
+                if inspect.isfunction(function) and not name.startswith("_") and not _is_no_use(name, function):
+                    self._patch(definer, name, _around_call)
+
     def remove(self) -> None:
         """Take everything back; idempotent."""
         _take_back(self._undo)
@@ -196,6 +212,12 @@ class PipelineWatch:
         self._undo.append(_PATCHES.add(target, name, wrap))
 
 
+def _is_no_use(name: str, function: Any) -> bool:
+    """Whether a method is told apart otherwise, or moves things rather than computing, or runs on after it returned."""
+    is_known = name in (*CHANGING_METHODS, *RIVAL_METHODS, *READING_METHODS) or hasattr(nn.Module, name)
+    return is_known or inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function)
+
+
 def _take_back(undo: list[Callable[[], None]]) -> None:
     while undo:
         undo.pop()()
@@ -213,13 +235,13 @@ def _with_subclasses(cls: type) -> Iterator[type]:
 
 def _around_call(original: Any) -> Any:
     @functools.wraps(original)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807  # the name that tracebacks show
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as uses:
             for owner in owners_of(modules_of(self)):
-                uses.enter_context(owner.using(f"`{type(self).__name__}.__call__`"))
+                uses.enter_context(owner.using(f"`{type(self).__name__}.{original.__name__}`"))
             return original(self, *args, **kwargs)
 
-    return __call__
+    return call
 
 
 def _around_change(original: Any) -> Any:

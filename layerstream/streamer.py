@@ -43,7 +43,7 @@ from layerstream.gate import Gate, Ticket
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
 from layerstream.outputs import refuse_backward, without_aliases
-from layerstream.phases import READ
+from layerstream.phases import READ, Reserve
 from layerstream.plan import PhasePlan, Plan
 from layerstream.profiling import Ranges
 from layerstream.progress import Progress
@@ -106,7 +106,7 @@ class Streamer:
         self._stacks: list[tuple[list[int], bool]] = []
         self._order = OrderLearner([])
         self._applied: PhasePlan | None = None
-        self._begun: tuple[object, ...] | None = None  # how the last outermost call entered
+        self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing under this plan
         self._told: set[str] = set()  # phases whose predicted time is in the log
         self._in_method: int | None = None  # the id of a component whose method runs
         self._ticket: Ticket | None = None  # of a bare component that runs, or of a weight that is read
@@ -235,7 +235,7 @@ class Streamer:
             except BaseException:
                 self.close()
                 raise
-            self._begun = self._applied = None
+            self._forget_plan()
             self.is_paused = True
             return {name for a in taken for name in a.names}
 
@@ -340,7 +340,7 @@ class Streamer:
 
     def _bring_home(self, attachments: Sequence[Attachment]) -> None:
         """What was written on the device, or edited elsewhere, goes where it is handed back from."""
-        self._unguard()
+        self._unguard(self._transfer.loaded)
         for index in self.edits.settle(is_new_use=True) if self.edits else ():
             self._discard(index)
         for index in [i for a in attachments for i in a.units]:
@@ -383,11 +383,24 @@ class Streamer:
         self.stats.num_streamed_blocks = len(streamed)
         self.stats.num_resident_blocks = len(blocks) - len(streamed)
 
-    def _begin(self, component: str, entry: str, args: tuple[Any, ...], kwargs: dict[str, Any], is_grad: bool) -> None:
-        """A component is entered from outside: make its phase the current one, and its base present."""
+    def _begin(
+        self,
+        component: str,
+        entry: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_grad: bool,
+        *,
+        reads: Collection[int] | None = None,
+    ) -> None:
+        """A component is entered from outside: make its phase the current one, and its base present.
+
+        Args:
+            reads: the units that it may use; None: all of the component's.
+        """
         self._handled = sys.exc_info()[1]
         self._ranges.ask()
-        self._unguard()
+        self._unguard(self._attached.units_of_component(component) if reads is None else reads)
         self._wait_on_this_stream()
         if self.edits:
             self._settle_edits()
@@ -404,9 +417,8 @@ class Streamer:
                 self._cloned.clear()
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         self._timer.end()
-        is_known = begun == self._begun and self._ledger.is_settled and not self._timer.is_ready
-        if is_known and not self._ledger.has_grown(self._transfer.weights_bytes):
-            self._ledger.again(component)
+        known = self._begun.get(begun)
+        if known is not None and not self._timer.is_ready and self._ledger.again(known, self._transfer.weights_bytes):
             if self._applied is not None:
                 self._mark_whole(self._applied)  # the pass before has loaded its blocks
             return
@@ -418,7 +430,7 @@ class Streamer:
             )
         with engine_tensors():
             self._read_times()
-            self._begun = None  # until it has worked
+            self._begun.pop(begun, None)  # until it has worked
             phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
             self._tell_prediction(phase_plan)
             self._transfer.phase = self._ledger.phase_stats
@@ -426,7 +438,7 @@ class Streamer:
             bases = [u for u in sorted(phase_plan.resident) if not self._units[u].spec.is_block]
             self._use(bases, is_touch=False, is_grad=is_grad)
             self._ledger.start_interval(self._transfer.weights_bytes)
-        self._begun = begun
+        self._begun[begun] = self._ledger.reserve
         self._mark_whole(phase_plan)
         if self._ledger.wants_times and entry != READ:  # then no block runs
             self._timer.begin(self._ledger.starts_timing())
@@ -482,8 +494,8 @@ class Streamer:
             if binding.is_present and not binding.is_guarded and unit not in self.edits.lent:
                 binding.guard()
 
-    def _unguard(self) -> None:
-        for unit in self._transfer.loaded:
+    def _unguard(self, units: Collection[int]) -> None:
+        for unit in units:
             binding = self._units[unit].binding
             if binding.is_guarded:
                 binding.unguard()
@@ -495,8 +507,13 @@ class Streamer:
         with self._ranges("phase", phase_plan.phase.name):
             self._lay_out(phase_plan)
 
-    def _lay_out(self, phase_plan: PhasePlan) -> None:
+    def _forget_plan(self) -> None:
+        """What is on the device is no longer what a plan said: the next call lays out anew."""
         self._applied = None
+        self._begun.clear()
+
+    def _lay_out(self, phase_plan: PhasePlan) -> None:
+        self._forget_plan()
         transfer = self._transfer
         wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
         is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
@@ -594,6 +611,8 @@ class Streamer:
             is_outermost = self._is_outermost(root)
             if is_outermost:
                 self._catch_up()
+            else:
+                self._unguard(self._attached.units_of_component(name))
             self._calls.enter(root, is_root=True)
             if is_outermost:
                 try:
@@ -616,11 +635,13 @@ class Streamer:
 
     def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A component is entered by a method; inside a running call that says nothing new."""
-        component = self._attached.root_of.get(id(root))
-        if component is None:
+        place = self._attached.entrances.modules.get(id(root))
+        if place is None:
             return False
+        component, path = place
+        entry = f"{path}.{name}" if path else name
         is_grad = _is_grad_enabled()
-        self._come_in(f"`{component}.{name}`", is_guarded=True)
+        self._come_in(f"`{component}.{entry}`", is_guarded=True)
         with self.gate.reading_lock, self._mutex:
             self._calls.check_thread()
             if not self._is_outermost():
@@ -630,12 +651,21 @@ class Streamer:
                 # In tiles and slices a VAE takes less.
                 ways = [way for way in ("use_tiling", "use_slicing") if getattr(root, way, False)]
                 self._in_method = id(root)
-                self._begin(component, " ".join([name, *ways]), args, kwargs, is_grad)
+                entry = " ".join([entry, *ways])
+                self._begin(component, entry, args, kwargs, is_grad, reads=self._attached.units_below(root))
+                self._order.begin_pass()
             except BaseException:
                 self._in_method = None
                 self._go_out()
                 raise
         return True
+
+    def _look_for_entrance(self, component: str) -> None:
+        """A block runs, or a weight is read, outside of what is watched: watch what has called it from now on."""
+        entrance = self._attached.entrances.find(component)
+        if entrance is not None:
+            _log.debug("`%s` is entered by `%s`, which is watched from now on", component, entrance)
+            self._attached.watch_entrance(entrance, component, self)
 
     def leave_method(self, root: nn.Module) -> None:
         with self.gate.reading_lock, self._mutex:
@@ -676,7 +706,7 @@ class Streamer:
             if add_note is not None:
                 add_note(f"layerstream: {self.explain(error)}")
             self._ledger.did_not_fit()
-            self._begun = self._applied = None
+            self._forget_plan()
         elif error is None:
             self._ledger.check_operators()
         self._forget_autocast()
@@ -704,6 +734,7 @@ class Streamer:
             self._calls.enter(block, is_root=False)
             if is_outermost:  # by a method that nobody watches
                 try:
+                    self._look_for_entrance(component)
                     self._begin(component, self._units[units[0]].spec.stack or "", args, kwargs, is_grad)
                 except BaseException:
                     self._calls.leave(block)
@@ -752,13 +783,15 @@ class Streamer:
         with self._mutex:
             self._calls.check_thread()
             if not self._is_outermost():
+                self._unguard(units)
                 with engine_tensors():
                     self._use(units, is_touch=True, is_grad=is_grad)
                 return
-            for unit in units:
-                if self._units[unit].binding.is_guarded:
-                    self._units[unit].binding.unguard()
+            self._unguard(units)
             missing = [unit for unit in units if not self._units[unit].binding.is_present]
+            if self.gate.is_inside_call:
+                for component in {self._units[unit].spec.component for unit in units}:
+                    self._look_for_entrance(component)
             if missing:
                 if self.gate.is_inside:  # not in another thread's pause, which that thread may be about to end
                     self._catch_up()
@@ -817,6 +850,8 @@ class Streamer:
                 if is_touch and self._is_outermost():
                     views = self._cloned_views(unit, views)
                 self._units[unit].binding.present(views)
+            elif not is_touch and self._units[unit].binding.is_guarded:
+                self._units[unit].binding.unguard()
             if is_grad and not is_touch:
                 self._seen_grad.add(unit)
 
@@ -886,7 +921,7 @@ class Streamer:
                     continue  # the base of what runs
                 taken -= self._device.rounded_bytes(self._attached.stored[payer].num_bytes)
                 self._give_up(payer)
-                self._begun = self._applied = None  # the next call lays out anew
+                self._forget_plan()  # the next call lays out anew
         slot: Slot = self._allocating(functools.partial(transfer.add_extra, unit))
         return slot
 
@@ -940,7 +975,7 @@ class Streamer:
         slot = self._transfer.slot_of(unit)
         if slot is not None:
             self._evict(slot, writes_back=False)
-            self._begun = None
+            self._begun.clear()
             self._attached.of_component[self._units[unit].spec.component].is_whole = False
 
     def _drop_extra_slots(self, held: Sequence[int]) -> None:

@@ -41,7 +41,8 @@ class ComponentLayout:
     Attributes:
         is_repeated: it runs many times a call (a denoiser, not a text encoder).
         called: the module that the pipeline calls, where that is `torch.compile(root)`; `root` itself otherwise.
-        entry_points: names of methods by which the pipeline enters it beside its forward: `decode` of a VAE.
+        entry_points: dotted names of methods by which the pipeline enters it beside its forward: `decode` of a VAE.
+        without: children that are components themselves, and no part of this one.
     """
 
     name: str
@@ -50,6 +51,12 @@ class ComponentLayout:
     is_repeated: bool = False
     called: nn.Module | None = None
     entry_points: tuple[str, ...] = ()
+    without: tuple[nn.Module, ...] = ()
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its modules by their dotted names, each once."""
+        others = {id(module) for part in self.without for module in part.modules()}
+        return ((path, module) for path, module in self.root.named_modules() if id(module) not in others)
 
     @property
     def outermost(self) -> nn.Module:
@@ -149,7 +156,8 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
         _refuse_overlaps(blocks)
         drafts += [base, *blocks]
         seen: set[int] = set()
-        for path, module, draft in _walk(layout.root, "", base, {id(b.module): b for b in blocks}, set()):
+        others = {(id(part), id(base)) for part in layout.without}
+        for path, module, draft in _walk(layout.root, "", base, {id(b.module): b for b in blocks}, others):
             for place in _places(module):
                 name = ".".join(part for part in (layout.name, path, place.name) if part)
                 if id(module) in seen:
@@ -210,7 +218,7 @@ def part_of(division: Division, layouts: Sequence[ComponentLayout]) -> Division:
     The units keep their indices.
     """
     names = {layout.name for layout in layouts}
-    inside = {id(module) for layout in layouts for module in layout.root.modules()}
+    inside = {id(module) for layout in layouts for _, module in layout.modules()}
     return Division(
         units=[unit for unit in division.units if unit.spec.component in names],
         places=[place for place in division.places if id(place.module) in inside],

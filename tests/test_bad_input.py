@@ -26,7 +26,9 @@ def refused(pipe: Any, error: type[Exception], match: str, **options: Any) -> Ex
 
 @pytest.mark.parametrize("pipe", [3, "model.safetensors", object(), [nn.Linear(2, 2)]])
 def test_not_a_pipeline(pipe: Any) -> None:
-    refused(pipe, layerstream.PipelineError, "no diffusers pipeline .* no torch.nn.Module and no dict")
+    refused(
+        pipe, layerstream.PipelineError, "no diffusers pipeline .* no torch.nn.Module, no dict .* and no object with"
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch import nn
 import layerstream
 from layerstream.blocks import UnitSpec
 from layerstream.ledger import Ledger
+from layerstream.order import OrderLearner
 from layerstream.plan import PhasePlan
 from layerstream.simulated import SimulatedDevice, SimulatedOutOfMemoryError
 from layerstream.stats import Stats
@@ -627,7 +628,7 @@ def ledger(device: SimulatedDevice, budget: int | None, num_blocks: int = 6) -> 
     found = Ledger(device, Stats(), budget, None)
     units = [UnitSpec(0, "net (base)", "net", None, BASE, True)]
     units += [UnitSpec(n, f"net.{n}", "net", "blocks", KIB, True) for n in range(1, num_blocks + 1)]
-    found.components([("net", True)], units, (), ())
+    found.components([("net", True)], units, (), (), OrderLearner([]))
     found.open(0)
     return found
 

@@ -28,8 +28,11 @@ class Adapter:
         is_repeated: the component runs many times a call (a denoiser), so its blocks are kept on the device first.
         resident: dotted names of single blocks that are no units of their own: they come and go with the component's
             base.
-        entry_points: names of methods by which pipelines enter the component without its forward (`decode`), beside
-            those that are known.
+        entry_points: names of methods by which pipelines enter the component, or a part of it, without its forward
+            (`decode`, `image_head.sample`), beside those that are known. Those of which each call is a pass: what is
+            measured of a call is known when it returns.
+        parts: names of children that are components themselves, where the module is a container whose own forward is
+            not what runs. What is in none of them stays with the container.
 
     Subclass and override `find_stacks` where the names depend on the component.
     """
@@ -38,6 +41,11 @@ class Adapter:
     is_repeated: bool = False
     resident: Sequence[str] = ()
     entry_points: Sequence[str] = ()
+    parts: Sequence[str] = ()
+
+    def find_parts(self, component: nn.Module) -> Sequence[str]:
+        """Names of the children that are components themselves; none: the module is one."""
+        return self.parts
 
     def find_stacks(self, component: nn.Module) -> Sequence[str]:
         """Dotted names of the stacks of this component, in the order they run."""
@@ -79,7 +87,7 @@ class Adapter:
                 )
             stacks.append(StackLayout(stack, blocks))
         stacks = _with_large_leaves(component, stacks)
-        missing = [m for m in self.entry_points if not callable(getattr(component, m, None))]
+        missing = [m for m in self.entry_points if not _has_method(component, m)]
         if missing:
             raise AdapterError(f"`{name}` ({type(component).__name__}) has no method {', '.join(missing)} to enter by.")
         entry_points = tuple(self.find_entry_points(component))
@@ -91,6 +99,14 @@ class Adapter:
             f"{what} `{wanted}` does not exist in `{name}` ({type(component).__name__}). "
             f"Its module lists are: {', '.join(found) or 'none'}."
         )
+
+
+def _has_method(component: nn.Module, dotted: str) -> bool:
+    path, _, method = dotted.rpartition(".")
+    try:
+        return callable(getattr(component.get_submodule(path), method, None))
+    except AttributeError:
+        return False
 
 
 def _with_large_leaves(component: nn.Module, stacks: Sequence[StackLayout]) -> list[StackLayout]:

@@ -21,6 +21,21 @@ _LEAST_SHARE_OF_LARGEST = 0.02
 class GenericAdapter(Adapter):
     """For every component that nothing else is registered for."""
 
+    def find_parts(self, component: nn.Module) -> Sequence[str]:
+        """A module without a forward is never called, and one that has an autoencoder beside another model is a whole
+        pipeline in one module: `llm_model`, `gen_transformer` and `gen_vae` of MammothModa2."""
+        if isinstance(component, nn.ModuleList) or self.find_entry_points(component):
+            return ()
+        models = [
+            (name, child)
+            for name, child in component.named_children()
+            if (_is_callable(child) or self.find_entry_points(child)) and next(child.parameters(), None) is not None
+        ]
+        has_autoencoder = any(_is_autoencoder(child) for _, child in models)
+        has_others = any(not _is_autoencoder(child) and self.find_stacks(child) for _, child in models)
+        is_container = (has_autoencoder and has_others) or not _is_callable(component)
+        return [name for name, _ in models] if is_container and len(models) >= 2 else ()
+
     def find_stacks(self, component: nn.Module) -> Sequence[str]:
         if _is_autoencoder(component) or _is_opaque(component):
             return ()

@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="the language models of the stand-ins
 NEXTSTEP = ("nextstep_a", "nextstep_b")
 # Less work than the call of the tiny scale, where a test makes many calls.
 SHORT: dict[str, dict[str, Any]] = {name: {"hw": (32, 32), "num_sampling_steps": 2} for name in NEXTSTEP}
-SHAPES = {"nextstep_a": (1, 3, 32, 48), "nextstep_b": (1, 3, 32, 48)}
+SHORT["mammoth"] = {"ar_height": 1, "num_inference_steps": 2}
 MB = 1_000_000
 
 Run = Callable[[], torch.Tensor]
@@ -50,12 +50,12 @@ def picture() -> torch.Tensor:
 
 
 @contextmanager
-def changed(module: nn.Module) -> Iterator[None]:
-    """Every parameter of `module` two percent larger, inside."""
+def changed(module: nn.Module, factor: float) -> Iterator[None]:
+    """Every parameter of `module` times `factor`, inside."""
     kept = [parameter.detach().clone() for parameter in module.parameters()]
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.mul_(1.02)
+            parameter.mul_(factor)
         try:
             yield
         finally:
@@ -75,13 +75,19 @@ def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def without_effect(root: nn.Module, run: Run) -> set[str]:
-    """The parts of which the output says nothing."""
+    """The parts of which the output says nothing: not of two percent more, and not of the opposite sign.
+
+    Where tokens are drawn, a small change may leave them all as they were.
+    """
     output = run()
     found = set()
     for name, part in parts_of(root):
-        with changed(part):
-            if torch.equal(run(), output):
-                found.add(name)
+        for factor in (1.02, -1.0):
+            with changed(part, factor):
+                if not torch.equal(run(), output):
+                    break
+        else:
+            found.add(name)
     assert torch.equal(run(), output)
     return found
 
@@ -90,7 +96,7 @@ def without_effect(root: nn.Module, run: Run) -> set[str]:
 def test_output_repeats_to_the_bit_and_follows_its_arguments(name: str) -> None:
     first = run_autoregressive(tiny(name), name)
     assert first.dtype == torch.float32
-    assert first.shape == SHAPES[name]
+    assert first.shape == (1, 3, 32, 48)
     assert first.isfinite().all()
     assert first.std() > 0.05
     assert ((first <= 0) | (first >= 1)).float().mean() < 0.1, "clamped values would hide differences"
@@ -113,7 +119,7 @@ def test_state_is_that_of_a_loaded_model(name: str) -> None:
     root = root_of(name, tiny(name))
     assert sum(p.numel() * p.element_size() for p in root.parameters()) < 3 * MB
     assert not any(p.requires_grad for p in root.parameters())
-    assert not any(m.training for m in tiny(name).model.modules())
+    assert not any(m.training for m in root.children() for m in m.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -314,6 +320,155 @@ def test_nextstep_has_its_true_size(name: str) -> None:
 def test_the_call_of_nextstep_at_its_true_size_fixes_the_work(name: str) -> None:
     call = autoregressive_call(name, "full")
     assert (call["num_tokens"], call["num_sampling_steps"], call["hw"], call["cfg"]) == (24, 28, (512, 512), 7.5)
+
+
+def test_every_part_of_mammoth_matters() -> None:
+    model = tiny_or_skip("mammoth")
+    # The head of the text tokens takes part in the call, but no text token may be drawn.
+    never = {"llm_model.lm_head", "gen_transformer.ref_image_patch_embedder"}
+    unused = without_effect(model, lambda: run_autoregressive(model, "mammoth", **SHORT["mammoth"]))
+    edits = ("llm_model.model.visual.", "gen_tokenizer.", "gen_vae.encoder", "gen_vae.quant_conv")
+    edits += ("gen_transformer.ref_image_refiner.",)
+    assert {part for part in unused if not part.startswith(edits)} == never
+    assert not any(part.startswith("llm_model.model.language_model") for part in unused)
+    edit = {**SHORT["mammoth"], "image": picture(), "image_guidance_scale": 1.5}
+    unused = without_effect(model, lambda: run_autoregressive(model, "mammoth", **edit))
+    decoding = ("gen_tokenizer.vit_decoder.", "gen_tokenizer.conv_decoder.", "gen_tokenizer.post_quant_proj")
+    assert {part for part in unused if not part.startswith(decoding)} == {"llm_model.lm_head"}
+
+
+def test_arguments_of_mammoth() -> None:
+    model = tiny("mammoth")
+    output = run_autoregressive(model, "mammoth")
+    changes: tuple[dict[str, Any], ...] = (
+        {"cfg_scale": 1.0},
+        {"text_guidance_scale": 1.0},
+        {"cfg_range": (0.0, 0.5)},
+        {"num_inference_steps": 5},
+        {"ar_height": 1},
+        {"ar_width": 2},
+        {"temperature": 4.0},
+        {"top_k": 1},
+        {"image": picture()},
+    )
+    outputs = [output, *(run_autoregressive(model, "mammoth", **change) for change in changes)]
+    for i, a in enumerate(outputs):
+        assert not any(torch.equal(a, b) for b in outputs[:i]), changes[i - 1]
+    # Of the likeliest alone, a token has all of a small probability.
+    assert torch.equal(run_autoregressive(model, "mammoth", top_p=1e-6), run_autoregressive(model, "mammoth", top_k=1))
+    assert not torch.equal(
+        run_autoregressive(model, "mammoth", image=picture()),
+        run_autoregressive(model, "mammoth", image=picture(), image_guidance_scale=1.5),
+    )
+
+
+def test_calls_of_mammoth() -> None:
+    model = tiny("mammoth")
+    called: list[str] = []
+    tokens: list[tuple[int, ...]] = []
+    watched = {
+        "root": model,
+        "llm": model.llm_model,
+        "dit": model.gen_transformer,
+        "qformer": model.gen_transformer.time_caption_embed.image_embedder,
+        "vae": model.gen_vae.decoder,
+        "encoder": model.gen_vae.encoder,
+        "tokenizer": model.gen_tokenizer.encoder,
+        "visual": model.llm_model.model.visual,
+    }
+    handles = [m.register_forward_pre_hook(lambda *_, key=key: called.append(key)) for key, m in watched.items()]
+    handles.append(
+        model.llm_model.register_forward_pre_hook(
+            lambda module, args, kwargs: tokens.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+    )
+    run_autoregressive(model, "mammoth")
+    step = ["dit", "qformer", "dit"]  # with the sketch, and without
+    assert called == [*["llm"] * 8, *["llm"] * 2, *step * 4, "vae"]
+    prompt = tokens[0][1]
+    assert tokens[:8] == [(2, prompt), *[(2, 1)] * 7]
+    assert tokens[8] == (1, prompt + 8)
+    called.clear()
+    run_autoregressive(model, "mammoth", image=picture(), image_guidance_scale=1.5)
+    for handle in handles:
+        handle.remove()
+    step = ["dit", "qformer", "dit", "dit"]
+    expected = ["tokenizer", "llm", "visual", *["llm"] * 7, "llm", "visual", "llm", "encoder", *step * 4, "vae"]
+    assert called == expected
+
+
+def test_tokens_of_mammoth_are_routed() -> None:
+    model = tiny("mammoth")
+    layer = model.llm_model.model.language_model.layers[2]
+    called: list[tuple[str, int]] = []
+    handles = [
+        getattr(layer, key).register_forward_pre_hook(
+            lambda module, args, key=key: called.append((key, args[0].shape[-2]))
+        )
+        for key in ("mlp", "gen_mlp")
+    ]
+    run_autoregressive(model, "mammoth")
+    for handle in handles:
+        handle.remove()
+    prompt, both, negative = called[0][1], called[8][1], called[10][1]
+    assert called[:8] == [("mlp", prompt), *[("gen_mlp", 1)] * 7]
+    assert called[8:] == [("mlp", both), ("gen_mlp", 8), ("mlp", negative)]
+    assert both == prompt
+    layers = model.llm_model.model.language_model.layers
+    assert [layer.gen_mlp is None for layer in layers] == [True, True, False, False, False, False]
+
+
+def test_mammoth_is_made_as_the_original() -> None:
+    model = tiny("mammoth")
+    assert type(model).__name__ == "Mammothmoda2Model"
+    assert [key for key, _ in model.named_children()] == ["llm_model", "gen_tokenizer", "gen_vae", "gen_transformer"]
+    language = ["embed_tokens", "gen_embed_tokens", "layers", "norm", "rotary_emb"]
+    assert [key for key, _ in model.llm_model.model.language_model.named_children()] == language
+    assert {table.device.type for table in model.gen_freqs_cis} == {"cpu"}
+    run_autoregressive(model, "mammoth")
+    assert isinstance(model.llm_model.model.rope_deltas, torch.Tensor)
+    with pytest.raises(NotImplementedError):
+        model(torch.zeros(1))
+
+
+def test_mammoth_has_its_true_size() -> None:
+    model = on_meta("mammoth")
+    llm, dit = model.llm_model, model.gen_transformer
+    layers = llm.model.language_model.layers
+    qformer = dit.time_caption_embed.image_embedder
+    sizes = {
+        "llm": llm,
+        "visual": llm.model.visual,
+        "layer": layers[0],
+        "layer with experts": layers[14],
+        "tokenizer": model.gen_tokenizer,
+        "tokenizer.encoder": model.gen_tokenizer.encoder,
+        "tokenizer.decoder": model.gen_tokenizer.vit_decoder,
+        "block": dit.layers[0],
+        "context block": dit.context_refiner[0],
+        "qformer": qformer,
+    }
+    assert {key: millions(module) for key, module in sizes.items()} == pytest.approx(
+        {
+            "llm": 12360,
+            "visual": 576.4,
+            "layer": 192.9,
+            "layer with experts": 343.9,
+            "tokenizer": 705.4,
+            "tokenizer.encoder": 308.9,
+            "tokenizer.decoder": 340.1,
+            "block": 104.7,
+            "context block": 94.4,
+            "qformer": 267,
+        },
+        rel=0.01,
+    )
+    assert millions(dit) - millions(qformer) == pytest.approx(2290, rel=0.01)
+    assert [layer.gen_mlp is not None for layer in layers] == [False] * 14 + [True] * 22
+    assert (len(dit.layers), len(llm.model.visual.blocks)) == (16, 27)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+    call = autoregressive_call("mammoth", "full")
+    assert (call["ar_height"] * (call["ar_width"] + 1), call["num_inference_steps"]) == (64, 10)
 
 
 @pytest.mark.parametrize("function", [build_autoregressive, autoregressive_call])

@@ -31,14 +31,41 @@ _NEXTSTEP_CALL: Mapping[Scale, Mapping[str, Any]] = {
     "full": {**_PROMPTS, "hw": (512, 512), "num_tokens": 24, "num_sampling_steps": 28, "cfg": 7.5},
     "tiny": {**_TINY_PROMPTS, "hw": (32, 48), "num_sampling_steps": 4, "cfg": 2.0},
 }
+# 64 tokens, of which the last of each row ends it, and 10 steps of the denoiser.
+_MAMMOTH_CALL: Mapping[Scale, Mapping[str, Any]] = {
+    "full": {
+        **_PROMPTS,
+        "ar_height": 8,
+        "ar_width": 7,
+        "height": 1024,
+        "width": 1024,
+        "num_inference_steps": 10,
+        "text_guidance_scale": 9.0,
+    },
+    "tiny": {
+        **_TINY_PROMPTS,
+        "ar_height": 2,
+        "ar_width": 3,
+        "height": 32,
+        "width": 48,
+        "num_inference_steps": 4,
+        "text_guidance_scale": 3.0,
+        "cfg_scale": 2.0,
+    },
+}
 _SPECS: Mapping[str, AutoregressiveSpec] = MappingProxyType(
     {
-        f"nextstep_{code}": AutoregressiveSpec(
-            build=_made_by("nextstep.build", f"build_{code}"),
-            run=_made_by("nextstep.build", "run"),
-            call={scale: {**call, "use_norm": code == "a"} for scale, call in _NEXTSTEP_CALL.items()},
-        )
-        for code in ("a", "b")
+        **{
+            f"nextstep_{code}": AutoregressiveSpec(
+                build=_made_by("nextstep.build", f"build_{code}"),
+                run=_made_by("nextstep.build", "run"),
+                call={scale: {**call, "use_norm": code == "a"} for scale, call in _NEXTSTEP_CALL.items()},
+            )
+            for code in ("a", "b")
+        },
+        "mammoth": AutoregressiveSpec(
+            build=_made_by("mammoth.build", "build"), run=_made_by("mammoth.build", "run"), call=_MAMMOTH_CALL
+        ),
     }
 )
 AUTOREGRESSIVE: tuple[str, ...] = tuple(_SPECS)
@@ -67,7 +94,8 @@ def build_autoregressive(
         backend: Of `torch.compile`. inductor draws other random values than code that is not compiled.
 
     Returns:
-        For "nextstep_a" and "nextstep_b" a NextStepPipeline, a plain class with `model` and `vae`.
+        For "nextstep_a" and "nextstep_b" a NextStepPipeline, a plain class with `model` and `vae`. For "mammoth" a
+        Mammothmoda2Model.
 
     Raises:
         ValueError: No stand-in has this name.
@@ -82,7 +110,7 @@ def autoregressive_call(name: str, scale: Scale = "tiny") -> dict[str, Any]:
     """Return the arguments that `run_autoregressive(..., name, scale=scale)` takes where no others are given.
 
     They fix the work: for "nextstep_a" and "nextstep_b" of true size 24 of the 1024 tokens of an image of 512 x 512, 28
-    steps of the head each.
+    steps of the head each; for "mammoth" a sketch of 64 tokens, and 10 steps of the denoiser at 1024 x 1024.
     """
     return dict(_spec(name).call[scale])
 

@@ -30,6 +30,7 @@ _IN_REPOSITORY = (
     "denoiser_inputs",
     "pipeline_call",
     "run_autoregressive",
+    "run_pipeline",
     "run_tiny",
 )
 

@@ -17,6 +17,7 @@ from layerstream.standins.repository.full_size import (
     build_pipeline,
     denoiser_inputs,
     pipeline_call,
+    run_pipeline,
 )
 from layerstream.standins.repository.tiny import TINY_PIPELINES, build_tiny, run_tiny
 
@@ -33,5 +34,6 @@ __all__ = [
     "denoiser_inputs",
     "pipeline_call",
     "run_autoregressive",
+    "run_pipeline",
     "run_tiny",
 ]

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from layerstream.standins.repository import (
-    DENOISERS,
     build_denoiser,
     build_pipeline,
     denoiser_inputs,
@@ -19,7 +18,7 @@ from layerstream.standins.repository import (
 from layerstream.standins.repository.full_size.specs import Scale
 from layerstream.standins.weights import unfilled
 
-CASES: tuple[str, ...] = DENOISERS
+CASES: tuple[str, ...] = ("sd35m", "ovis", "longcat")
 Form = Literal["denoiser", "pipeline"]
 FORMS: tuple[Form, ...] = ("denoiser", "pipeline")
 # How a step's guidance runs the denoiser: one pass over a batch of two, or two passes with other texts.

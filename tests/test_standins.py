@@ -387,7 +387,8 @@ def test_denoiser_dry_runs_at_tiny_scale(name: str) -> None:
         model = build_denoiser(name, scale="tiny")
     except ImportError as error:
         pytest.skip(str(error))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    islands = {torch.float32} if name == "wan22" else set()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, *islands}
     assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
     inputs = denoiser_inputs(name, model, device="cpu", dtype=torch.bfloat16, scale="tiny")
     output = model(**inputs)[0]

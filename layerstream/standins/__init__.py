@@ -18,14 +18,19 @@ __all__ = ["DEMO_CALL", "build_demo", "fill_normal_", "skip_init"]
 
 _REPOSITORY = "layerstream.standins.repository"
 _IN_REPOSITORY = (
+    "AUTOREGRESSIVE",
     "DENOISERS",
     "PIPELINES",
     "TINY_PIPELINES",
+    "autoregressive_call",
+    "build_autoregressive",
     "build_denoiser",
     "build_pipeline",
     "build_tiny",
     "denoiser_inputs",
     "pipeline_call",
+    "run_autoregressive",
+    "run_pipeline",
     "run_tiny",
 )
 

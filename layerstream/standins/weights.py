@@ -251,8 +251,9 @@ def _is_norm_weight(owner: nn.Module, name: str) -> bool:
 def cast_floating_(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast `module` in place as its `from_pretrained(torch_dtype=dtype)` would.
 
-    What the class declares as float32 islands stays float32, and so do buffers that are not in the state dict
-    (inv_freq of rotary embeddings). `module.to(dtype)` would cast both. Tied parameters stay tied.
+    What the class declares as float32 islands is float32 then, whatever it was built in. Buffers that are not in the
+    state dict (inv_freq of rotary embeddings) stay as they are. `module.to(dtype)` would cast both. Tied parameters
+    stay tied.
     """
     islands: set[str] = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     # transformers keeps the plain list in float32 for float16 only, diffusers for each lower dtype.
@@ -260,9 +261,13 @@ def cast_floating_(module: nn.Module, dtype: torch.dtype) -> None:
         islands |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
     for prefix, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.is_floating_point() and islands.isdisjoint([*prefix.split("."), name]):
-                parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(_kept_in(islands, prefix, name) or dtype)
         for name, buffer in owner.named_buffers(recurse=False):
             persistent = name not in owner._non_persistent_buffers_set
-            if persistent and buffer.is_floating_point() and islands.isdisjoint([*prefix.split("."), name]):
-                setattr(owner, name, buffer.to(dtype))
+            if persistent and buffer.is_floating_point():
+                setattr(owner, name, buffer.to(_kept_in(islands, prefix, name) or dtype))
+
+
+def _kept_in(islands: set[str], prefix: str, name: str) -> torch.dtype | None:
+    return None if islands.isdisjoint([*prefix.split("."), name]) else torch.float32

@@ -149,20 +149,28 @@ def qwen_vl_processor(tokenizer: Any, *, image_pixels: int = 0) -> Any:
     return ImageTextProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def glm_ids() -> dict[str, int]:
-    """Return the ids of GLM-Image's special tokens: image_start, image_end, image, sop, eop, pad, unk."""
-    return {token.strip("<|>"): GLM_CODES + i for i, token in enumerate(GLM_SPECIAL)}
+def glm_ids(codes: int = GLM_CODES) -> dict[str, int]:
+    """Return the ids of GLM-Image's special tokens: image_start, image_end, image, sop, eop, pad, unk.
+
+    They follow the `codes` of images.
+    """
+    return {token.strip("<|>"): codes + i for i, token in enumerate(GLM_SPECIAL)}
 
 
-def glm_processor() -> Any:
-    """Return a GlmImageProcessor with a letter per token, for text to image.
+def glm_processor(*, codes: int = GLM_CODES, patch: int = 8, sketches_small: bool = True) -> Any:
+    """Return a GlmImageProcessor with a letter per token.
 
-    A model of the real size first sketches the image in 16 x 16 codes. This one does in 6 x 6, which takes a seventh of
-    the time.
+    A model of the real size first sketches the image in 16 x 16 codes. With `sketches_small` it does in 6 x 6, which
+    takes a seventh of the time.
+
+    Args:
+        codes: how many there are for images.
+        patch: of the vision tower, in pixels. The pipeline wants a code for 32 pixels, so 16 where it is shown images.
+        sketches_small: see above.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens = [*(f"<|code_{i}|>" for i in range(GLM_CODES)), *GLM_SPECIAL, *string.printable]
+    tokens = [*(f"<|code_{i}|>" for i in range(codes)), *GLM_SPECIAL, *string.printable]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
@@ -178,8 +186,9 @@ def glm_processor() -> Any:
         def _get_target_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
             return height // 32, width // 32, 6, 6
 
-    return SketchingProcessor(
-        image_processor=transformers.GlmImageImageProcessorPil(patch_size=8, temporal_patch_size=1, merge_size=1),
+    processor_class = SketchingProcessor if sketches_small else transformers.GlmImageProcessor
+    return processor_class(
+        image_processor=transformers.GlmImageImageProcessorPil(patch_size=patch, temporal_patch_size=1, merge_size=1),
         tokenizer=tokenizer,
         chat_template=GLM_TEMPLATE,
     )

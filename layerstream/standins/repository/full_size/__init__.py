@@ -7,6 +7,19 @@ before it is filled: the peak is its weights and one pool of random values (8 MB
 """
 
 from layerstream.standins.repository.full_size.denoisers import DENOISERS, build_denoiser, denoiser_inputs
-from layerstream.standins.repository.full_size.pipelines import PIPELINES, build_pipeline, pipeline_call
+from layerstream.standins.repository.full_size.pipelines import (
+    PIPELINES,
+    build_pipeline,
+    pipeline_call,
+    run_pipeline,
+)
 
-__all__ = ["DENOISERS", "PIPELINES", "build_denoiser", "build_pipeline", "denoiser_inputs", "pipeline_call"]
+__all__ = [
+    "DENOISERS",
+    "PIPELINES",
+    "build_denoiser",
+    "build_pipeline",
+    "denoiser_inputs",
+    "pipeline_call",
+    "run_pipeline",
+]

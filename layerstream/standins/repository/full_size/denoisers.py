@@ -28,7 +28,7 @@ def build_denoiser(
         dtype: Of parameters and of buffers in the state dict.
         seed: Of the weights; their bits also depend on `fill_device`.
         fill_device: "cuda" draws the pool of random values there, which gives a larger pool in less time.
-        scale: "full" is the true size (4.5 to 14.7 GB in bf16); "tiny" the same class with a few small blocks.
+        scale: "full" is the true size (4.5 to 40.9 GB in bf16); "tiny" the same class with a few small blocks.
 
     Raises:
         ValueError: No denoiser has this name.
@@ -68,7 +68,9 @@ def denoiser_inputs(
     height, width = spec.grid[scale]
     config: Any = model.config
     generator = torch.Generator("cpu").manual_seed(seed)
-    return spec.inputs(Pass(config, height, width, spec.text_tokens[scale], device, dtype, generator))
+    return spec.inputs(
+        Pass(config, height, width, spec.text_tokens[scale], device, dtype, generator, spec.frames[scale])
+    )
 
 
 def _spec(name: str) -> DenoiserSpec:

@@ -3,11 +3,16 @@
 from typing import Any
 
 from layerstream.standins.components import flow_scheduler
-from layerstream.standins.libraries import transformers
+from layerstream.standins.libraries import Library, transformers
+from layerstream.standins.repository.full_size.generating import limited
 from layerstream.standins.repository.full_size.parts import TINY_FLUX_LIKE, TINY_VOCAB_SIZE, flux_like_inputs, vae
 from layerstream.standins.repository.full_size.prompts import know_words
 from layerstream.standins.repository.full_size.specs import DenoiserSpec, Pass, PipelineSpec, Scale
 from layerstream.standins.repository.tokenizers import qwen_tokenizer, qwen_vl_processor
+
+# Of up to 512, each a pass of the whole text encoder.
+REWRITING_TOKENS = {"full": 64, "tiny": 8}
+messages = Library("diffusers.pipelines.longcat_image.system_messages")
 
 
 def _inputs(given: Pass) -> dict[str, Any]:
@@ -17,17 +22,31 @@ def _inputs(given: Pass) -> dict[str, Any]:
 
 def _parts(scale: Scale) -> dict[str, Any]:
     tokenizer = know_words(qwen_tokenizer())
+    if scale == "full":  # what a prompt to rewrite is wrapped in would be a token a letter
+        know_words(tokenizer, messages.SYSTEM_PROMPT_EN)
     return {
         "scheduler": flow_scheduler(by_size=True),
         "vae": vae(scale),
-        "text_encoder": _qwen25_vl(scale),
+        "text_encoder": _rewriting(scale),
         "tokenizer": tokenizer,
         "text_processor": qwen_vl_processor(tokenizer),
     }
 
 
-def _qwen25_vl(scale: Scale) -> Any:
-    """Return a Qwen2_5_VLForConditionalGeneration, in full size the 8.292 B of the 7B model with vision and head."""
+def _rewriting(scale: Scale) -> Any:
+    """Return the text encoder, which generates `REWRITING_TOKENS` where it is to rewrite the prompt."""
+    model = qwen25_vl(scale, limited(transformers.Qwen2_5_VLForConditionalGeneration))
+    model.most_new_tokens = REWRITING_TOKENS[scale]
+    return model
+
+
+def qwen25_vl(scale: Scale, model_class: Any = None) -> Any:
+    """Return a Qwen2_5_VLForConditionalGeneration, in full size the 8.292 B of the 7B model with vision and head.
+
+    Args:
+        scale: of all sizes.
+        model_class: a subclass to make instead.
+    """
     # The special tokens of the local tokenizer, not those of the true one: rewriting a prompt looks for them.
     special = {
         "bos_token_id": 256,
@@ -78,7 +97,8 @@ def _qwen25_vl(scale: Scale) -> Any:
     }
     text, vision = (full_text, full_vision) if scale == "full" else (tiny_text, tiny_vision)
     text = {**text, "max_position_embeddings": 128000, "rope_theta": 1000000.0, **special}
-    return transformers.Qwen2_5_VLForConditionalGeneration(
+    model_class = model_class or transformers.Qwen2_5_VLForConditionalGeneration
+    return model_class(
         transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **special)
     )
 
@@ -97,7 +117,7 @@ DENOISER = DenoiserSpec(
 PIPELINE = PipelineSpec(
     class_name="LongCatImagePipeline",
     parts=_parts,
-    # Rewriting would first generate up to 512 tokens of a new prompt, each a pass of the whole text encoder.
+    # Rewriting first generates `REWRITING_TOKENS` of a new prompt.
     call={"num_inference_steps": 50, "guidance_scale": 4.5, "enable_prompt_rewrite": False},
     size={"full": (768, 1344), "tiny": (64, 96)},
 )

@@ -2,18 +2,26 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from layerstream.standins.repository.full_size import longcat, ovis, sd35m
+from layerstream.standins.repository.full_size import glm, longcat, ovis, qwen, sd35m, wan22
 from layerstream.standins.repository.full_size.specs import DenoiserSpec, PipelineSpec
 
 _Spec = TypeVar("_Spec")
 
+_MODULES: Mapping[str, Any] = {
+    "sd35m": sd35m,
+    "ovis": ovis,
+    "longcat": longcat,
+    "glm": glm,
+    "qwen": qwen,
+    "wan22": wan22,
+}
 DENOISER_SPECS: Mapping[str, DenoiserSpec] = MappingProxyType(
-    {"sd35m": sd35m.DENOISER, "ovis": ovis.DENOISER, "longcat": longcat.DENOISER}
+    {name: module.DENOISER for name, module in _MODULES.items()}
 )
 PIPELINE_SPECS: Mapping[str, PipelineSpec] = MappingProxyType(
-    {"sd35m": sd35m.PIPELINE, "ovis": ovis.PIPELINE, "longcat": longcat.PIPELINE}
+    {name: module.PIPELINE for name, module in _MODULES.items()}
 )
 
 

@@ -18,11 +18,11 @@ TINY_FLUX_LIKE = {
 }
 
 
-def vae(scale: Scale) -> Any:
+def vae(scale: Scale, **options: Any) -> Any:
     """Return an AutoencoderKL that halves the size three times, in full size 83.8 M."""
     if scale == "tiny":
-        return image_vae(widths=(8, 8, 8, 16))
-    return image_vae(widths=(128, 256, 512, 512), layers=2, groups=32)
+        return image_vae(widths=(8, 8, 8, 16), **options)
+    return image_vae(widths=(128, 256, 512, 512), layers=2, groups=32, **options)
 
 
 def flux_like_inputs(given: Pass, *, kind: int, start: int) -> dict[str, Any]:

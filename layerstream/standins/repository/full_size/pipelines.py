@@ -36,7 +36,7 @@ def build_pipeline(
         name: One of `PIPELINES`.
         dtype: Of parameters and of buffers in the state dict.
         seed: Of the weights; their bits also depend on `fill_device`. Every part draws from a seed of its own.
-        scale: "full" is the true size (16 to 30 GB in bf16); "tiny" the same classes with a few small blocks.
+        scale: "full" is the true size (16 to 69 GB in bf16); "tiny" the same classes with a few small blocks.
         fill_device: "cuda" draws the pool of random values there, which gives a larger pool in less time.
 
     Raises:
@@ -62,18 +62,45 @@ def pipeline_call(name: str, scale: Scale = "full") -> dict[str, Any]:
     """Return the keyword arguments of one call of `build_pipeline(name, scale=scale)`, all but the generator.
 
     With guidance: "sd35m" runs both halves as one batch, the others run the denoiser twice per step. The text takes 77
-    and 256 tokens in "sd35m", 256 in "ovis", 512 in "longcat", in both scales: the pipelines pad to that.
+    and 256 tokens in "sd35m", 256 in "ovis", 512 in "longcat" and "wan22", in both scales: the pipelines pad to that.
+    In true size, the language model of "glm" generates 64 tokens, and so does that of "longcat" if it is called with
+    `enable_prompt_rewrite=True`; their `most_new_tokens` says so.
 
     Returns:
         The arguments; the call's `images` are then [1, 3, height, width] in the dtype of the weights, values in 0..1.
+        For "wan22" its `frames` are [1, frames, 3, height, width].
     """
     spec = _spec(name)
     height, width = spec.size[scale]
-    call = {"prompt": PROMPT, "negative_prompt": NEGATIVE_PROMPT, "height": height, "width": width}
+    shared = {
+        "prompt": PROMPT + spec.suffix,
+        "negative_prompt": NEGATIVE_PROMPT,
+        "height": height,
+        "width": width,
+    }
+    call = {key: value for key, value in shared.items() if key not in spec.without}
     call |= {**spec.call, "output_type": "pt"}
+    if spec.num_frames is not None:
+        call["num_frames"] = spec.num_frames[scale]
     if scale == "tiny":
         call["num_inference_steps"] = 4
     return call
+
+
+def run_pipeline(pipe: Any, name: str, *, scale: Scale = "full", seed: int = 0, **overrides: Any) -> torch.Tensor:
+    """Return the images or frames of one call.
+
+    Args:
+        pipe: What `build_pipeline(name, scale=scale)` returned, perhaps moved or streamed since.
+        name: Which pipeline.
+        scale: Of the arguments.
+        seed: Of the generator (always on the CPU).
+        **overrides: Arguments that replace or join those of `pipeline_call`.
+    """
+    call = {**pipeline_call(name, scale), "generator": torch.Generator("cpu").manual_seed(seed), **overrides}
+    output = pipe(**call)
+    made: torch.Tensor = output.frames if hasattr(output, "frames") else output.images
+    return made
 
 
 def _spec(name: str) -> PipelineSpec:

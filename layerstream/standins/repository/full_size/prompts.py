@@ -18,11 +18,14 @@ _TEMPLATES = (
 )
 
 
-def know_words(tokenizer: Any) -> Any:
-    """Make a token of each word in our texts, so that they take about as many tokens as with a true vocabulary."""
+def know_words(tokenizer: Any, *texts: str) -> Any:
+    """Make a token of each word in `texts`, so that they take about as many tokens as with a true vocabulary.
+
+    Without `texts` they are those of our calls.
+    """
     from tokenizers import AddedToken
 
-    words = set(re.findall(r"\w+", " ".join([PROMPT, NEGATIVE_PROMPT, *_TEMPLATES])))
+    words = set(re.findall(r"\w+", " ".join(texts or [PROMPT, NEGATIVE_PROMPT, *_TEMPLATES])))
     if type(tokenizer).__name__.startswith("Qwen"):  # whose tokens include the space before a word
         words |= {" " + word for word in words}
     # As they are written: CLIP writes in lower case, and which of two words alike there is meant would be chance.

@@ -1,7 +1,7 @@
 """What describes a model at true size: its denoiser, its pipeline, and both again with a few small blocks."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ class Pass:
         device: where the tensors are put.
         dtype: of latents, text and timestep.
         generator: on the CPU, so that values do not depend on `device`.
+        frames: of latents.
     """
 
     config: Any
@@ -30,6 +31,7 @@ class Pass:
     device: torch.device | str
     dtype: torch.dtype
     generator: torch.Generator
+    frames: int = 1
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Return the next random normal values of this shape."""
@@ -46,6 +48,7 @@ class DenoiserSpec:
         grid: height and width of the latent image in patches.
         text_tokens: of the prompt.
         inputs: returns the keyword arguments of one pass.
+        frames: of latents, for those that make a video.
     """
 
     class_name: str
@@ -53,6 +56,7 @@ class DenoiserSpec:
     grid: Mapping[Scale, tuple[int, int]]
     text_tokens: Mapping[Scale, int]
     inputs: Callable[[Pass], dict[str, Any]]
+    frames: Mapping[Scale, int] = field(default_factory=lambda: {"full": 1, "tiny": 1})
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,15 @@ class PipelineSpec:
         parts: returns the arguments of its constructor but `transformer`; weights are filled in afterwards.
         call: arguments of a call besides those that all share.
         size: height and width of the image.
+        num_frames: of the video, for those that make one.
+        suffix: what this pipeline wants at the end of the prompt.
+        without: arguments that all share, and this pipeline does not take.
     """
 
     class_name: str
     parts: Callable[[Scale], dict[str, Any]]
     call: Mapping[str, Any]
     size: Mapping[Scale, tuple[int, int]]
+    num_frames: Mapping[Scale, int] | None = None
+    suffix: str = ""
+    without: tuple[str, ...] = ()

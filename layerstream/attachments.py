@@ -218,8 +218,8 @@ class Attachments:
             self._told_eager.add(names)  # pausing attaches them again
             warn(
                 f"{names} of `{attachment.layouts[0].name}` were given to torch.compile as functions around "
-                "blocks that stream; while they do, these run uncompiled, as they were written. To compile the blocks, use "
-                "`block.compile()` on each."
+                "blocks that stream; while they do, these run uncompiled, as they were written. To compile the blocks, "
+                "use `block.compile()` on each."
             )
         for layout in attachment.layouts:
             self.entrances.watch(layout.name, layout.modules())

@@ -24,7 +24,8 @@ class GenericAdapter(Adapter):
     def find_parts(self, component: nn.Module) -> Sequence[str]:
         """A module without a forward is never called, and one that has an autoencoder beside another model is a whole
         pipeline in one module: `llm_model`, `gen_transformer` and `gen_vae` of MammothModa2."""
-        if isinstance(component, nn.ModuleList) or self.find_entry_points(component):
+        has_blocks = any(isinstance(child, nn.ModuleList) for child in component.children())
+        if has_blocks or isinstance(component, nn.ModuleList) or self.find_entry_points(component):
             return ()
         models = [
             (name, child)

@@ -38,8 +38,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any, Final, ParamSpec, TypeVar
+from types import CellType, CodeType, FrameType
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
@@ -402,10 +402,27 @@ def compiled_methods_around(
             if cls is nn.Module:
                 break
             for name, value in vars(cls).items():
-                original = getattr(value, "_torchdynamo_orig_callable", None)
-                if name not in seen and callable(original):
+                original = _compiled_function_of(value) if name not in seen else None
+                if original is not None:
                     yield path, module, name, original
                 seen.add(name)
+
+
+def _compiled_function_of(value: object) -> Callable[..., Any] | None:
+    """The function that was compiled, of what `torch.compile` gave, or of a function that calls that: a decorator that
+    can be switched off keeps it in its closure."""
+    for each in (value, *(_content(cell) for cell in getattr(value, "__closure__", None) or ())):
+        original = getattr(each, "_torchdynamo_orig_callable", None)
+        if callable(original) and not isinstance(each, nn.Module):
+            return cast("Callable[..., Any]", original)
+    return None
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty yet
+        return None
 
 
 def _let_go_later(codes: list[CodeType]) -> None:

@@ -192,7 +192,7 @@ class Ledger:
         self._reserve = reserve
         self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
         self.phase_stats = self.stats_of.setdefault(phase_plan.phase.name, PhaseStats())
-        self.phase_stats.num_passes += 1
+        self._count_pass(reserve)
         if reserve.over_bytes is not None:
             self.phase_stats.reserve_bytes = reserve.over_bytes + self._outside_bytes
         return phase_plan
@@ -214,8 +214,12 @@ class Ledger:
         if not is_settled or self.has_grown(weights_bytes):
             return False
         self._reserve = reserve
-        self.phase_stats.num_passes += 1
+        self._count_pass(reserve)
         return True
+
+    def _count_pass(self, reserve: Reserve) -> None:
+        self.phase_stats.num_passes += 1
+        self.phase_stats.num_tokens += reserve.is_growing
 
     @property
     def reserve(self) -> Reserve:

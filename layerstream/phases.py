@@ -226,10 +226,6 @@ class PhaseTracker:
         """Whether a component runs many times a call, as far as known."""
         return self._is_repeated[component]
 
-    def in_loop(self, component: str) -> bool:
-        """Whether the shapes that a component is entered with grow step by step."""
-        return any(r.is_growing for r in self._run.get(self._groups[component], ()))
-
     def phases(self, outside_bytes: int) -> tuple[Phase, ...]:
         """Every phase with its reserve as far as known, in the order of the components.
 
@@ -241,6 +237,7 @@ class PhaseTracker:
                 group,
                 any(self._is_repeated[c] for c in group),
                 self._most(group, expected, outside_bytes, Reserve.kept_bytes),
+                is_loop=any(r.is_growing for r in expected),
             )
             for group, expected in self._all_expected()
         )

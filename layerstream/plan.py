@@ -54,6 +54,7 @@ class Phase:
         reserve_bytes: what is on the device beside our weights while it runs, measured; None: not measured yet.
         is_assumed: `reserve_bytes` was given by somebody who plans ahead, rather than measured.
         is_of_others: `reserve_bytes` is what others hold; what the phase takes itself is not known.
+        is_loop: it was seen to be entered with shapes that grow step by step: a pass is a token.
     """
 
     components: tuple[str, ...]
@@ -61,6 +62,7 @@ class Phase:
     reserve_bytes: int | None = None
     is_assumed: bool = False
     is_of_others: bool = False
+    is_loop: bool = False
 
     @property
     def name(self) -> str:
@@ -118,6 +120,7 @@ class PhasePlan:
             is_assumed=self.phase.is_assumed,
             ms_per_pass=None if self.prediction is None else self.prediction.ms_per_pass,
             bound=None if self.prediction is None else self.prediction.bound,
+            is_loop=self.phase.is_loop,
         )
 
 
@@ -166,6 +169,15 @@ class Plan:
             return Placement.STREAMED
         everywhere = all(unit_index in p.resident or unit_index in p.kept for p in self.phases)
         return Placement.RESIDENT if everywhere else Placement.BY_PHASE
+
+    def bytes_without_streaming(self, component: str) -> int:
+        """The budget in which all that a pass of the component's phase uses would stay on the device, beside what it
+        was measured to take."""
+        phase = self.phase_of(component).phase
+        uses = self.costs.uses if self.costs is not None else {}
+        used = [u for u in self.units if {u.component, *u.also} & set(phase.components) and uses.get(u.index, 1)]
+        weights = sum(-(-u.num_bytes // self.granularity) * self.granularity for u in used)
+        return max(weights + (phase.reserve_bytes or 0) + self.whole_bytes, self.needed_bytes)
 
     @cached_property
     def next_gib_ms(self) -> Mapping[str, float]:

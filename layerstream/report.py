@@ -13,6 +13,8 @@ from layerstream.stats import PhaseStats, Stats
 from layerstream.summary import PlanSummary, gain_lines
 from layerstream.tables import Page, Table
 
+_LEAST_SLOW_SHARE = 1.25  # a loop that takes this many times its compute is told of
+_USUAL_TOKENS = 1000  # where nothing is known of how many will come
 _LEAST_TOLD_MS = 0.05
 _LEAST_TOLD_SHARE = 0.02
 
@@ -22,6 +24,7 @@ class PhaseReport:
     """What happened in one phase of the calls.
 
     Attributes:
+        num_tokens: passes of token loops; where there are any, parts that were entered by themselves count as passes.
         reserve_bytes: what it takes on the device beside the weights; None: not measured yet.
         predicted_ms_per_pass, predicted_bound: of the present plan; None where it predicts nothing.
         stall_ms_by_stack, stall_ms_by_unit: `stall_ms` by what was waited for, by name. What a change of the pipeline
@@ -30,6 +33,7 @@ class PhaseReport:
 
     name: str
     num_passes: int
+    num_tokens: int
     num_loads: int
     loaded_bytes: int
     num_stalls: int
@@ -46,7 +50,7 @@ class PhaseReport:
         predicted = self.predicted_ms_per_pass
         return (
             self.name,
-            str(self.num_passes),
+            f"{self.num_tokens} tokens" if self.num_tokens else str(self.num_passes),
             format_bytes(self.loaded_bytes),
             f"{self.num_stalls} ({self.stall_ms:.1f} ms)",
             "not measured" if self.reserve_bytes is None else format_bytes(self.reserve_bytes),
@@ -103,6 +107,7 @@ class Report:
                 PhaseReport(
                     name=name,
                     num_passes=done.num_passes,
+                    num_tokens=done.num_tokens,
                     num_loads=done.num_loads,
                     loaded_bytes=done.loaded_bytes,
                     num_stalls=done.num_stalls,
@@ -201,6 +206,40 @@ def entered_line(plan: Plan, stats: Stats) -> str:
     return f"{format_budget(plan.budget_bytes)}: {'; '.join(text for text in told if text)}"
 
 
+def slow_loop_line(plan: Plan, component: str, num_tokens: int) -> str | None:
+    """What a token loop that streams will take, and what would help; None if it is about as fast as without streaming.
+
+    Args:
+        num_tokens: of such a loop the last time; 0: it is the first.
+    """
+    phase_plan = plan.phase_of(component)
+    prediction = phase_plan.prediction
+    if prediction is None or not phase_plan.phase.is_loop:
+        return None
+    if prediction.ms_per_pass < _LEAST_SLOW_SHARE * prediction.compute_ms:
+        return None
+    in_all = num_tokens or _USUAL_TOKENS
+    as_before = ", as the last time," if num_tokens else ""
+    return (
+        f"`{phase_plan.phase.name}` runs once for each token, and loads "
+        f"{format_bytes(_streamed_bytes(plan, component))} each time: {_seconds(prediction.ms_per_pass)} a token, "
+        f"{_seconds(prediction.compute_ms)} of them compute. {in_all} tokens{as_before} take "
+        f"{_seconds(in_all * prediction.ms_per_pass)}. A budget of "
+        f"{format_bytes(plan.bytes_without_streaming(component))} would keep all of it on the device."
+    )
+
+
+def _streamed_bytes(plan: Plan, component: str) -> int:
+    """Of what passes through the slots in a pass."""
+    phase_plan = plan.phase_of(component)
+    uses = plan.costs.uses if plan.costs is not None else {}
+    return sum(
+        u.num_bytes * uses.get(u.index, 1)
+        for u in plan.units
+        if u.component in phase_plan.phase.components and u.index not in phase_plan.resident
+    )
+
+
 def predicted_line(plan: Plan) -> str | None:
     """The time that a pass of each phase is predicted to take, in a line for the log; None until that is known."""
     summary = plan.summary()
@@ -210,7 +249,9 @@ def predicted_line(plan: Plan) -> str | None:
     return "; ".join(
         [
             "predicted: "
-            + ", ".join(f"{_seconds(ms)} a pass of `{phase.name}` ({phase.bound}-bound)" for phase, ms in known),
+            + ", ".join(
+                f"{_seconds(ms)} a {phase.pass_name} of `{phase.name}` ({phase.bound}-bound)" for phase, ms in known
+            ),
             *gain_lines(summary.next_gib_ms),
         ]
     )

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, field
 class PhaseStats:
     """What happened in one phase of the calls: counters since the streamer started.
 
+    `num_tokens` counts the passes of token loops, whose inputs grow step by step; parts that are entered by themselves
+    for each token (a head) are passes, too.
     `reserve_bytes` is what the phase takes on the device beside the weights, as last measured; None: not yet.
     `most_beside_bytes` is the most that there was beside the weights, other tensors included; None: not read yet.
     `stall_ms_by_unit` divides `stall_ms` by the unit (its index in the plan) whose load was waited for.
     """
 
     num_passes: int = 0
+    num_tokens: int = 0
     num_loads: int = 0
     loaded_bytes: int = 0
     num_stalls: int = 0

@@ -47,7 +47,7 @@ from layerstream.phases import READ, Reserve
 from layerstream.plan import PhasePlan, Plan
 from layerstream.profiling import Ranges
 from layerstream.progress import Progress
-from layerstream.report import predicted_line
+from layerstream.report import predicted_line, slow_loop_line
 from layerstream.saying import warn
 from layerstream.stats import PhaseStats, Stats
 from layerstream.timing import PassTimer
@@ -108,6 +108,8 @@ class Streamer:
         self._applied: PhasePlan | None = None
         self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing under this plan
         self._told: set[str] = set()  # phases whose predicted time is in the log
+        self._num_tokens: dict[str, int] = {}  # by phase, in the last use
+        self._num_tokens_before: dict[str, int] = {}  # when it ended, in all
         self._in_method: int | None = None  # the id of a component whose method runs
         self._ticket: Ticket | None = None  # of a bare component that runs, or of a weight that is read
         self._last_use: Ticket | None = None
@@ -406,6 +408,10 @@ class Streamer:
             self._settle_edits()
         if self._last_use is not self.gate.running:
             self._last_use = self.gate.running
+            if self.gate.is_inside_call:
+                for name, counted in self._ledger.stats_of.items():
+                    self._num_tokens[name] = counted.num_tokens - self._num_tokens_before.get(name, 0)
+                    self._num_tokens_before[name] = counted.num_tokens
             self._ledger.begin_use(is_call=self.gate.is_inside_call)
         if self._transfer.extra or self._cloned:  # what the plan has no room for
             with engine_tensors():
@@ -451,6 +457,9 @@ class Streamer:
             line = predicted_line(self.plan)
             if line is not None:
                 _log.info("%s", line)
+            slow = slow_loop_line(self.plan, phase_plan.phase.components[0], self._num_tokens.get(name, 0))
+            if slow is not None:
+                _log.warning("%s", slow)
 
     def _begin_by_touch(self, units: Sequence[int], is_grad: bool) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins

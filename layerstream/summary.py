@@ -111,6 +111,7 @@ class PhaseSummary:
         reserve_bytes: what is there beside them; None: not measured yet.
         is_assumed: `reserve_bytes` was given rather than measured.
         ms_per_pass, bound: predicted; None until every block was measured.
+        is_loop: its passes are tokens.
     """
 
     name: str
@@ -120,11 +121,17 @@ class PhaseSummary:
     is_assumed: bool
     ms_per_pass: float | None
     bound: str | None
+    is_loop: bool = False
 
     @property
     def counts_reserve(self) -> bool:
         """Whether anything is known, or assumed, of what is there beside the weights."""
         return self.reserve_bytes is not None and (self.reserve_bytes > 0 or not self.is_assumed)
+
+    @property
+    def pass_name(self) -> str:
+        """What people call a pass of it."""
+        return "token" if self.is_loop else "pass"
 
     def line(self) -> str:
         text = f"{self.name}: {format_bytes(self.weights_bytes)} of weights"
@@ -135,7 +142,7 @@ class PhaseSummary:
             peak = format_bytes(self.weights_bytes + self.reserve_bytes)
             text += f" + {format_bytes(self.reserve_bytes)}{assumed} beside them = {peak}"
         if self.ms_per_pass is not None:
-            text += f"; {self.ms_per_pass:.1f} ms a pass predicted, {self.bound}-bound"
+            text += f"; {self.ms_per_pass:.1f} ms a {self.pass_name} predicted, {self.bound}-bound"
         return text
 
 

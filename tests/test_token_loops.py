@@ -15,6 +15,7 @@ from layerstream.blocks import UnitSpec
 from layerstream.order import OrderLearner
 from layerstream.phases import READ, Key, PhaseTracker
 from layerstream.plan import uses_per_pass
+from layerstream.simulated import SimulatedDevice
 from tests.fakes import adversary, assert_restored, describe
 from tests.token_loops import TokenPipeline, token_pipeline
 
@@ -176,6 +177,26 @@ def test_the_learner_counts_uses() -> None:
         order.observe(unit)
     assert order.uses() == {0: 2, 1: 4}
     assert order.num_uses == 6
+
+
+def test_a_slow_loop_is_told_once_with_what_would_help(caplog: pytest.LogCaptureFixture) -> None:
+    """On a device with a clock of its own, where copies take longer than compute."""
+    pipe = token_pipeline()
+    device = SimulatedDevice(link_gb_per_s=1e-3)
+    offloaded = layerstream.offload(pipe, vram_budget=300 * KIB, device=device)
+    with caplog.at_level(logging.WARNING, "layerstream"), offloaded as streamer:
+        for _ in range(3):
+            pipe.generate_image(PROMPT, num_tokens=25)
+        report = streamer.report()
+    (told,) = [r.message for r in caplog.records if "runs once for each token" in r.message]
+    assert "`model` runs once for each token, and loads" in told
+    assert "A budget of" in told
+    model = next(phase for phase in report.phases if phase.name == "model")
+    assert 60 <= model.num_tokens <= 75
+    assert f"{model.num_tokens} tokens" in str(report)
+    plan = streamer.plan
+    looped = sum(u.num_bytes for u in plan.units if u.component == "model" and "embed" not in u.name)
+    assert plan.bytes_without_streaming("model") >= max(looped - 1000 * 32 * 4, plan.needed_bytes)
 
 
 # ---- phases

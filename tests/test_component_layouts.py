@@ -91,6 +91,7 @@ OF_DENOISERS = {
     "sana": {"transformer": "transformer_blocks:4"},
     "lumina2": {"transformer": "noise_refiner:2 context_refiner:2 layers:4", "text_encoder": "layers:4"},
     "glm_image": {"transformer": "transformer_blocks:4"},
+    "glm_image_edit": {"transformer": "transformer_blocks:4"},
     "audioldm2": {
         "unet": "down_blocks.*.attentions:6 up_blocks.*.attentions:12 up_blocks.*.resnets:6 mid_block.attentions:3 "
         "mid_block.resnets:2",

@@ -178,9 +178,12 @@ class Ledger:
             BudgetError: it is known not to fit, whatever else is given up.
         """
         reserve = self._tracker.enter(Key(component, entry, shapes, is_grad))
-        if reserve in self._planned_with and self._plan is not None and self._goes_on(reserve, weights_bytes):
+        if self._plan is not None and self._reserve is not None and reserve in self._planned_with:
+            phase_plan = self._plan.phase_of(component)
+            is_same_phase = self._reserve.key.component in phase_plan.phase.components
             # The next token: its shapes have grown, and what is kept for them is enough.
-            return self._plan.phase_of(component)
+            if is_same_phase and self._goes_on(reserve, weights_bytes):
+                return phase_plan
         self._check_passes()
         self.end_interval()
         self._outside_bytes = max(0, self._device.allocated_bytes() - weights_bytes)

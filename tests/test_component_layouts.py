@@ -95,6 +95,7 @@ OF_DENOISERS = {
     # A projection of the text's states per block is too small to stream by itself.
     "bria_fibo_edit": {"transformer": FLUX_LIKE},
     "cosmos": {"transformer": "transformer_blocks:4", "safety_checker": ""},
+    "glm_image_edit": {"transformer": "transformer_blocks:4"},
     "audioldm2": {
         "unet": "down_blocks.*.attentions:6 up_blocks.*.attentions:12 up_blocks.*.resnets:6 mid_block.attentions:3 "
         "mid_block.resnets:2",

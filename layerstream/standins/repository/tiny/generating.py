@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
+
 from layerstream.standins.components import flow_scheduler, image_vae, t5_encoder
 from layerstream.standins.libraries import diffusers, transformers
-from layerstream.standins.repository.tiny.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe
+from layerstream.standins.repository.tiny.recipes import BLOCKS, ENCODER_LAYERS, HIDDEN, Recipe, pil_picture
 from layerstream.standins.repository.tokenizers import (
     BYTE_VOCAB_SIZE,
     GLM_CODES,
@@ -17,11 +19,15 @@ from layerstream.standins.repository.tokenizers import (
 from layerstream.standins.tokenizers import t5_tokenizer
 
 
-def _glm_vision_language() -> Any:
+def _glm_vision_language(*, patch: int = 8, model_class: Any = None) -> Any:
     """Return a GlmImageForConditionalGeneration that generates image codes only, never an end token.
 
     The trained one ends by itself where its image is full. Random weights would end anywhere, so that the end token is
     outside of what the head knows.
+
+    Args:
+        patch: of the vision tower, in pixels.
+        model_class: a subclass to make instead.
     """
     ids = glm_ids()
     width = 2 * HIDDEN // 2
@@ -44,7 +50,7 @@ def _glm_vision_language() -> Any:
         "num_heads": 2,
         "intermediate_size": 32,
         "image_size": 64,
-        "patch_size": 8,
+        "patch_size": patch,
     }
     codes = {"embed_dim": 8, "num_embeddings": GLM_CODES, "latent_channels": 16}
     config = transformers.GlmImageConfig(
@@ -55,7 +61,23 @@ def _glm_vision_language() -> Any:
         image_start_token_id=ids["image_start"],
         image_end_token_id=ids["image_end"],
     )
-    return transformers.GlmImageForConditionalGeneration(config)
+    return (model_class or transformers.GlmImageForConditionalGeneration)(config)
+
+
+def _glm_that_takes_features_whole() -> Any:
+    """Return a subclass whose `get_image_tokens` takes the features of all images as one tensor.
+
+    GlmImagePipeline of diffusers 0.42 passes them so, and transformers 5.23 wants a list: with those two as they are,
+    no image can be edited.
+    """
+    base = transformers.GlmImageForConditionalGeneration
+
+    def get_image_tokens(self: Any, hidden_states: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        features = hidden_states.chunk(len(image_grid_thw))
+        codes: torch.Tensor = base.get_image_tokens(self, features, image_grid_thw)
+        return codes
+
+    return type(base.__name__, (base,), {"__module__": base.__module__, "get_image_tokens": get_image_tokens})
 
 
 def _glm_image() -> dict[str, Any]:
@@ -79,6 +101,15 @@ def _glm_image() -> dict[str, Any]:
         "processor": glm_processor(),
         "text_encoder": t5_encoder(hidden=HIDDEN, ffn=2 * HIDDEN, layers=ENCODER_LAYERS, vocab_size=BYTE_VOCAB_SIZE),
         "tokenizer": transformers.ByT5Tokenizer(),
+    }
+
+
+def _glm_image_edit() -> dict[str, Any]:
+    # A code stands for 32 pixels only where a patch is half as wide: the pipeline doubles the codes of an image.
+    return {
+        **_glm_image(),
+        "vision_language_encoder": _glm_vision_language(patch=16, model_class=_glm_that_takes_features_whole()),
+        "processor": glm_processor(patch=16),
     }
 
 
@@ -170,6 +201,15 @@ GENERATING_RECIPES = {
         "GlmImagePipeline",
         _glm_image,
         {"prompt": "a red fox, 'snow' written above", "guidance_scale": 2.5, "height": 64, "width": 64},
+        without=("negative_prompt",),
+    ),
+    # Its image is shown to the vision tower, whose codes go before what is generated, and to the VAE; the denoiser then
+    # writes keys and values of it once, which the passes with a prompt read.
+    "glm_image_edit": Recipe(
+        "GlmImagePipeline",
+        _glm_image_edit,
+        {"prompt": "a red fox, 'snow' written above", "guidance_scale": 2.5, "height": 96, "width": 96},
+        inputs=lambda: {"image": [pil_picture(height=64, width=64)]},
         without=("negative_prompt",),
     ),
     # 16 samples per column of 16 mel bins, 32 columns.

@@ -34,7 +34,7 @@ class GenericAdapter(Adapter):
         ]
         has_autoencoder = any(_is_autoencoder(child) for _, child in models)
         has_others = any(not _is_autoencoder(child) and self.find_stacks(child) for _, child in models)
-        is_container = (has_autoencoder and has_others) or not _is_callable(component)
+        is_container = has_others and (has_autoencoder or not _is_callable(component))
         return [name for name, _ in models] if is_container and len(models) >= 2 else ()
 
     def find_stacks(self, component: nn.Module) -> Sequence[str]:

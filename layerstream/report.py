@@ -14,6 +14,7 @@ from layerstream.summary import PlanSummary, gain_lines
 from layerstream.tables import Page, Table
 
 _LEAST_SLOW_SHARE = 1.25  # a loop that takes this many times its compute is told of
+_LEAST_SLOW_LOOP_MS = 5_000
 _USUAL_TOKENS = 1000  # where nothing is known of how many will come
 _LEAST_TOLD_MS = 0.05
 _LEAST_TOLD_SHARE = 0.02
@@ -219,6 +220,8 @@ def slow_loop_line(plan: Plan, component: str, num_tokens: int) -> str | None:
     if prediction.ms_per_pass < _LEAST_SLOW_SHARE * prediction.compute_ms:
         return None
     in_all = num_tokens or _USUAL_TOKENS
+    if in_all * prediction.ms_per_pass < _LEAST_SLOW_LOOP_MS:
+        return None
     as_before = ", as the last time," if num_tokens else ""
     return (
         f"`{phase_plan.phase.name}` runs once for each token, and loads "

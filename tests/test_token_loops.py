@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream.adapters import registry
 from layerstream.blocks import UnitSpec
 from layerstream.order import OrderLearner
 from layerstream.phases import READ, Key, PhaseTracker
@@ -26,6 +27,11 @@ KIB = 2**10
 @pytest.fixture(scope="module")
 def expected() -> torch.Tensor:
     return token_pipeline().generate_image(PROMPT)
+
+
+@pytest.fixture(autouse=True)
+def own_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 def streamed(pipe: Any, budget: Any = "auto") -> layerstream.LayerStreamer:
@@ -182,7 +188,7 @@ def test_the_learner_counts_uses() -> None:
 def test_a_slow_loop_is_told_once_with_what_would_help(caplog: pytest.LogCaptureFixture) -> None:
     """On a device with a clock of its own, where copies take longer than compute."""
     pipe = token_pipeline()
-    device = SimulatedDevice(link_gb_per_s=1e-3)
+    device = SimulatedDevice(link_gb_per_s=1e-4)
     offloaded = layerstream.offload(pipe, vram_budget=300 * KIB, device=device)
     with caplog.at_level(logging.WARNING, "layerstream"), offloaded as streamer:
         for _ in range(3):

@@ -187,9 +187,9 @@ def test_the_learner_counts_uses() -> None:
 
 def test_a_slow_loop_is_told_once_with_what_would_help(caplog: pytest.LogCaptureFixture) -> None:
     """On a device with a clock of its own, where copies take longer than compute."""
-    pipe = token_pipeline()
+    pipe = token_pipeline(vocabulary=100)
     device = SimulatedDevice(link_gb_per_s=1e-4)
-    offloaded = layerstream.offload(pipe, vram_budget=300 * KIB, device=device)
+    offloaded = layerstream.offload(pipe, vram_budget=150 * KIB, device=device)
     with caplog.at_level(logging.WARNING, "layerstream"), offloaded as streamer:
         for _ in range(3):
             pipe.generate_image(PROMPT, num_tokens=25)
@@ -202,7 +202,7 @@ def test_a_slow_loop_is_told_once_with_what_would_help(caplog: pytest.LogCapture
     assert f"{model.num_tokens} tokens" in str(report)
     plan = streamer.plan
     looped = sum(u.num_bytes for u in plan.units if u.component == "model" and "embed" not in u.name)
-    assert plan.bytes_without_streaming("model") >= max(looped - 1000 * 32 * 4, plan.needed_bytes)
+    assert plan.bytes_without_streaming("model") >= max(looped - 100 * 32 * 4, plan.needed_bytes)
 
 
 # ---- phases

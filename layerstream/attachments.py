@@ -169,6 +169,19 @@ class Attachments:
             self.units.pop(index, None)
             self.stored.pop(index, None)
 
+    def stop_listening(self, block: nn.Module) -> None:
+        """Take the hooks off a block that stays as it is for now."""
+        self._interception_of(block).stop_listening(block)
+
+    def listen_again(self, unit: int) -> None:
+        """Put the hooks of a unit's block back."""
+        for block in self.units[unit].called:
+            self._interception_of(block).listen_again(block)
+
+    def _interception_of(self, block: nn.Module) -> Interception:
+        component = self.units[self.units_of[id(block)][0]].spec.component
+        return self.of_component[component].interception
+
     def watch_entrance(self, entrance: Entrance, component: str, listener: Listener) -> None:
         """Tell the listener when this method is called from now on."""
         self.of_component[component].interception.watch_method(listener, entrance.owner, entrance.name)

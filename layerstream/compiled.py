@@ -483,6 +483,15 @@ _LAYER_CLASSES: Final = frozenset(
 )
 
 
+def is_in_use() -> bool:
+    """Whether dynamo may have compiled something in this process: its code does not notice hooks that come or go."""
+    eval_frame = _dynamo("eval_frame")
+    if eval_frame is None:
+        return False
+    backends = getattr(eval_frame, "cached_backends", None)  # None among them: where dynamo is off
+    return backends is None or any(backend is not None for backend in backends.values())
+
+
 def drop_dynamo_caches(modules: Iterable[nn.Module]) -> int:
     """Drop compiled code that runs one of `modules` inside itself; call it after hooks were put on or taken off them.
 

@@ -53,6 +53,8 @@ class Interception:
         self._compile_undo: list[Callable[[], object]] = []
         self._eager_undo: list[Callable[[], None]] = []  # holds no module, and must be called even if this is dropped
         self._hooked: list[nn.Module] = []
+        self._handles: dict[int, list[Any]] = {}  # of hooks, by the id of the module that has them
+        self._block_hooks: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.eager: list[str] = []  # methods that run uncompiled meanwhile
         weakref.finalize(self, _call_all, self._eager_undo).atexit = False
 
@@ -77,15 +79,31 @@ class Interception:
             for path, module, name, function in compiled.compiled_methods_around(called, own):
                 self.eager.append(f"{path}.{name}" if path else name)
                 self._replace(module, name, functools.partial(function, module))
-        for modules, enter, leave in ((roots, enter_root, leave_root), (list(blocks), enter_block, leave_block)):
-            for module in modules:
-                for handle in (
-                    module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-                    module.register_forward_hook(leave, prepend=True, always_call=True),
-                ):
-                    _HOOKS.add(handle.id)
-                    self._undo += [functools.partial(_HOOKS.discard, handle.id), handle.remove]
+        self._block_hooks = enter_block, leave_block
+        for root in roots:
+            self._hook(root, enter_root, leave_root)
+        for block in blocks:
+            self._hook(block, enter_block, leave_block)
         compiled.drop_dynamo_caches(self._hooked)
+
+    def _hook(self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:
+        self._handles[id(module)] = handles = [
+            module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
+            module.register_forward_hook(leave, prepend=True, always_call=True),
+        ]
+        _HOOKS.update(handle.id for handle in handles)
+
+    def stop_listening(self, block: nn.Module) -> None:
+        """Take the hooks off a block that needs none for now. Nothing may be compiled meanwhile that has it inside."""
+        for handle in self._handles.pop(id(block), ()):
+            handle.remove()
+            _HOOKS.discard(handle.id)
+
+    def listen_again(self, block: nn.Module) -> None:
+        """Put the hooks of a block back, before all others that it has."""
+        if id(block) not in self._handles and self._block_hooks is not None:
+            self._hook(block, *self._block_hooks)
+            compiled.drop_dynamo_caches([block])
 
     def watch_method(self, listener: Listener, root: nn.Module, name: str) -> None:
         """Tell the listener when `root.name(...)` is called, which enters the component without its forward."""
@@ -167,6 +185,11 @@ class Interception:
 
     def remove(self) -> None:
         """Take everything off; idempotent."""
+        self._block_hooks = None
+        for handle in [handle for handles in self._handles.values() for handle in handles]:
+            handle.remove()
+            _HOOKS.discard(handle.id)
+        self._handles = {}
         _call_all(self._undo)
         # While the whole is still out of the way: what was compiled for it stays, and is used again.
         compiled.drop_dynamo_caches(self._hooked)

@@ -79,6 +79,7 @@ class Ledger:
         self._order: OrderLearner | None = None
         self._uses: Mapping[int, int] = {}  # per pass, of units that a pass uses never or often
         self._num_uses_counted = 0
+        self._counted: set[tuple[str, ...]] = set()  # components of phases whose uses were counted
 
     # ---- from open to close
 
@@ -113,6 +114,7 @@ class Ledger:
         `changed` ones is forgotten."""
         if order is not self._order:
             self._order, self._uses, self._num_uses_counted = order, {}, 0
+            self._counted = set()
         self._tracker = self._tracker.successor(components, changed)
         self._units, self._whole = units, whole
         self._reserve = self._plan = None
@@ -214,7 +216,7 @@ class Ledger:
 
     def _goes_on(self, reserve: Reserve, weights_bytes: int) -> bool:
         is_settled = self.is_settled and self._is_settled(reserve) and not self._has_new_times
-        if not is_settled or self.has_grown(weights_bytes):
+        if not is_settled or self._uses_differ() or self.has_grown(weights_bytes):
             return False
         self._reserve = reserve
         self._count_pass(reserve)
@@ -475,21 +477,36 @@ class Ledger:
             return None
         return Costs(self.link_gb_per_s, compute_ms, self._uses_per_pass())
 
+    def knows_uses(self, phase_plan: PhasePlan) -> bool:
+        """Whether enough was seen of a phase to tell what it uses never or often, or that does not matter."""
+        phase = phase_plan.phase
+        return not phase.is_repeated or not phase_plan.num_slots or phase.components in self._counted
+
+    def _uses_differ(self) -> bool:
+        """Whether units are used more or less often than was planned with."""
+        planned = self._planned_costs
+        return self._has_new_uses and planned is not None and self._uses_per_pass() != planned.uses
+
+    @property
+    def _has_new_uses(self) -> bool:
+        """Whether as much again was seen as when uses were counted last."""
+        return self._order is not None and self._order.num_uses >= max(2 * self._num_uses_counted, 1)
+
     def _uses_per_pass(self) -> Mapping[int, int]:
         """Counted when there are new times, and again whenever as much again has been seen."""
         if self._order is None:
-            return {}
-        if self._has_new_times or self._order.num_uses >= 2 * self._num_uses_counted:
+            return self._uses
+        if self._has_new_times or self._has_new_uses:
             self._num_uses_counted = self._order.num_uses
             counts = self._order.uses()
-            self._uses = {
-                unit: count
-                for phase in self._tracker.phases(0)
-                if phase.is_repeated
-                for unit, count in uses_per_pass(
-                    [u for u in self._units if u.is_block and u.component in phase.components], counts
-                ).items()
-            }
+            for phase in self._tracker.phases(0):
+                if phase.is_repeated:
+                    blocks = [u for u in self._units if u.is_block and u.component in phase.components]
+                    found = uses_per_pass(blocks, counts)
+                    if found is not None:
+                        self._counted.add(phase.components)
+                        others = {u: n for u, n in self._uses.items() if u not in {b.index for b in blocks}}
+                        self._uses = {**others, **found}
         return self._uses
 
     def _merge_partners(self) -> None:

@@ -13,7 +13,7 @@ a pass nothing is predicted until the present follows the past again: wrong load
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 _MAX_HISTORY = 1 << 20  # uses kept; a call of 50 steps has about 3,000, a token loop 200,000
@@ -36,8 +36,16 @@ class OrderLearner:
         self._positions: dict[int, list[int]] = {}
         self._cursor: int | None = None  # history[cursor] is the earlier use that matches the last one
         self._misses = 0
-        self._defined = _successors([(list(c), r) for c, r in chains if c])
-        self._first = next((c[0] for c, _ in chains if c), None)
+        self._left_out: set[int] = set()
+        self._num_counted = 0
+        self._chains = chains
+        self._define()
+
+    def _define(self) -> None:
+        """What follows what by definition."""
+        chains = [([u for u in chain if u not in self._left_out], repeats) for chain, repeats in self._chains]
+        self._defined = _successors([(chain, repeats) for chain, repeats in chains if chain])
+        self._first = next((chain[0] for chain, _ in chains if chain), None)
 
     def begin_pass(self) -> None:
         """A component's forward begins: doubt from the last pass is forgotten."""
@@ -58,18 +66,32 @@ class OrderLearner:
             self._misses += 1
         self._positions.setdefault(unit, []).append(len(self._history))
         self._history.append(unit)
+        if not self._left_out:
+            self._num_counted = min(self._num_counted + 1, _COUNTED_USES)
         if len(self._history) > _MAX_HISTORY:
             self._forget()
         return is_hit
 
+    def leave_out(self, units: Collection[int]) -> None:
+        """These are used untold from now on, since they stay where they are: the past is as if they had never been."""
+        self._left_out |= set(units)
+        self._num_counted = 0
+        self._define()
+        self._remember([unit for unit in self._history if unit not in self._left_out])
+
+    def take_in(self, units: Collection[int]) -> None:
+        """These are told again."""
+        self._left_out -= set(units)
+        self._define()
+
     @property
     def num_uses(self) -> int:
-        """How many uses are remembered."""
-        return len(self._history)
+        """How many uses `uses` counts."""
+        return self._num_counted
 
     def uses(self) -> Mapping[int, int]:
-        """How often each unit was used of late."""
-        return Counter(self._history[-_COUNTED_USES:])
+        """How often each unit was used of late, since all of them are told."""
+        return Counter(self._history[-self._num_counted :] if self._num_counted else ())
 
     def predict(self, count: int) -> list[int]:
         """Up to `count` units expected next, nearest first; may repeat a unit. Empty while in doubt."""
@@ -134,11 +156,16 @@ class OrderLearner:
         return low
 
     def _forget(self) -> None:
-        """Drop the older half of the history; the cursor is found again at the next use."""
-        self._history = self._history[len(self._history) // 2 :]
-        self._positions = {}
-        for position, unit in enumerate(self._history):
+        """Drop the older half of the history."""
+        self._remember(self._history[len(self._history) // 2 :])
+
+    def _remember(self, history: list[int]) -> None:
+        """Only this of the past; the cursor is found again."""
+        self._history, self._positions, self._cursor = history, {}, None
+        for position, unit in enumerate(history):
             self._positions.setdefault(unit, []).append(position)
+        if not history:
+            return
         last = self._history.pop()
         self._positions[last].pop()
         self._cursor = self._resynchronise(last)

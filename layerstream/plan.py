@@ -250,7 +250,7 @@ class Plan:
         return self.summary().page().html()
 
 
-def uses_per_pass(units: Sequence[UnitSpec], counts: Mapping[int, int]) -> dict[int, int]:
+def uses_per_pass(units: Sequence[UnitSpec], counts: Mapping[int, int]) -> dict[int, int] | None:
     """How often units are used while what most bytes lie in is used once: a token of a language model, say.
 
     A head that runs 28 steps for a token is used 28 times, an embedding that only a prompt needs, never. Told in powers
@@ -259,6 +259,7 @@ def uses_per_pass(units: Sequence[UnitSpec], counts: Mapping[int, int]) -> dict[
     Args:
         units: blocks of one phase.
         counts: uses of late, by unit index.
+    Returns: None where there were too few passes to tell.
     """
     used = sorted((counts.get(u.index, 0), u.num_bytes) for u in units if counts.get(u.index, 0))
     half = sum(num_bytes for _, num_bytes in used) / 2
@@ -268,7 +269,7 @@ def uses_per_pass(units: Sequence[UnitSpec], counts: Mapping[int, int]) -> dict[
         if half <= 0:
             break
     if usual < _LEAST_PASSES_COUNTED:
-        return {}
+        return None
     found: dict[int, int] = {}
     for unit in units:
         count = counts.get(unit.index, 0)

@@ -364,7 +364,11 @@ class SimulatedDevice:
         stream.time_ms = max(stream.time_ms, event.time_ms)
 
     def is_done(self, event: Any) -> bool:
-        return event.copy is None or event.copy.is_done
+        if event.copy is not None and not event.copy.is_done:
+            return False
+        with self._lock:
+            _merge(self._host_clock, event.clock)  # whatever the host issues from now on happens after it
+        return True
 
     def copy(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any]) -> SimulatedEvent:
         self._step("copy")

@@ -117,7 +117,10 @@ class Streamer:
         self._stream_number: int | None = None  # of the stream that all present units were waited for on
         self._timer = PassTimer(device)
         self._cloned: set[int] = set()  # units that were read between calls, and are in memory of their own
-        self._cast_inside: set[str] = set()  # components of which a running call has cast something
+        self._quiet: set[int] = set()  # units whose blocks have no hooks, since they stay where they are
+        self._quiet_for: PhasePlan | None = None  # under which there are no more of these
+        self._with_autocast: set[str] = set()  # components in whose blocks autocast was on
+        self._changed_inside: set[str] = set()  # components of which a running call has cast something
         # Units whose weights autograd may have saved; it must find out that they are gone.
         self._seen_grad: set[int] = set()
         # Touches may come from any thread, hooks from one; both end here.
@@ -339,6 +342,9 @@ class Streamer:
             self._transfer.drop_own(unit)
         self._transfer.forget([unit])
         self._seen_grad.discard(unit)
+        if unit in self._quiet:
+            self._quiet.discard(unit)
+            self._order.take_in([unit])
 
     def _bring_home(self, attachments: Sequence[Attachment]) -> None:
         """What was written on the device, or edited elsewhere, goes where it is handed back from."""
@@ -421,12 +427,16 @@ class Streamer:
                     if slot is not None:
                         self._evict(slot)
                 self._cloned.clear()
+        if self._quiet and self._is_autocast():
+            self._with_autocast.add(component)
+            self._listen_to(list(self._quiet))
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         self._timer.end()
         known = self._begun.get(begun)
         if known is not None and not self._timer.is_ready and self._ledger.again(known, self._transfer.weights_bytes):
             if self._applied is not None:
                 self._mark_whole(self._applied)  # the pass before has loaded its blocks
+                self._quieten(self._applied)
             return
         replaced = self._find_replaced()
         if replaced is not None:
@@ -447,7 +457,10 @@ class Streamer:
         self._begun[begun] = self._ledger.reserve
         self._mark_whole(phase_plan)
         if self._ledger.wants_times and entry != READ:  # then no block runs
+            self._listen_to(list(self._quiet))
             self._timer.begin(self._ledger.starts_timing())
+        elif self._ledger.is_settled:
+            self._quieten(phase_plan)
 
     def _tell_prediction(self, phase_plan: PhasePlan) -> None:
         """Once a phase: how long its passes will take."""
@@ -587,6 +600,46 @@ class Streamer:
                     and self._transfer.own[unit].unit == unit
                     for unit in attachment.units
                 )
+
+    def _quieten(self, phase_plan: PhasePlan) -> None:
+        """Blocks that stay, and have arrived, need no hooks until they are to go; and what runs 300 times for a token
+        has no time for any. Reads of them on streams that nobody has told us of are covered when they go."""
+        if self._quiet_for is phase_plan or compiled.is_in_use() or not self._ledger.knows_uses(phase_plan):
+            return
+        if self._with_autocast.intersection(phase_plan.phase.components):
+            return  # each block's end lets go of what autocast keeps of it
+        transfer, is_all = self._transfer, True
+        found: list[int] = []
+        for unit in phase_plan.resident - self._quiet:
+            blocks = self._units[unit].called
+            units = {u for block in blocks for u in self._attached.units_of[id(block)]}
+            if not blocks or not units <= phase_plan.resident or any(_is_encoder_layer(block) for block in blocks):
+                continue
+            slots = [transfer.own.get(u) for u in units]
+            if all(
+                slot is not None and slot.unit == u and self._units[u].binding.is_present
+                for u, slot in zip(units, slots, strict=True)
+            ) and all(slot is not None and self._device.is_done(slot.ready) for slot in slots):
+                for block in blocks:
+                    self._attached.stop_listening(block)
+                found += [u for u in units if u not in self._quiet]
+                self._quiet |= units
+            else:
+                is_all = False
+        if found:
+            self._order.leave_out(found)
+        if is_all:
+            self._quiet_for = phase_plan
+
+    def _listen_to(self, units: Sequence[int]) -> None:
+        """Put hooks back on the blocks of those that had none."""
+        again = [unit for unit in units if unit in self._quiet]
+        for unit in again:
+            self._attached.listen_again(unit)
+        self._quiet.difference_update(again)
+        self._quiet_for = None
+        if again:
+            self._order.take_in(again)
 
     def _read_times(self) -> None:
         """What timed passes took, as far as the device is through with them."""
@@ -728,7 +781,8 @@ class Streamer:
         if units is None:
             return  # a copy of a block, which carries the hook along
         component = self._units[units[0]].spec.component
-        is_whole = self._attached.of_component[component].is_whole and self._calls.is_running_here
+        is_inside = self._calls.is_running_here or self._in_method is not None
+        is_whole = self._attached.of_component[component].is_whole and is_inside
         if is_whole and self._device.stream_number() == self._stream_number:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
@@ -758,7 +812,7 @@ class Streamer:
         units = self._attached.units_of.get(id(block))
         if units is None:
             return None
-        self._forget_autocast()
+        self._forget_autocast(self._units[units[0]].spec.component)
         if not self._calls.is_running(block):
             return None  # all of its component is here to stay: entering it did nothing
         with self.gate.reading_lock, self._mutex:
@@ -819,18 +873,18 @@ class Streamer:
         """
         if self._is_outermost():
             return self.paused(component)
-        self._cast_inside.add(component)
+        self._changed_inside.add(component)
         return contextlib.nullcontext()
 
     def _catch_up(self) -> None:
         """Between two calls: what the last one cast and left so is laid out anew, what was dropped is let go of."""
         self._let_go()
-        for component in list(self._cast_inside):
+        for component in list(self._changed_inside):
             bindings = [self._units[i].binding for i in self._attached.of_component[component].units]
             if any(b.tensor.dtype != b.dtype for binding in bindings if binding.is_present for b in binding.tensors):
                 with self.paused(component):
                     pass
-            self._cast_inside.discard(component)
+            self._changed_inside.discard(component)
 
     # ---- up and down
 
@@ -948,6 +1002,9 @@ class Streamer:
         """Take a slot from its unit. Order matters: see the note in `device.py`."""
         unit = slot.unit
         assert unit is not None
+        if unit in self._quiet:
+            self._listen_to([unit])
+            self._device.synchronize()  # streams that read it are not all known
         binding = self._units[unit].binding
         # A unit whose hooks had nothing to do was seen by nobody: its graphs are refused as well.
         is_own = slot is self._transfer.own.get(unit)
@@ -995,10 +1052,15 @@ class Streamer:
             else:
                 self._evict(slot)
 
-    def _forget_autocast(self) -> None:
+    def _forget_autocast(self, component: str | None = None) -> None:
         """Autocast keeps a cast copy of every parameter until the region ends: the model would pile up."""
-        if torch.is_autocast_cache_enabled() and torch.is_autocast_enabled(self._device.torch_device.type):
+        if self._is_autocast():
             torch.clear_autocast_cache()
+            if component is not None:
+                self._with_autocast.add(component)
+
+    def _is_autocast(self) -> bool:
+        return torch.is_autocast_cache_enabled() and torch.is_autocast_enabled(self._device.torch_device.type)
 
     def _write_back(self, unit: int, *, may_replace: bool) -> list[BoundTensor]:
         """Keep what was written into the unit's tensors: the host bytes are what the next load reads."""
@@ -1029,6 +1091,11 @@ def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what:
         afterwards.callback(warn, message)
     except BaseException as exc:
         afterwards.callback(_raise, exc)
+
+
+def _is_encoder_layer(block: nn.Module) -> bool:
+    """Of these the forward asks whether its weights are ordinary before it looks at them."""
+    return isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
 
 
 def _refuse_compiled_wholes(layouts: Sequence[ComponentLayout]) -> None:

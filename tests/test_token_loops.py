@@ -172,9 +172,10 @@ def test_uses_per_pass_go_by_where_most_bytes_are() -> None:
     ]
     counts = {0: 1, 2: 40, 3: 41, 4: 40 * 28, 5: 40 * 28}
     assert uses_per_pass(units, counts) == {0: 0, 1: 0, 4: 16, 5: 16}
-    assert uses_per_pass(units, {i: count // 10 for i, count in counts.items()}) == {}, "too few passes to tell"
-    assert uses_per_pass(units, {}) == {}
-    assert uses_per_pass([], counts) == {}
+    assert uses_per_pass(units, dict.fromkeys(range(6), 20)) == {}
+    assert uses_per_pass(units, {i: count // 10 for i, count in counts.items()}) is None, "too few passes to tell"
+    assert uses_per_pass(units, {}) is None
+    assert uses_per_pass([], counts) is None
 
 
 def test_the_learner_counts_uses() -> None:
@@ -183,6 +184,67 @@ def test_the_learner_counts_uses() -> None:
         order.observe(unit)
     assert order.uses() == {0: 2, 1: 4}
     assert order.num_uses == 6
+    order.leave_out([1])
+    order.observe(0)
+    assert order.num_uses == 0, "what is used untold cannot be compared"
+    assert order.predict(2) == [0, 2] or order.predict(2) == [0, 0]
+    order.take_in([1])
+    for unit in [0, 1, 1]:
+        order.observe(unit)
+    assert order.uses() == {0: 1, 1: 2}
+
+
+@pytest.mark.parametrize("budget", [330 * KIB, "auto"])
+def test_blocks_that_stay_have_no_hooks_until_they_go(expected: torch.Tensor, budget: Any) -> None:
+    pipe = token_pipeline()
+    layers = list(pipe.model.layers)
+    with streamed(pipe, budget) as streamer:
+        for _ in range(4):
+            assert torch.equal(pipe.generate_image(PROMPT), expected)
+        hooked = [bool(layer._forward_pre_hooks) for layer in layers]
+        assert False in hooked
+        head = [bool(block._forward_pre_hooks) for block in pipe.model.head.net.blocks]
+        assert not any(head)
+        seen: list[int] = []
+        handle = layers[0].register_forward_pre_hook(lambda module, args: seen.append(1))
+        with streamer.paused():
+            assert not any(len(layer._forward_pre_hooks) > (layer is layers[0]) for layer in layers)
+        assert all(layer._forward_pre_hooks for layer in layers), "what was laid out anew is watched again"
+        assert next(reversed(layers[0]._forward_pre_hooks.values())) is not None
+        assert torch.equal(pipe.generate_image(PROMPT), expected)
+        assert seen
+        handle.remove()
+        for _ in range(4):
+            assert torch.equal(pipe.generate_image(PROMPT), expected)
+    assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_an_edit_of_a_block_without_hooks_takes_effect() -> None:
+    pipe, other = token_pipeline(), token_pipeline()
+    with streamed(pipe):
+        for _ in range(4):
+            pipe.generate_image(PROMPT)
+        assert not pipe.model.layers[1]._forward_pre_hooks
+        for each in (pipe, other):
+            each.model.layers[1].mix.weight.data.mul_(2)
+            each.model.head.net.blocks[0].up.weight.data[0] = 0.5
+        wanted = other.generate_image(PROMPT)
+        for _ in range(3):
+            assert torch.equal(pipe.generate_image(PROMPT), wanted)
+    assert torch.equal(pipe.generate_image(PROMPT), wanted)
+
+
+def test_a_block_without_hooks_called_by_itself() -> None:
+    pipe = token_pipeline()
+    x, mask = torch.ones(1, 1, 32), torch.ones(1, 1)
+    with torch.no_grad():
+        wanted = pipe.model.layers[2](x, mask, [None] * 6, 2)[0]
+    with streamed(pipe):
+        for _ in range(4):
+            pipe.generate_image(PROMPT)
+        with torch.no_grad():
+            assert torch.equal(pipe.model.layers[2](x, mask, [None] * 6, 2)[0], wanted)
+        pipe.generate_image(PROMPT)
 
 
 def test_a_slow_loop_is_told_once_with_what_would_help(caplog: pytest.LogCaptureFixture) -> None:

@@ -32,13 +32,11 @@ class Repeated(NamedTuple):
 
     Attributes:
         kind: "token" or "pass".
-        component: as layerstream calls what holds it.
         first: the module that begins it, by its name in what is called.
         last: the module that ends it; the rest of a token is outside of the language model.
     """
 
     kind: str
-    component: str
     first: str
     last: str
 
@@ -78,7 +76,7 @@ class Case:
     num_steps: int | None = None
 
 
-_DENOISER = Repeated("pass", "transformer", "transformer", "transformer")
+_DENOISER = Repeated("pass", "transformer", "transformer")
 _CASES: Mapping[str, Case] = {
     "sd35m": Case("batched", "sd35m", is_shared=True),
     "ovis": Case("single", "ovis", is_shared=True),
@@ -90,7 +88,7 @@ _CASES: Mapping[str, Case] = {
         is_autoregressive=True,
         steps="num_sampling_steps",
         short={"num_tokens": 8},
-        repeated=(Repeated("token", "model", "model.layers.0", "model.layers.-1"),),
+        repeated=(Repeated("token", "model.layers.0", "model.layers.-1"),),
     ),
     "mammoth": Case(
         "single",
@@ -99,8 +97,8 @@ _CASES: Mapping[str, Case] = {
         is_autoregressive=True,
         short={"ar_height": 2, "num_inference_steps": 3},
         repeated=(
-            Repeated("token", "llm_model", "llm_model", "llm_model"),
-            Repeated("pass", "gen_transformer", "gen_transformer", "gen_transformer"),
+            Repeated("token", "llm_model", "llm_model"),
+            Repeated("pass", "gen_transformer", "gen_transformer"),
         ),
     ),
     "glm": Case(
@@ -111,7 +109,7 @@ _CASES: Mapping[str, Case] = {
         short_tokens=16,
         limited="vision_language_encoder",
         repeated=(
-            Repeated("token", "vision_language_encoder", "vision_language_encoder", "vision_language_encoder"),
+            Repeated("token", "vision_language_encoder", "vision_language_encoder"),
             _DENOISER,
         ),
         num_steps=4,
@@ -128,7 +126,7 @@ _CASES: Mapping[str, Case] = {
         short={"num_inference_steps": 3},
         short_tokens=16,
         limited="text_encoder",
-        repeated=(Repeated("token", "text_encoder", "text_encoder", "text_encoder"), _DENOISER),
+        repeated=(Repeated("token", "text_encoder", "text_encoder"), _DENOISER),
     ),
 }
 CASES: tuple[str, ...] = tuple(_CASES)

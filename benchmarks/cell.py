@@ -174,7 +174,7 @@ def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
 
     def step(name: str, given: dict[str, Any]) -> None:
         if counters is not None:
-            held.append(counters.held_bytes(name))
+            held.append(counters.held_bytes(work.modules[name]))
         outputs.append(work.modules[name](**given)[0])
 
     warm_ups = _warm_up_turns(turns, METHODS[cell.method].num_warm_ups)
@@ -337,7 +337,6 @@ def _calls_with_tokens(cell: Cell, setup: Setup, memory: _Memory, record: Record
     if cell.method == "resident":
         with repeats.noting_use(note):
             timed("short")
-        timed("short")
     else:
         num_short = _WARM_UP_CALLS
         if cell.method == "layerstream" and cell.tells_first_call:

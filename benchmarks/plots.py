@@ -78,7 +78,7 @@ def read(results: Path) -> list[Record]:
 
 def short_table(records: Sequence[Record]) -> list[str]:
     """Lines of Markdown: whole calls in seconds and GiB, a column for each case, on the GPU with most of them, of
-    those whose steps are all there; none where no whole call was measured."""
+    those with all their steps; none where no whole call was measured."""
     calls = _of_one_gpu([r for r in records if r["form"] == "pipeline"])
     columns = [case for case in _MODELS if (case, "pipeline") in _pairs(calls)]
     if not columns:

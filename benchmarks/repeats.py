@@ -32,11 +32,11 @@ class Counters:
 
     Attributes:
         loaded_bytes: over the bus so far.
-        held_bytes: of weights of a component on the device now, slots included.
+        held_bytes: of weights of the component of a module that are on the device now, slots included.
     """
 
     loaded_bytes: Callable[[], int]
-    held_bytes: Callable[[str], int]
+    held_bytes: Callable[[nn.Module], int]
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Watch:
         is_token = self.repeated.kind == "token"
         is_counted = _is_one_token(args, kwargs) if is_token else len(self.begun) >= _FIRST_PASSES
         counters = self.counters
-        loaded, held = (0, 0) if counters is None else _read(counters, self.repeated.component)
+        loaded, held = (0, 0) if counters is None else (counters.loaded_bytes(), counters.held_bytes(module))
         self.begun.append(_Begun(self._mark(), is_counted, loaded, held))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -190,10 +190,6 @@ def _limit_call(each: Record, alike: Sequence[Record]) -> None:
 def _mean(records: Sequence[Record], name: str) -> float | None:
     known = [r[name] for r in records if r.get(name) is not None]
     return sum(known) / len(known) if known else None
-
-
-def _read(counters: Counters, component: str) -> tuple[int, int]:
-    return counters.loaded_bytes(), counters.held_bytes(component)
 
 
 def _own(module: nn.Module) -> list[torch.Tensor]:

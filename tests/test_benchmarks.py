@@ -123,6 +123,15 @@ def test_cases_without_peers_are_measured_with_their_limits(
         used, held = resident[f"{kind}_used_bytes"], ours[f"{kind}_held_bytes"]
         assert 0 < used <= resident["weights_bytes"]
         assert held > 0
+        if name == "qwen-denoiser":
+            whole = suite.run(
+                [wanted[0], dataclasses.replace(wanted[1], vram_budget="auto")],
+                topic="all",
+                command="-",
+                output=tmp_path / "all",
+                cell_seconds=100,
+            )[1]
+            assert whole["pass_held_bytes"] >= used, "what stays counts"
         assert resident[f"{kind}_loop_s"] + resident[f"{kind}_outside_s"] == pytest.approx(
             resident[f"{kind}_s"], abs=1e-5
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+from torch import nn
 
 import layerstream
 from benchmarks.methods.base import Method, Setup
@@ -41,10 +44,15 @@ def _counters(streamer: layerstream.LayerStreamer) -> Counters:
     def engine() -> Any:
         return streamer._streamer
 
-    def held_bytes(component: str) -> int:
+    @functools.cache
+    def component_of(module: nn.Module) -> str | None:
+        return next((name for name, part in streamer._called.items() if module in set(part.modules())), None)
+
+    def held_bytes(module: nn.Module) -> int:
         # What stays of other components is of no use to this one.
         units, transfer = engine()._units, engine()._transfer
-        others = (slot for unit, slot in transfer.own.items() if units[unit].spec.component != component)
+        name = component_of(module)
+        others = (slot for unit, slot in transfer.own.items() if units[unit].spec.component != name)
         held: int = transfer.weights_bytes - sum(slot.buffer.numel() for slot in others)
         return held
 

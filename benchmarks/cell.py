@@ -187,7 +187,7 @@ def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         seconds = time.perf_counter() - started
     memory.read(record)
     count = cases.passes_of(turns, cell.case, cell.passes, _PASSES)
-    if seconds >= _SLOW_PASS_MS / 1e3 and not _are_experts(turns):
+    if seconds >= _SLOW_PASS_MS / 1e3 and work.about.num_steps is None:
         count = min(count, _SLOW_PASSES)
     count = math.ceil(count / len(turns)) * len(turns) if _are_experts(turns) else _even(count)
     held.clear()

@@ -4,6 +4,7 @@
 (slots included), and the bus' speed: a pass takes max(compute, (W - M) / speed) at least, and a token
 outside + max(loop, (W - M) / speed). `loop` is the part in which the language model runs, `outside` the rest (heads,
 projectors, sampling), both of the resident model. A byte that is loaded ahead meanwhile lies in a slot, so is in M.
+What all weights together do not leave room for crosses the bus in each call once more, when its turn begins.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def _limit_one(each: Record, alike: Sequence[Record], kind: str) -> None:
     if now and resident:
         each[f"{kind}_ratio"] = round(now / resident, 4)
     held = each.get(f"{kind}_held_bytes")
-    if now is None or loop is None or outside is None or used is None or held is None or not each["link_gb_per_s"]:
+    if now is None or loop is None or outside is None or used is None or held is None or not each.get("link_gb_per_s"):
         return
     bus = max(0.0, used - held) / each["link_gb_per_s"] / 1e9
     each[f"{kind}_limit_s"] = _rounded(outside + max(loop, bus))
@@ -176,15 +177,23 @@ def _limit_one(each: Record, alike: Sequence[Record], kind: str) -> None:
 
 
 def _limit_call(each: Record, alike: Sequence[Record]) -> None:
-    """Of a whole call: the resident one's time, and what the limits of all that it repeats add to it."""
-    resident = _mean(alike, "seconds")
-    counts = {kind: each.get(f"num_{kind}s") for kind in KINDS if each.get(f"{kind}_limit_s") is not None}
-    if resident is None or not counts or each.get("seconds") is None:
+    """Of a whole call: the resident one's time, what the limits of all that it repeats add, and the first way over the
+    bus of what does not stay from call to call."""
+    resident, link = _mean(alike, "seconds"), each.get("link_gb_per_s")
+    counts = {kind: each.get(f"num_{kind}s") or 0 for kind in KINDS if each.get(f"{kind}_limit_s") is not None}
+    if resident is None or not link or not counts or each.get("seconds") is None:
         return
-    added = sum((each[f"{kind}_limit_s"] - (_mean(alike, f"{kind}_s") or 0.0)) * n for kind, n in counts.items() if n)
-    each["call_limit_s"] = round(resident + added, 3)
-    each["call_of_limit"] = round(each["seconds"] / (resident + added), 4)
-    each["weights_cross_s"] = round(each["weights_bytes"] / each["link_gb_per_s"] / 1e9, 3)
+    added = sum((each[f"{kind}_limit_s"] - (_mean(alike, f"{kind}_s") or 0.0)) * n for kind, n in counts.items())
+    budget = each.get("vram_budget_bytes")
+    first = 0.0
+    if budget is not None and each["weights_bytes"] > budget:
+        # A prompt's pass is none of the tokens, and finds nothing; the first pass of a denoiser is one of the passes.
+        crossing = {"token": _mean(alike, "token_used_bytes") or 0, "pass": each.get("pass_held_bytes", 0)}
+        first = sum(crossing[kind] / link / 1e9 for kind in counts)
+    each["call_first_loads_s"] = round(first, 3)
+    each["call_limit_s"] = round(resident + added + first, 3)
+    each["call_of_limit"] = round(each["seconds"] / (resident + added + first), 4)
+    each["weights_cross_s"] = round(each["weights_bytes"] / link / 1e9, 3)
 
 
 def _mean(records: Sequence[Record], name: str) -> float | None:

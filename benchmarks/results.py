@@ -77,8 +77,9 @@ _REPEATED_NOTES = [
     "t_loop is the part of a token in which the language model runs, t_outside the rest (heads, projectors, sampling), "
     "both resident. W is counted where it runs resident: the weights of all modules that a token or pass calls, an "
     "embedding whole. A byte that is loaded ahead in t_outside lies in a slot, and so is in M. The limit of a call is "
-    "the resident call with each token and pass at its limit; the passes of prompts, and the weights' first way over "
-    "the bus (weights_cross_s in the JSON: all of them once), come on top.",
+    "the resident call with each token and pass at its limit; where all weights together are more than the budget, "
+    "what a prompt's pass and a denoiser's first pass do not find crosses the bus as well (call_first_loads_s). Passes "
+    "that read a whole text again come on top.",
 ]
 
 

@@ -150,9 +150,11 @@ def run(
             except _WorkerError as exc:
                 missing = f"no weights could be made: {exc}"
             last = {cell.form: cell for cell in of_case}
+            first = {cell.form: cell for cell in reversed(of_case)}
             for each in of_case:
                 left = None if seconds is None else seconds - (time.monotonic() - started)
                 is_last_resident = each is last[each.form] and each.method == "resident"  # ratios are to both
+                is_last_resident &= each is not first[each.form]  # where it is measured once, nothing follows in time
                 placed = replace(each, folder=home)
                 if missing is not None:
                     record = _failed(placed, command, missing, done)

@@ -162,6 +162,8 @@ def test_the_limit_of_a_token_is_what_the_bus_or_the_model_takes() -> None:
     assert streamed["token_of_limit"] == pytest.approx(0.33 / 0.32, abs=1e-4)
     assert streamed["token_ratio"] == 3.3
     assert streamed["call_limit_s"] == pytest.approx(12 + 63 * 0.22)
+    suite.rate([resident, alone := {**streamed, "vram_budget_bytes": 12 * 2**30}])
+    assert alone["call_limit_s"] == pytest.approx(12 + 63 * 0.22 + 20 / 50), "the prompt's pass finds nothing"
     assert fits["token_limit_s"] == pytest.approx(0.1), "2 GB cross while the language model runs"
     assert fits["weights_cross_s"] == 1.2
     assert "token_limit_s" not in resident
@@ -609,6 +611,25 @@ def test_targets_are_told_met_or_missed() -> None:
         "(14.00 GB a pass over the bus after 14.00); the resident processes differ by 3.0 %",
     ):
         assert f"- ovis, denoiser: {line}" in told
+
+
+def test_targets_of_tokens_and_switches_are_told() -> None:
+    ours = {
+        **record_of("layerstream", "16GiB", 0.0), "case": "nextstep", "form": "pipeline", "seconds": 9.0,
+        "ratio_to_resident": 3.1, "token_ratio": 3.1, "token_of_limit": 1.08,
+    }  # fmt: skip
+    call = {**ours, "case": "glm", "vram_budget": "24GiB", "ratio_to_resident": 1.5, "weights_cross_s": 0.6}
+    video = {**record_of("layerstream", "12GiB", 101.0), "case": "wan22", "switch_ratio": 1.2}
+    told = "\n".join(targets.lines([ours, call, video]))
+    for line in (
+        "- nextstep, pipeline: under 16GiB, a token to a resident one's time, at most 3.2 x: met, 3.100 x",
+        "- nextstep, pipeline: under 16GiB, a token to its limit, at most 1.05 x: missed by 2.9 %, 1.080 x",
+        "- glm, pipeline: under 24GiB, 1.05 x and the weights' way over the bus: missed by 30.4 %, 9.00 s, "
+        "resident 6.00 s, the weights 0.60 s",
+        "- wan22, denoiser: under 12GiB, to resident, at most 1.02 x: met, 1.010 x",
+        "- wan22, denoiser: under 12GiB, the slowest step at the switch to the others, at most 1.1 x: missed by 9.1 %",
+    ):
+        assert line in told
 
 
 def test_targets_that_nothing_tells_of_are_not_told() -> None:

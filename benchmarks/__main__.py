@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import suite
-from benchmarks.cases import CASES, FORMS
+from benchmarks.cases import CASES, FORMS, forms_of
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, MissingPeerError
 from benchmarks.pages import NoPlaceError
@@ -52,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if options.command == "run":
         method = METHODS[options.method]
+        forms = forms_of(options.case)
+        options.form = options.form or forms[0]
+        if options.form not in forms:
+            parser.error(f"{options.case} is measured only as {', '.join(forms)}")
         if options.form not in method.forms:
             parser.error(f"{method.name} runs only as {', '.join(method.forms)}")
         if method.needs_budget and options.vram_budget is None:
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     run = commands.add_parser("run", help="one measurement, resident before and after it")
     run.add_argument("--case", choices=CASES, required=True)
-    run.add_argument("--form", choices=FORMS, default="denoiser")
+    run.add_argument("--form", choices=FORMS, help="default: the case's first")
     run.add_argument("--method", choices=METHODS, default="layerstream")
     run.add_argument("--vram-budget", type=budget, metavar="SIZE", help='"5GiB", "auto" or "min"')
     run.add_argument(
@@ -112,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     for each in (run, named):
         each.add_argument("--scale", choices=["full", "tiny"], default="full")
         each.add_argument("--device", choices=["cuda", "cpu"], help="cpu: the simulated one (default: the GPU)")
-        each.add_argument("--passes", type=positive, default=10, metavar="N", help="timed passes of a denoiser")
+        each.add_argument(
+            "--passes", type=positive, metavar="N", help="timed passes of a denoiser (default: 10, or the case's)"
+        )
         each.add_argument("--steps", type=positive, metavar="N", help="of a pipeline's call (default: the case's)")
         each.add_argument(
             "--call-seconds", type=float, default=120, metavar="S", help="longer calls of peers are extrapolated"

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import layerstream
-from benchmarks import cases, weights
+from benchmarks import cases, repeats, weights
 from benchmarks.cases import Form, Work
 from benchmarks.methods import METHODS, MissingPeerError, Setup
 from benchmarks.records import FACTS, Record, facts, locked_bytes, peak_rss_bytes, rss_bytes
@@ -29,9 +30,12 @@ from layerstream.standins.repository.full_size.specs import Scale
 
 _SLOW_PASS_MS = 1000  # what takes longer is timed fewer times
 _SLOW_PASSES = 2
+_PASSES = 10  # timed, where the case says nothing
+_EXPERT_ROUNDS = 2  # of a step of each expert, before those that are timed
 _FEW_STEPS = (1, 3)  # of calls that warm up, and from which a call that would take too long is extrapolated
 _WARM_UP_CALLS, _WARM_UP_STEPS = 3, 3  # of ours, before the call that is told
 _LEAST_SECONDS, _MOST_CALLS = 5.0, 3  # of whole calls: short ones are timed more than once
+_LEAST_SECONDS_WITH_TOKENS = 2.0  # such calls repeat much within
 _SLOW_CALL_S = 5.0  # after a first step that takes so long, warming up more changes little
 
 
@@ -40,7 +44,7 @@ class Cell:
     """What to measure.
 
     Attributes:
-        passes: timed passes of a denoiser.
+        passes: timed passes of a denoiser; None: those of the case's steps, or ten.
         steps: of a pipeline's call; None: what the case is defined with.
         call_seconds: a peer's call that would take longer is extrapolated from calls of a few steps.
         tells_first_call: a pipeline's first call is a whole one, too, and told; else calls of a few steps come first.
@@ -55,7 +59,7 @@ class Cell:
     vram_budget: int | str | None = None
     scale: Scale = "full"
     device: str = "cuda"
-    passes: int = 10
+    passes: int | None = None
     steps: int | None = None
     call_seconds: float = 120
     tells_first_call: bool = True
@@ -66,17 +70,19 @@ def prepare(cell: Cell) -> None:
     """Draw the case's weights and keep them in files, unless they are there."""
     folder = Path(cell.folder) / "weights"
     if not weights.is_stored(folder):
-        fill_device = "cuda" if cell.device == "cuda" else None
-        work = cases.build(cell.case, cell.form, cell.scale, fill_device=fill_device)
-        weights.store(work.modules, folder)
+        weights.store(_drawn(cell).modules, folder)
+
+
+def _drawn(cell: Cell) -> Work:
+    """The case with its weights, in memory of their own; the same in every process on this device."""
+    return cases.build(cell.case, cell.form, cell.scale, fill_device="cuda" if cell.device == "cuda" else None)
 
 
 def refusal(cell: Cell) -> str | None:
     """Why a budget is too small for our least plan; None if it is not. Measures nothing."""
     work = cases.build(cell.case, cell.form, cell.scale, is_filled=False)
-    target = work.pipe if work.pipe is not None else work.denoiser
     try:
-        layerstream.plan(target, vram_budget=cell.vram_budget or "auto", device=cell.device)
+        layerstream.plan(work.target, vram_budget=cell.vram_budget or "auto", device=cell.device)
     except BudgetError as exc:
         return str(exc)
     return None
@@ -86,17 +92,21 @@ def measure(cell: Cell, command: str) -> Record:
     """The cell's record; what goes wrong is in it."""
     device = torch.device(cell.device)
     method = METHODS[cell.method]
-    work = cases.build(cell.case, cell.form, cell.scale, is_filled=False)
+    is_read = weights.is_stored(Path(cell.folder) / "weights")
+    work = cases.build(cell.case, cell.form, cell.scale, is_filled=False) if is_read else _drawn(cell)
     work.steps = cell.steps
     # The libraries' progress bars would make a semaphore for other processes, which nobody takes away.
     tqdm.set_lock(threading.RLock())
-    weights.give(work.modules, Path(cell.folder) / "weights", is_mapped=cell.is_mapped)
+    if is_read:
+        weights.give(work.modules, Path(cell.folder) / "weights", is_mapped=cell.is_mapped)
     record = {**empty_record(cell, command), **facts(list(work.modules.values()), device)}
     try:
         method.check()
         _measure(cell, work, device, record)
     except MissingPeerError as exc:
         record["error"] = str(exc)
+    except torch.OutOfMemoryError as exc:
+        record["error"] = f"does not fit on this device: {exc}"[:300]
     except Exception as exc:
         traceback.print_exc()
         record["error"] = repr(exc)[:1000]
@@ -141,7 +151,8 @@ def _measure(cell: Cell, work: Work, device: torch.device, record: Record) -> No
         record["enter_gb_per_s"] = round(record["weights_bytes"] / record["enter_s"] / 1e9, 2)
         record["locked_bytes"] = locked_bytes()
         try:
-            run = _passes if cell.form == "denoiser" else _calls
+            repeated = _calls_with_tokens if work.repeated else _calls
+            run = _passes if cell.form == "denoiser" else repeated
             run(cell, setup, memory, record)
         finally:
             record |= setup.tell()
@@ -156,31 +167,76 @@ def _measure(cell: Cell, work: Work, device: torch.device, record: Record) -> No
 
 def _passes(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
     """Time passes, and compare the output for each text."""
-    work, device = setup.work, setup.device
-    inputs = work.inputs(device)
-    turns = itertools.cycle(inputs)
-    outputs: deque[torch.Tensor] = deque(maxlen=len(inputs))
+    work, device, counters = setup.work, setup.device, setup.counters
+    turns = work.turns(device)
+    outputs: deque[torch.Tensor] = deque(maxlen=len(turns))
+    held: list[int] = []
 
-    def step() -> None:
-        outputs.append(work.denoiser(**next(turns))[0])
+    def step(name: str, given: dict[str, Any]) -> None:
+        if counters is not None:
+            held.append(counters.held_bytes(work.modules[name]))
+        outputs.append(work.modules[name](**given)[0])
 
-    for _ in range(_even(METHODS[cell.method].num_warm_ups)):
+    warm_ups = _warm_up_turns(turns, METHODS[cell.method].num_warm_ups)
+    for number, turn in enumerate(warm_ups):
         started = time.perf_counter()
-        step()
+        is_told = cell.method == "resident" and number == 0
+        with repeats.measuring_used(record) if is_told else contextlib.nullcontext():
+            step(*turn)
         memory.synchronize()
         seconds = time.perf_counter() - started
     memory.read(record)
-    count = _even(cell.passes if seconds < _SLOW_PASS_MS / 1e3 else min(cell.passes, _SLOW_PASSES))
-    loaded = setup.tell().get("stats_loaded_bytes")
-    times = _timed(step, count, device, record)
+    count = cases.passes_of(turns, cell.case, cell.passes, _PASSES)
+    if seconds >= _SLOW_PASS_MS / 1e3 and work.about.num_steps is None:
+        count = min(count, _SLOW_PASSES)
+    count = math.ceil(count / len(turns)) * len(turns) if _are_experts(turns) else _even(count)
+    held.clear()
+    loaded = None if counters is None else counters.loaded_bytes()
+    wanted = itertools.cycle(turns)
+    times = _timed(lambda: step(*next(wanted)), count, device, record)
     record["num_passes"] = count
     record["ms_per_pass"] = round(statistics.median(times), 3)
     record["ms_per_pass_range"] = [round(min(times), 3), round(max(times), 3)]
-    if loaded is not None:
-        record["loaded_bytes_per_pass"] = (setup.tell()["stats_loaded_bytes"] - loaded) // count
+    seconds_each = round(record["ms_per_pass"] / 1e3, 6)
+    record |= {"pass_s": seconds_each, "pass_loop_s": seconds_each, "pass_outside_s": 0.0}
+    if counters is not None and loaded is not None:
+        record["loaded_bytes_per_pass"] = (counters.loaded_bytes() - loaded) // count
+        record["pass_held_bytes"] = int(statistics.median(held))
+    if _are_experts(turns):
+        record |= _at_the_switch(times, turns, work.passes_per_step)
     _compare(
         {"pass": [output.cpu() for output in outputs]}, Path(cell.folder) / "expected_denoiser.pt", cell.method, record
     )
+
+
+def _are_experts(turns: Sequence[tuple[str, Any]]) -> bool:
+    return len({name for name, _ in turns}) > 1
+
+
+def _warm_up_turns(turns: Sequence[tuple[str, Any]], count: int) -> list[tuple[str, Any]]:
+    """So many passes before those that are timed; of experts, whose passes take long, a step of each at a time."""
+    if not _are_experts(turns):
+        return [turn for turn, _ in zip(itertools.cycle(turns), range(_even(count)), strict=False)]
+    one_step = [turn for name in dict.fromkeys(name for name, _ in turns) for turn in _of(name, turns)[:2]]
+    return one_step[::2] if count <= 2 else one_step * _EXPERT_ROUNDS
+
+
+def _of(expert: str, turns: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    return [turn for turn in turns if turn[0] == expert]
+
+
+def _at_the_switch(times: Sequence[float], turns: Sequence[tuple[str, Any]], passes_per_step: int) -> Record:
+    """The step in which another expert begins, beside the other steps of the same call."""
+    steps = [sum(times[i : i + passes_per_step]) for i in range(0, len(times), passes_per_step)]
+    experts = [turns[i % len(turns)][0] for i in range(0, len(times), passes_per_step)]
+    switches = [i for i in range(1, len(steps)) if experts[i] != experts[i - 1]]
+    slowest = max(steps[i] for i in switches)
+    others = [step for i, step in enumerate(steps) if i not in switches]
+    return {
+        "ms_of_steps": [round(step, 3) for step in steps],
+        "ms_at_switch": round(slowest, 3),
+        "switch_ratio": round(slowest / statistics.median(others), 4),
+    }
 
 
 def _even(count: int) -> int:
@@ -250,6 +306,57 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         record["seconds"] = record["seconds_all_calls"][-1]
     if cell.method == "resident":
         record["seconds_first_call"] = record["seconds"]  # what first calls are compared with has its kernels loaded
+    _compare(outputs, Path(cell.folder) / "expected_pipeline.pt", cell.method, record)
+
+
+def _calls_with_tokens(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
+    """Time calls in which a language model writes tokens, and each token; compare their images."""
+    work, device = setup.work, setup.device
+    call = work.call()
+    height, width = work.size()
+    record |= {"height": height, "width": width, "num_steps": call[work.about.steps], "seconds_all_calls": []}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    watches = repeats.watch(work, setup.counters, device, setup.undo)
+
+    def timed(name: str) -> float:
+        for each in watches:
+            each.begun.clear()
+        memory.synchronize()
+        started = time.perf_counter()
+        images = work.run_pipeline() if name == "call" else work.run_short()
+        memory.synchronize()
+        seconds = round(time.perf_counter() - started, 3)
+        memory.read(record)
+        outputs[name] = [images]
+        return seconds
+
+    def note(module: torch.nn.Module) -> None:
+        for each in watches:
+            each.note_use(module)
+
+    if cell.method == "resident":
+        with repeats.noting_use(note):
+            timed("short")
+    else:
+        num_short = _WARM_UP_CALLS
+        if cell.method == "layerstream" and cell.tells_first_call:
+            record["seconds_all_calls"].append(timed("call"))
+            record["seconds_first_call"] = record["seconds_all_calls"][0]
+            num_short -= 1
+        for _ in range(num_short):
+            timed("short")
+    loaded = None if setup.counters is None else setup.counters.loaded_bytes()
+    times: list[float] = []
+    while sum(times) < _LEAST_SECONDS_WITH_TOKENS and len(times) < _MOST_CALLS:
+        times.append(timed("call"))
+    record["seconds_all_calls"] += times
+    record["seconds"] = round(statistics.median(times), 3)
+    if setup.counters is not None and loaded is not None:
+        record["loaded_bytes_per_call"] = (setup.counters.loaded_bytes() - loaded) // len(times)
+    for each in watches:
+        record |= each.fields()
+    if cell.method == "resident":
+        record["seconds_first_call"] = record["seconds"]
     _compare(outputs, Path(cell.folder) / "expected_pipeline.pt", cell.method, record)
 
 

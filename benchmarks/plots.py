@@ -77,10 +77,10 @@ def read(results: Path) -> list[Record]:
 
 
 def short_table(records: Sequence[Record]) -> list[str]:
-    """Lines of Markdown: whole calls in seconds and GiB, a column for each case, on the GPU with most of them; none
-    where no whole call was measured."""
+    """Lines of Markdown: whole calls in seconds and GiB, a column for each case, on the GPU with most of them, of
+    those with all their steps; none where no whole call was measured."""
     calls = _of_one_gpu([r for r in records if r["form"] == "pipeline"])
-    columns = [case for case in CASES if (case, "pipeline") in _pairs(calls)]
+    columns = [case for case in _MODELS if (case, "pipeline") in _pairs(calls)]
     if not columns:
         return []
     found = {(r["case"], r["method"], r["vram_budget"]): r for r in calls}
@@ -92,14 +92,14 @@ def short_table(records: Sequence[Record]) -> list[str]:
     offload = [found.get((case, "model_offload", None)) for case in columns]
     rows.append(("diffusers' `enable_model_cpu_offload()`", offload))
     lines = [
-        "| one image | " + " | ".join(_MODELS.get(case, case) for case in columns) + " |",
+        "| one image | " + " | ".join(_MODELS[case] for case in columns) + " |",
         "|---|" + "---|" * len(columns),
         *("| " + " | ".join([name, *map(_short_cell, cells)]) + " |" for name, cells in rows),
     ]
     others: dict[str, list[str]] = {}
     for case, record in zip(columns, fastest, strict=True):
         if record is not None:
-            others.setdefault(_LABELS.get(record["method"], record["method"]), []).append(_MODELS.get(case, case))
+            others.setdefault(_LABELS.get(record["method"], record["method"]), []).append(_MODELS[case])
     if others:
         told = "; ".join(f"{method} ({' and '.join(cases)})" for method, cases in others.items())
         lines += ["", f"The fastest other ways: {told}."]

@@ -28,6 +28,21 @@ _CALLS = {
     "its ratio": field("ratio_first_call"),
     "GB/call": gigabytes("loaded_bytes_per_call"),
 }
+# Of what a call repeats: a column is there where a record has something for it.
+_REPEATED = {
+    "s/token": field("token_s", digits=4),
+    "token ratio": field("token_ratio"),
+    "GB/token": gigabytes("token_loaded_bytes"),
+    "held GB": gigabytes("token_held_bytes"),
+    "limit s/token": field("token_limit_s", digits=4),
+    "of it": field("token_of_limit"),
+    "s/pass": lambda record: None if record["form"] == "denoiser" else field("pass_s", digits=4)(record),
+    "limit s/pass": field("pass_limit_s", digits=4),
+    "of this": field("pass_of_limit"),
+    "limit s/call": field("call_limit_s", digits=2),
+    "of that": field("call_of_limit"),
+    "slowest step at the switch": field("switch_ratio"),
+}
 _COSTS = {
     "peak alloc GB": gigabytes("peak_allocated_bytes"),
     "peak reserved GB": gigabytes("peak_reserved_bytes"),
@@ -51,6 +66,21 @@ _NOTES = [
     "Stall ms is the sum over all passes of the process. Host RSS is the peak of the process, libraries included; "
     "before enter: with the weights loaded.",
 ]
+_REPEATED_NOTES = [
+    "Tokens and passes are timed within the last call, on the device, from the beginning of one to that of the next: "
+    "tokens without the prompt's pass, passes of a call without its first two. Calls that write tokens come after "
+    "three short ones (fewer tokens, three steps), or a whole one and two short ones where a first call is told.",
+    "Limits: what repeats uses W bytes of weights, of which M are on the device when it begins (held GB: slots "
+    "included, and of the same component what is not used, too), and the link has the speed that was measured in the "
+    "same process. A pass takes max(compute, (W - M) / link) at least, a token t_outside + "
+    "max(t_loop, (W - M) / link). "
+    "t_loop is the part of a token in which the language model runs, t_outside the rest (heads, projectors, sampling), "
+    "both resident. W is counted where it runs resident: the weights of all modules that a token or pass calls, an "
+    "embedding whole. A byte that is loaded ahead in t_outside lies in a slot, and so is in M. The limit of a call is "
+    "the resident call with each token and pass at its limit; where all weights together are more than the budget, "
+    "what a prompt's pass and a denoiser's first pass do not find crosses the bus as well (call_first_loads_s). Passes "
+    "that read a whole text again come on top.",
+]
 
 
 def write(done: Sequence[Record], directory: Path, topic: str) -> None:
@@ -59,11 +89,13 @@ def write(done: Sequence[Record], directory: Path, topic: str) -> None:
     columns = dict(_SHARED)
     columns |= _PASSES if "denoiser" in forms else {}
     columns |= _CALLS if "pipeline" in forms else {}
+    told = {name: cell for name, cell in _REPEATED.items() if any(cell(record) is not None for record in done)}
+    columns |= told
     columns |= _COSTS
-    notes = list(_NOTES)
-    told = targets.lines(done)
-    if told:
-        notes += ["## Targets", "\n".join(told)]
+    notes = [*_NOTES, *(_REPEATED_NOTES if told else [])]
+    reached = targets.lines(done)
+    if reached:
+        notes += ["## Targets", "\n".join(reached)]
     for record in done:
         said = [record[name] for name in ("plan", "report") if record.get(name)]
         if said:

@@ -17,7 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -25,27 +25,44 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from benchmarks import cell as measuring
-from benchmarks.cases import CASES, FORMS, Form
+from benchmarks import repeats
+from benchmarks.cases import FORMS, WITH_PEERS, Form, is_shared
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS
 from benchmarks.records import FACTS, Record, are_good
 from benchmarks.results import write
 
-# What the server imports before it forks.
-_PRELOADED = [
-    "benchmarks.cell",
-    "diffusers.hooks",
-    "diffusers.pipelines.longcat_image.pipeline_longcat_image",
-    "diffusers.pipelines.ovis_image.pipeline_ovis_image",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-    "transformers.models.t5.modeling_t5",
-]
+# What the server imports before it forks, by the case.
+_PRELOADED = ("benchmarks.cell", "diffusers.hooks", "transformers.models.t5.modeling_t5")
+_PRELOADED_FOR = {
+    "sd35m": ("diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",),
+    "ovis": ("diffusers.pipelines.ovis_image.pipeline_ovis_image",),
+    "longcat": ("diffusers.pipelines.longcat_image.pipeline_longcat_image",),
+    "longcat-rewrite": ("diffusers.pipelines.longcat_image.pipeline_longcat_image",),
+    "nextstep": ("layerstream.standins.repository.autoregressive.nextstep.build",),
+    "mammoth": ("layerstream.standins.repository.autoregressive.mammoth.build",),
+    "glm": (
+        "diffusers.pipelines.glm_image.pipeline_glm_image",
+        "transformers.models.glm_image.modeling_glm_image",
+    ),
+    "qwen": ("diffusers.models.transformers.transformer_qwenimage",),
+    "wan22": ("diffusers.models.transformers.transformer_wan",),
+}
 _TELL, _FRAMES = signal.SIGUSR1, 4  # asks a worker where it is, and how much of that is told
 _PREPARING_SECONDS = 300.0  # limit of drawing and writing a case's weights; large ones take half a minute
 _SWEEP = ("min", "4GiB", "6GiB", "8GiB", "10GiB", "12GiB", "auto")
 _PIPELINE_SWEEP = ("6GiB", "10GiB", "auto")  # whole calls take long; `-sweep` has all
 # Where peers take a budget: what ours is compared with at like memory.
 _PEER_BUDGETS = {"sd35m": ("2GiB",), "ovis": ("5GiB", "10GiB"), "longcat": ("4GiB", "10GiB")}
+# Suites of what takes long and has no peers here: resident once, and the budgets that say most.
+_OURS: Mapping[str, tuple[str, Form, Sequence[str]]] = {
+    "nextstep-tokens": ("nextstep", "pipeline", ("6GiB", "16GiB", "24GiB", "auto")),
+    "mammoth-call": ("mammoth", "pipeline", ("12GiB", "24GiB")),
+    "glm-call": ("glm", "pipeline", ("12GiB", "24GiB")),
+    "qwen-denoiser": ("qwen", "denoiser", ("12GiB", "24GiB")),
+    "wan22-denoiser": ("wan22", "denoiser", ("12GiB",)),
+    "longcat-rewrite": ("longcat-rewrite", "pipeline", ("12GiB",)),
+}
 # Slow ones last, where a limit of time ends.
 _PEERS = ("vllm_omni", "flextensor", "mmgp", "model_offload", "diffusers_leaf", "diffusers_block", "sequential")
 
@@ -61,9 +78,9 @@ class Entry(NamedTuple):
 
 
 def suites() -> dict[str, list[Entry]]:
-    """Measurements by the name of the suite. Resident comes first and last of each case and form."""
+    """Measurements by the name of the suite. Resident comes first of each case and form, and last with peers."""
     found: dict[str, list[Entry]] = {}
-    for case in CASES:
+    for case in WITH_PEERS:
         quick, whole = [], []
         for form in FORMS:
             resident = [Entry(case, form, "resident")]
@@ -87,7 +104,10 @@ def suites() -> dict[str, list[Entry]]:
         found[f"{case}-quick"] = quick
         found[case] = whole
     for form in FORMS:
-        found[f"{form}s"] = [entry for case in CASES for entry in found[f"{case}-{form}"]]
+        found[f"{form}s"] = [entry for case in WITH_PEERS for entry in found[f"{case}-{form}"]]
+    for name, (case, form, budgets) in _OURS.items():
+        resident = Entry(case, form, "resident")
+        found[name] = [resident, *(Entry(case, form, "layerstream", budget) for budget in budgets)]
     return found
 
 
@@ -116,22 +136,25 @@ def run(
     """
     started = time.monotonic()
     done: list[Record] = []
-    context = _server()
+    context = _server(tuple(dict.fromkeys(cell.case for cell in cells)))
     # Case by case: the weights of one at a time are large enough.
     by_case = {case: [c for c in cells if c.case == case] for case in dict.fromkeys(c.case for c in cells)}
     for of_case in by_case.values():
         with tempfile.TemporaryDirectory(dir=_fast_folder(), prefix="bench-") as home:
             # What is the denoiser alone is the pipeline's denoiser, too.
             most = max(of_case, key=lambda cell: cell.form == "pipeline")
+            missing = None
             try:
-                _in_process(context, measuring.prepare, (replace(most, folder=home),), _PREPARING_SECONDS)
-                missing = None
+                if is_shared(most.case) or any(cell.is_mapped for cell in of_case):
+                    _in_process(context, measuring.prepare, (replace(most, folder=home),), _PREPARING_SECONDS)
             except _WorkerError as exc:
                 missing = f"no weights could be made: {exc}"
             last = {cell.form: cell for cell in of_case}
+            first = {cell.form: cell for cell in reversed(of_case)}
             for each in of_case:
                 left = None if seconds is None else seconds - (time.monotonic() - started)
                 is_last_resident = each is last[each.form] and each.method == "resident"  # ratios are to both
+                is_last_resident &= each is not first[each.form]  # where it is measured once, nothing follows in time
                 placed = replace(each, folder=home)
                 if missing is not None:
                     record = _failed(placed, command, missing, done)
@@ -160,6 +183,7 @@ def rate(done: Sequence[Record]) -> None:
             known = [r[name] for r in alike if r.get(name)]
             if known and each.get(name):
                 each[ratio] = round(each[name] / (sum(known) / len(known)), 4)
+    repeats.limit(done)
 
 
 def summary(record: Record) -> str:
@@ -171,6 +195,11 @@ def summary(record: Record) -> str:
         return f"{head} {record['error']}"
     amount = f"{record['ms_per_pass']} ms a pass" if record["ms_per_pass"] else f"{record['seconds']} s a call"
     ratio = f", {record['ratio_to_resident']} x" if record.get("ratio_to_resident") else ""
+    if record.get("token_s"):
+        amount += f", {record['token_s']:.4f} s a token"
+        ratio += f", tokens {record['token_ratio']} x" if record.get("token_ratio") else ""
+    for kind in (*repeats.KINDS, "call"):
+        ratio += f", {record[f'{kind}_of_limit']} x the limit of a {kind}" if record.get(f"{kind}_of_limit") else ""
     peak = f", {record['peak_reserved_bytes'] / 1e9:.2f} GB reserved" if record.get("peak_reserved_bytes") else ""
     return f"{head} {amount}{ratio}{peak}, enter {record['enter_s']} s, equal {record['equal']}"
 
@@ -184,7 +213,7 @@ def are_all_good(records: Sequence[Record]) -> bool:
 
 def refusal(cell: Cell) -> str | None:
     """Why our plan for this cell does not fit its budget; None if it does, as far as it can be known before it runs."""
-    answer: str | None = _in_process(_server(), measuring.refusal, (cell,), seconds=120)
+    answer: str | None = _in_process(_server((cell.case,)), measuring.refusal, (cell,), seconds=120)
     return answer
 
 
@@ -192,12 +221,12 @@ def refusal(cell: Cell) -> str | None:
 
 
 @functools.cache
-def _server() -> Any:
+def _server(cases: tuple[str, ...]) -> Any:
     """Where workers come from: a fork server, unless a process forked from it cannot use the GPU."""
     # To ask whether there is a GPU initialises CUDA, unless torch asks the management library; no fork survives that.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload([*_PRELOADED, *(name for case in cases for name in _PRELOADED_FOR.get(case, ()))])
     if torch.cuda.is_available():
         try:
             _in_process(context, _touch_gpu, (), seconds=120)

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from benchmarks.records import Record, budget_order, time_of
 
 _NOISE = 1.01  # a budget that is slower than a smaller one by less is not told
 _GIB = 2**30
+# By case and budget: the most that a field may be.
+_BOUNDS: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]] = {
+    "nextstep": {
+        "auto": [("token_ratio", 1.02)],
+        "24GiB": [("token_ratio", 1.3), ("token_of_limit", 1.05)],
+        "16GiB": [("token_ratio", 3.2), ("token_of_limit", 1.05)],
+        "6GiB": [("token_ratio", 6.0), ("token_of_limit", 1.05)],
+    },
+    "glm": {"12GiB": [("token_of_limit", 1.05), ("call_of_limit", 1.05)]},
+    "mammoth": {"12GiB": [("token_of_limit", 1.05), ("call_of_limit", 1.05)]},
+    "longcat-rewrite": {"12GiB": [("token_of_limit", 1.05), ("call_of_limit", 1.05)]},
+    "qwen": {"12GiB": [("pass_of_limit", 1.02)], "24GiB": [("pass_of_limit", 1.02)]},
+    "wan22": {"12GiB": [("ratio_to_resident", 1.02), ("switch_ratio", 1.1)]},
+}
+_SAID = {
+    "token_ratio": "a token to a resident one's time",
+    "token_of_limit": "a token to its limit",
+    "pass_of_limit": "a pass to its limit",
+    "call_of_limit": "a call to its limit",
+    "ratio_to_resident": "to resident",
+    "switch_ratio": "the slowest step at the switch to the others",
+}
+_CALLS_AND_WEIGHTS = (("glm", "24GiB"), ("mammoth", "24GiB"))  # the call, and its weights' way over the bus
 
 
 def lines(done: Sequence[Record]) -> list[str]:
@@ -35,6 +58,7 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
             )
             told += f"; GB/s over the bus: {mine}, where it has {its}"
         yield _verdict("at the least budget as fast as vllm-omni's hooks", share, 1.0, told)
+    yield from _bounds(ours)
     at_ten = ours.get("10GiB")
     if form == "denoiser" and at_ten is not None and at_ten["case"].startswith("ovis"):
         ratio = at_ten["ratio_to_resident"]
@@ -62,6 +86,21 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
         )
     yield from _memory(records, list(ours.values()))
     yield from _order(ours, [time_of(r) or 0.0 for r in records if r["method"] == "resident"])
+
+
+def _bounds(ours: Mapping[str | None, Record]) -> Iterator[str]:
+    for budget, record in ours.items():
+        case = record["case"].removesuffix(" (tiny)")
+        for name, bound in _BOUNDS.get(case, {}).get(budget or "", ()):
+            value = record.get(name)
+            if value is not None:
+                yield _verdict(f"under {budget}, {_SAID[name]}, at most {bound} x", value, bound, f"{value:.3f} x")
+        crossing = record.get("weights_cross_s")
+        if (case, budget) in _CALLS_AND_WEIGHTS and crossing is not None and record["ratio_to_resident"]:
+            resident = record["seconds"] / record["ratio_to_resident"]
+            limit = 1.05 * resident + crossing
+            told = f"{record['seconds']:.2f} s, resident {resident:.2f} s, the weights {crossing:.2f} s"
+            yield _verdict(f"under {budget}, 1.05 x and the weights' way over the bus", record["seconds"], limit, told)
 
 
 def _memory(records: Sequence[Record], ours: Sequence[Record]) -> Iterator[str]:

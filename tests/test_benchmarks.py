@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -98,6 +99,83 @@ def test_one_measurement_from_a_mapped_file(tmp_path: Path) -> None:
     assert ours["vram_budget_bytes"] is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["nextstep-tokens", "mammoth-call", "glm-call", "qwen-denoiser", "wan22-denoiser", "longcat-rewrite"],
+)
+def test_cases_without_peers_are_measured_with_their_limits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fork_from_here(monkeypatch)
+    common: dict[str, Any] = {"scale": "tiny", "device": "cpu", "tells_first_call": False}
+    wanted = list(suite.expand(name, **common))[:2]
+    wanted[1] = dataclasses.replace(wanted[1], vram_budget="min")
+    resident, ours = suite.run(wanted, topic=name, command="-", output=tmp_path, cell_seconds=100)
+    for each in (resident, ours):
+        assert each["error"] is None
+        assert each["equal"] is True
+        assert each["is_finite"] is True
+    told = [each for each in ("token", "pass") if f"{each}_s" in ours]
+    assert told == {"nextstep-tokens": ["token"], "qwen-denoiser": ["pass"], "wan22-denoiser": ["pass"]}.get(
+        name, ["token", "pass"]
+    )
+    for kind in told:
+        used, held = resident[f"{kind}_used_bytes"], ours[f"{kind}_held_bytes"]
+        assert 0 < used <= resident["weights_bytes"]
+        assert held > 0
+        if name == "qwen-denoiser":
+            whole = suite.run(
+                [wanted[0], dataclasses.replace(wanted[1], vram_budget="auto")],
+                topic="all",
+                command="-",
+                output=tmp_path / "all",
+                cell_seconds=100,
+            )[1]
+            assert whole["pass_held_bytes"] >= used, "what stays counts"
+        assert resident[f"{kind}_loop_s"] + resident[f"{kind}_outside_s"] == pytest.approx(
+            resident[f"{kind}_s"], abs=1e-5
+        )
+        assert ours[f"{kind}_limit_s"] > 0
+        assert ours[f"{kind}_of_limit"] == pytest.approx(ours[f"{kind}_s"] / ours[f"{kind}_limit_s"], rel=1e-2)
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert ("| s/token |" in page) is ("token" in told)
+    assert ("the switch |" in page) is (name == "wan22-denoiser")
+    if "token" in told:
+        missing = resident["token_used_bytes"] - ours["token_held_bytes"]  # small slots hold all of tiny ones
+        assert ours["token_loaded_bytes"] >= max(1, missing)
+        assert ours["call_limit_s"] >= resident["seconds"] * 0.99
+    if name == "wan22-denoiser":
+        assert ours["num_passes"] == len(cases.build("wan22", "denoiser", "tiny").turns(torch.device("cpu"))) == 8
+        assert len(ours["ms_of_steps"]) == 4
+
+
+def test_the_limit_of_a_token_is_what_the_bus_or_the_model_takes() -> None:
+    base = {"case": "glm", "form": "pipeline", "weights_bytes": 60 * 10**9, "link_gb_per_s": 50.0}
+    resident = {
+        **base, "method": "resident", "seconds": 12.0, "token_s": 0.1, "token_loop_s": 0.06, "token_outside_s": 0.04,
+        "token_used_bytes": 20 * 10**9, "num_tokens": 63,
+    }  # fmt: skip
+    ours = {**base, "method": "layerstream", "seconds": 30.0, "token_s": 0.33, "num_tokens": 63}
+    streamed, fits = ({**ours, "token_held_bytes": held * 10**9} for held in (6, 18))
+    suite.rate([resident, streamed, fits])
+    assert streamed["token_limit_s"] == pytest.approx(0.04 + 14 / 50)
+    assert streamed["token_of_limit"] == pytest.approx(0.33 / 0.32, abs=1e-4)
+    assert streamed["token_ratio"] == 3.3
+    assert streamed["call_limit_s"] == pytest.approx(12 + 63 * 0.22)
+    suite.rate([resident, alone := {**streamed, "vram_budget_bytes": 12 * 2**30}])
+    assert alone["call_limit_s"] == pytest.approx(12 + 63 * 0.22 + 20 / 50), "the prompt's pass finds nothing"
+    assert fits["token_limit_s"] == pytest.approx(0.1), "2 GB cross while the language model runs"
+    assert fits["weights_cross_s"] == 1.2
+    assert "token_limit_s" not in resident
+
+
+def test_only_steps_of_an_expert_beside_another_are_at_the_switch() -> None:
+    turns = [(name, {}) for name in ("first", "second") for _ in range(4)]
+    told = cell._at_the_switch([5.0, 5, 5, 5, 7, 5, 5, 5], turns, 2)
+    assert told == {"ms_of_steps": [10, 10, 12, 10], "ms_at_switch": 12, "switch_ratio": 1.2}
+    assert [name for name, _ in cell._warm_up_turns(turns, 2)] == ["first", "second"]
+
+
 # ---- what cannot be measured
 
 
@@ -113,6 +191,7 @@ def test_one_measurement_from_a_mapped_file(tmp_path: Path) -> None:
         (["run", "--case", "ovis", "--method", "flextensor", *TINY], "needs --vram-budget"),
         (["run", "--case", "ovis", "--method", "vllm_omni", "--vram-budget", "1GiB", *TINY], "takes no --vram-budget"),
         (["run", "--case", "ovis", "--vram-budget", "50%", *TINY], "50% is another size on another GPU"),
+        (["run", "--case", "nextstep", "--form", "denoiser", *TINY], "nextstep is measured only as pipeline"),
         (["suite", "everything"], "invalid choice: 'everything'"),
         (["suite", "ovis-quick", "--methods", "magic"], "no method magic"),
         (["suite", "ovis-quick", "--methods", "mmgp", *TINY], "measures none of mmgp"),
@@ -182,7 +261,7 @@ def fork_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
         work(*arguments)
 
     monkeypatch.setattr(suite, "_work", work_alone)
-    monkeypatch.setattr(suite, "_server", lambda: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(suite, "_server", lambda _: multiprocessing.get_context("fork"))
 
 
 @pytest.mark.parametrize(
@@ -306,11 +385,12 @@ def test_ratios_are_to_the_mean_of_the_resident_ones() -> None:
     assert [r.get("ratio_to_resident") for r in done] == [0.9, 1.5, None, 1.1, 1.0]
 
 
-def test_every_suite_has_resident_first_and_last() -> None:
+def test_every_suite_has_resident_first_and_those_with_peers_last() -> None:
     for name, wanted in suite.suites().items():
         for case, form in dict.fromkeys((entry.case, entry.form) for entry in wanted):
             methods = [entry.method for entry in wanted if (entry.case, entry.form) == (case, form)]
-            assert methods[0] == methods[-1] == "resident", name
+            assert methods[0] == "resident", name
+            assert (methods[-1] == "resident") is (case in cases.WITH_PEERS), name
             assert "layerstream" in methods
 
 
@@ -531,6 +611,25 @@ def test_targets_are_told_met_or_missed() -> None:
         "(14.00 GB a pass over the bus after 14.00); the resident processes differ by 3.0 %",
     ):
         assert f"- ovis, denoiser: {line}" in told
+
+
+def test_targets_of_tokens_and_switches_are_told() -> None:
+    ours = {
+        **record_of("layerstream", "16GiB", 0.0), "case": "nextstep", "form": "pipeline", "seconds": 9.0,
+        "ratio_to_resident": 3.1, "token_ratio": 3.1, "token_of_limit": 1.08,
+    }  # fmt: skip
+    call = {**ours, "case": "glm", "vram_budget": "24GiB", "ratio_to_resident": 1.5, "weights_cross_s": 0.6}
+    video = {**record_of("layerstream", "12GiB", 101.0), "case": "wan22", "switch_ratio": 1.2}
+    told = "\n".join(targets.lines([ours, call, video]))
+    for line in (
+        "- nextstep, pipeline: under 16GiB, a token to a resident one's time, at most 3.2 x: met, 3.100 x",
+        "- nextstep, pipeline: under 16GiB, a token to its limit, at most 1.05 x: missed by 2.9 %, 1.080 x",
+        "- glm, pipeline: under 24GiB, 1.05 x and the weights' way over the bus: missed by 30.4 %, 9.00 s, "
+        "resident 6.00 s, the weights 0.60 s",
+        "- wan22, denoiser: under 12GiB, to resident, at most 1.02 x: met, 1.010 x",
+        "- wan22, denoiser: under 12GiB, the slowest step at the switch to the others, at most 1.1 x: missed by 9.1 %",
+    ):
+        assert line in told
 
 
 def test_targets_that_nothing_tells_of_are_not_told() -> None:

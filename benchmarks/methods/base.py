@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.cases import FORMS, Form, Work
 from benchmarks.records import Record, tensors_of
+from benchmarks.repeats import Counters
 from layerstream.adapters.registry import adapter_for
 from layerstream.budget import parse_bytes
 
@@ -28,6 +29,7 @@ class Setup:
     Attributes:
         undo: what is pushed here runs when the measurement is over, last first.
         tell: fields of the record that only the method knows.
+        counters: what it counts while it runs, for tokens and passes.
     """
 
     work: Work
@@ -35,6 +37,7 @@ class Setup:
     vram_budget: int | str | None
     undo: contextlib.ExitStack
     tell: Callable[[], Record] = dict
+    counters: Counters | None = None
 
     @property
     def budget_bytes(self) -> int:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+from torch import nn
+
 import layerstream
 from benchmarks.methods.base import Method, Setup
 from benchmarks.records import Record
+from benchmarks.repeats import Counters
 from layerstream.simulated import SimulatedDevice
 
 
 def _apply(setup: Setup) -> None:
-    work = setup.work
-    target = work.pipe if work.pipe is not None else work.denoiser
     # On the simulated device activations count only while somebody looks at the operators that make them.
     device = SimulatedDevice() if setup.device.type == "cpu" else setup.device
-    streamer = layerstream.offload(target, vram_budget=setup.vram_budget or "auto", device=device)
+    streamer = layerstream.offload(setup.work.target, vram_budget=setup.vram_budget or "auto", device=device)
     setup.undo.enter_context(streamer)
     if isinstance(device, SimulatedDevice):
         setup.undo.enter_context(device.accounting())
@@ -31,6 +35,28 @@ def _apply(setup: Setup) -> None:
         }
 
     setup.tell = tell
+    setup.counters = _counters(streamer)
+
+
+def _counters(streamer: layerstream.LayerStreamer) -> Counters:
+    """The engine's own numbers: to ask for `stats()` within a call would look at the device, and take time."""
+
+    def engine() -> Any:
+        return streamer._streamer
+
+    @functools.cache
+    def component_of(module: nn.Module) -> str | None:
+        return next((name for name, part in streamer._called.items() if module in set(part.modules())), None)
+
+    def held_bytes(module: nn.Module) -> int:
+        # What stays of other components is of no use to this one.
+        units, transfer = engine()._units, engine()._transfer
+        name = component_of(module)
+        others = (slot for unit, slot in transfer.own.items() if units[unit].spec.component != name)
+        held: int = transfer.weights_bytes - sum(slot.buffer.numel() for slot in others)
+        return held
+
+    return Counters(lambda: engine().stats.loaded_bytes, held_bytes)
 
 
 # Two measure what a pass takes, three how long, and the next is planned with both.

@@ -366,8 +366,9 @@ class SimulatedDevice:
     def is_done(self, event: Any) -> bool:
         if event.copy is not None and not event.copy.is_done:
             return False
-        with self._lock:
-            _merge(self._host_clock, event.clock)  # whatever the host issues from now on happens after it
+        with self._lock:  # whatever the host issues from now on, on whichever stream, happens after it
+            for clock in (self._host_clock, self._copy_clock, *(stream.clock for stream in self._streams.values())):
+                _merge(clock, event.clock)
         return True
 
     def copy(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any]) -> SimulatedEvent:

@@ -11,6 +11,22 @@ import torch
 from torch import nn
 
 from layerstream.simulated import SimulatedDevice
+from layerstream.testing import assert_restored, describe, harsh_device
+
+__all__ = [
+    "Block",
+    "Sized",
+    "SizedBlock",
+    "Toy",
+    "adversary",
+    "assert_equal",
+    "assert_restored",
+    "describe",
+    "run",
+    "toy",
+    "toy_input",
+    "twin",
+]
 
 
 class Block(nn.Module):
@@ -74,41 +90,7 @@ def toy_input(seed: int = 1) -> torch.Tensor:
 
 def adversary(**kwargs: Any) -> SimulatedDevice:
     """The harshest device: copies as late as is legal, slots poisoned until then, and told apart from the host."""
-    return SimulatedDevice(**{"copies": "late", "is_poisoned": True, "is_named_apart": True} | kwargs)
-
-
-def describe(module: nn.Module) -> dict[str, Any]:
-    """Everything that leaving must restore: objects, values, layout, hooks in their order, and the instance's names."""
-    state: dict[str, Any] = {}
-    for path, m in module.named_modules():
-        for kind in ("_parameters", "_buffers"):
-            for name, t in getattr(m, kind).items():
-                if t is not None:
-                    meta = (id(t), type(t), t.dtype, t.device, tuple(t.shape), t.stride(), t.requires_grad)
-                    state[f"{path}.{name}"] = (meta, t.detach().clone())
-        names = {k for k in vars(m) if k not in ("_parameters", "_buffers")}
-        hooks = [list(getattr(m, h).items()) for h in ("_forward_pre_hooks", "_forward_hooks")]
-        state[f"{path} instance"] = (names, hooks, m._compiled_call_impl)
-    return state
-
-
-def assert_restored(module: nn.Module, before: dict[str, Any], *, changed: Sequence[str] = ()) -> None:
-    """`module` is as `describe` saw it, but for the values of tensors whose name ends in one of `changed`."""
-    after = describe(module)
-    assert after.keys() == before.keys()
-    for name, was in before.items():
-        now = after[name]
-        assert now[0] == was[0], name
-        if isinstance(was[1], torch.Tensor):
-            if not name.endswith(tuple(changed) or ("\0",)):
-                assert _same_bytes(now[1], was[1]), name
-        else:
-            assert now[1:] == was[1:], name
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return torch.equal(*as_bytes)
+    return harsh_device(**kwargs)
 
 
 def twin(module: nn.Module) -> nn.Module:

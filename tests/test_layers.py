@@ -29,6 +29,7 @@ RANKS = {
     "outputs": 1,
     "gate": 1,
     "profiling": 1,
+    "comparing": 1,
     "progress": 1,
     "references": 1,
     "remembered": 1,
@@ -62,13 +63,14 @@ RANKS = {
     "streamer": 6,
     "api": 7,
     "demo": 8,
+    "testing": 8,
     "cli": 9,
     "__init__": 10,
     "__main__": 10,
 }
 # Not only lower ranks: nothing of the package at all but themselves.
 ALONE = {"allocator", "host_memory", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent"}
-ALONE |= {"_import_torch", "standins", "progress", "profiling", "references"}
+ALONE |= {"_import_torch", "standins", "progress", "profiling", "references", "comparing"}
 PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "summary", "pace", "order", "plan", "phases"}
 PURE |= {"report"}
 LIBRARIES = {"diffusers", "transformers"}

@@ -26,8 +26,8 @@ class Adapter:
         stacks: dotted names, inside the component, of the containers whose children are the blocks (an
             `nn.ModuleList`, usually), in the order they run. Empty: the component is one unit.
         is_repeated: the component runs many times a call (a denoiser), so its blocks are kept on the device first.
-        resident: dotted names of single blocks that are no units of their own: they come and go with the component's
-            base.
+        resident: dotted names of single blocks, or of large single layers outside of stacks, that are no units of
+            their own: they come and go with the component's base.
         entry_points: names of methods by which pipelines enter the component, or a part of it, without its forward
             (`decode`, `image_head.sample`), beside those that are known. Those of which each call is a pass: what is
             measured of a call is known when it returns.
@@ -86,8 +86,8 @@ class Adapter:
                     "without children. Name the container whose children are the blocks."
                 )
             stacks.append(StackLayout(stack, blocks))
-        stacks = _with_large_leaves(component, stacks)
-        missing = [m for m in self.entry_points if not _has_method(component, m)]
+        stacks = _with_large_leaves(component, stacks, self.resident)
+        missing = [m for m in self.entry_points if not has_method(component, m)]
         if missing:
             raise AdapterError(f"`{name}` ({type(component).__name__}) has no method {', '.join(missing)} to enter by.")
         entry_points = tuple(self.find_entry_points(component))
@@ -101,7 +101,8 @@ class Adapter:
         )
 
 
-def _has_method(component: nn.Module, dotted: str) -> bool:
+def has_method(component: nn.Module, dotted: str) -> bool:
+    """Whether a component has a method of this dotted name."""
     path, _, method = dotted.rpartition(".")
     try:
         return callable(getattr(component.get_submodule(path), method, None))
@@ -109,8 +110,11 @@ def _has_method(component: nn.Module, dotted: str) -> bool:
         return False
 
 
-def _with_large_leaves(component: nn.Module, stacks: Sequence[StackLayout]) -> list[StackLayout]:
-    """An embedding or projection outside the blocks that is larger than any of them is a unit of its own."""
+def _with_large_leaves(
+    component: nn.Module, stacks: Sequence[StackLayout], resident: Sequence[str]
+) -> list[StackLayout]:
+    """An embedding or projection outside the blocks that is larger than any of them is a unit of its own, unless it is
+    to be none."""
     blocks = [block for stack in stacks for _, block in stack.blocks]
     if not blocks:
         return list(stacks)
@@ -122,7 +126,7 @@ def _with_large_leaves(component: nn.Module, stacks: Sequence[StackLayout]) -> l
     for path, module in component.named_modules():
         # Not subclasses of Linear: attention modules have some that they never call.
         is_leaf = isinstance(module, nn.Embedding) or type(module) is nn.Linear
-        if path and is_leaf and id(module) not in inside and _num_bytes(module) > largest:
+        if path and path not in resident and is_leaf and id(module) not in inside and _num_bytes(module) > largest:
             weights = type(module), frozenset(id(t) for t in _weights(module))
             if weights in taken:
                 continue

@@ -40,15 +40,20 @@ class GenericAdapter(Adapter):
     def find_stacks(self, component: nn.Module) -> Sequence[str]:
         if _is_autoencoder(component) or _is_opaque(component):
             return ()
-        declared = _declared(component, "_repeated_blocks", "_no_split_modules")
-        repeated = _declared(component, "_repeated_blocks")
-        found = [(name, _mean_block_bytes(module)) for name, module in _stacks(component, "", declared, repeated)]
-        largest = max((size for _, size in found), default=0)
-        return [name for name, size in found if size and size >= _LEAST_SHARE_OF_LARGEST * largest]
+        return stacks_in(component)
 
     def find_repeated(self, component: nn.Module) -> bool:
         """Denoisers repeat. What transformers defines encodes a prompt, once or twice a call."""
         return not _is_autoencoder(component) and not type(component).__module__.startswith("transformers.")
+
+
+def stacks_in(component: nn.Module) -> Sequence[str]:
+    """Dotted names of the stacks in a component, whatever kind of component it is."""
+    declared = _declared(component, "_repeated_blocks", "_no_split_modules")
+    repeated = _declared(component, "_repeated_blocks")
+    found = [(name, _mean_block_bytes(module)) for name, module in _stacks(component, "", declared, repeated)]
+    largest = max((size for _, size in found), default=0)
+    return [name for name, size in found if size and size >= _LEAST_SHARE_OF_LARGEST * largest]
 
 
 def _is_autoencoder(component: nn.Module) -> bool:

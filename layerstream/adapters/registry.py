@@ -6,6 +6,7 @@ from torch import nn
 
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.generic import GenericAdapter
+from layerstream.adapters.named import NAMED
 from layerstream.errors import AdapterError
 
 _REGISTERED: dict[type | str, Adapter] = {}  # in the order of registration
@@ -31,9 +32,12 @@ def register_adapter(target: type[nn.Module] | str, adapter: Adapter) -> None:
 
 
 def adapter_for(component: nn.Module) -> Adapter:
-    """The registered adapter of the component's class, or the generic one."""
+    """The registered adapter of the component's class, the one that comes with the package, or the generic one."""
     for cls in type(component).__mro__:
         for key, adapter in reversed(_REGISTERED.items()):
             if key in (cls, cls.__name__):
                 return adapter
+        named = NAMED.get(cls.__name__)
+        if named is not None and named.fits(component):
+            return named
     return _GENERIC

@@ -13,7 +13,7 @@ import contextlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import FrameType
@@ -342,7 +342,7 @@ class _Check:
         reader = _reader()
         what = ", ".join(f"`{name}`" for name in weights[:_MOST_NAMED]) or f"weights of `{spec.name}`"
         if not spec.is_block:
-            self.add("slow", f"{what}, outside of blocks, is read by {reader} between calls of `{spec.component}`")
+            self.add("hint", f"{what}, outside of blocks, is read by {reader} between two calls of `{spec.component}`")
             return
         block = spec.whole.removeprefix(f"{spec.component}.")
         _note(self.resident, spec.component, block)
@@ -384,11 +384,9 @@ class _Check:
                     f"`{component}` is used in {reader}, which is not watched: each block that it calls is a phase by "
                     "itself. Name it in entry_points if each call of it is one pass (not a loop of them)",
                 )
-            else:
-                # Once or twice, an embedding say, costs little.
-                is_often = count > 2 * (self.num_calls - _SETTLED + 1)
+            elif count > 2 * (self.num_calls - _SETTLED + 1):  # once or twice a call, an embedding say, costs little
                 self.add(
-                    "slow" if is_often else "hint",
+                    "slow",
                     f"blocks or weights of `{component}` are used by {reader}, which is no method of it: each use is a "
                     "phase by itself. Call them in a method of the model, and name that in entry_points",
                 )
@@ -454,10 +452,12 @@ class _Watch:
         self.is_settled = False
         self.streams_all = streams_all  # else blocks that come back when their phase begins may be waited for
         self._engine, self._check = engine, check
-        self._make_room, self._look = engine._make_room, engine._look_for_entrance
+        self._make_room, self._make_present = engine._make_room, engine._make_present
+        self._look = engine._look_for_entrance
         self._watch_entrance = engine._attached.watch_entrance
         self._counts = (0, 0)
         engine._make_room = self._noting_room  # type: ignore[method-assign]
+        engine._make_present = self._noting_reading  # type: ignore[method-assign]
         engine._look_for_entrance = self._noting_search  # type: ignore[method-assign]
         engine._attached.watch_entrance = self._noting_entrance  # type: ignore[method-assign]
 
@@ -467,6 +467,7 @@ class _Watch:
         self._check.used |= {engine._units[unit].spec.whole for unit in engine._order.uses() if unit in engine._units}
         for owner, name in (
             (engine, "_make_room"),
+            (engine, "_make_present"),
             (engine, "_look_for_entrance"),
             (engine._attached, "watch_entrance"),
         ):
@@ -476,12 +477,19 @@ class _Watch:
         """A unit that is not there is needed now; the counters say why."""
         stats = self._engine.stats
         counts = stats.num_demand_loads, stats.num_touch_loads
-        if self.is_settled and counts[1] > self._counts[1]:
-            self._check.read_outside(self._engine, unit)
-        elif self.is_settled and self.streams_all and counts[0] > self._counts[0]:
+        is_read = counts[1] > self._counts[1]
+        if self.is_settled and self.streams_all and not is_read and counts[0] > self._counts[0]:
             self._check.not_foreseen(self._engine, unit)
         self._counts = counts
         return self._make_room(unit, held)
+
+    def _noting_reading(self, units: Sequence[int], is_grad: bool) -> None:
+        """Something looks at weights that are not bound to the device, be they on their way or not."""
+        if self.is_settled:
+            for unit in units:
+                if not self._engine._units[unit].binding.is_present:
+                    self._check.read_outside(self._engine, unit)
+        self._make_present(units, is_grad)
 
     def _noting_search(self, component: str) -> None:
         if self.is_settled:

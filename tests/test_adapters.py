@@ -12,6 +12,7 @@ from torch import nn
 from layerstream.adapters import registry
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.generic import GenericAdapter
+from layerstream.adapters.named import NAMED
 from layerstream.adapters.registry import adapter_for, register_adapter
 from layerstream.errors import AdapterError
 from layerstream.units import divide
@@ -477,6 +478,76 @@ def test_a_later_registration_by_name_replaces_an_earlier_by_class() -> None:
     register_adapter(Model, first)
     register_adapter("Model", second)
     assert adapter_for(Model()) is second
+
+
+class TokenModel(nn.Module):
+    """With the children that an adapter of a name looks for."""
+
+    def __init__(self, *children: str) -> None:
+        super().__init__()
+        for child in children:
+            self.add_module(child, blocks())
+
+    def forward_model(self) -> None: ...
+
+
+def named_as(name: str, *children: str) -> nn.Module:
+    model = TokenModel(*children)
+    model.__class__ = type(name, (TokenModel,), {})
+    return model
+
+
+def test_adapters_that_come_with_the_package_are_found_by_name_and_children() -> None:
+    model = named_as("NextStep", "layers", "image_head")
+    assert adapter_for(model) is NAMED["NextStep"]
+    assert adapter_for(model).layout("net", model).entry_points == ("forward_model",)
+    assert isinstance(adapter_for(named_as("NextStep", "layers")), GenericAdapter)
+    assert adapter_for(named_as("NextStep", "layers")) not in NAMED.values()
+    child = named_as("NextStep", "layers", "image_head")
+    child.__class__ = type("MyNextStep", (type(child),), {})
+    assert adapter_for(child) is NAMED["NextStep"]
+
+
+def test_a_registered_adapter_goes_before_one_that_comes_with_the_package() -> None:
+    model = named_as("NextStep", "layers", "image_head")
+    own = Adapter(stacks=["layers"])
+    register_adapter("NextStep", own)
+    assert adapter_for(model) is own
+    register_adapter(type(model), Adapter())
+    assert adapter_for(model) is not own
+
+
+def test_mammoth_of_both_editions() -> None:
+    shared = ["llm_model", "gen_transformer", "gen_vae"]
+    adapter = NAMED["Mammothmoda2Model"]
+    assert list(adapter.find_parts(named_as("Mammothmoda2Model", *shared))) == [
+        "llm_model",
+        "gen_vae",
+        "gen_transformer",
+    ]
+    preview = named_as("Mammothmoda2Model", *shared, "gen_image_condition_refiner")
+    assert "gen_image_condition_refiner" in adapter.find_parts(preview)
+
+
+def test_large_layers_that_are_to_be_no_units() -> None:
+    model = net(embed=nn.Embedding(100, 16), layers=blocks(3), head=nn.Linear(16, 100))
+    assert block_names(model, Adapter(stacks=["layers"])) == ["embed", "layers.0", "layers.1", "layers.2", "head"]
+    adapter = Adapter(stacks=["layers"], resident=["embed", "head"])
+    assert block_names(model, adapter) == ["layers.0", "layers.1", "layers.2"]
+
+
+@pytest.mark.parametrize("method", ["forward", "first.forward", "third.forward", "first.0.foward"])
+def test_entry_points_that_do_not_exist(method: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        Adapter(stacks=["second"], entry_points=[method]).layout("net", Model())
+    assert str(error.value) == f"`net` (Model) has no method {method} to enter by."
+    Adapter(stacks=["second"], entry_points=["first.0.forward"]).layout("net", Model())
+
+
+def test_adapters_of_names_say_which_children_they_mean_and_nothing_is_imported() -> None:
+    assert {"NextStep", "Mammothmoda2Model", "MultiModalityCausalLM"} <= set(NAMED)
+    for adapter in NAMED.values():
+        assert adapter.children, "else any class of that name would be taken for it"
 
 
 @pytest.mark.parametrize("target", [3, None, int, Model(), Adapter])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -348,15 +348,82 @@ def test_a_cast_that_stays_is_what_the_user_gets() -> None:
     assert model["vae"].weight.dtype == torch.float64
 
 
-def test_adapters_that_are_wrong() -> None:
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
     from layerstream.adapters import registry
 
+    before = dict(registry._REGISTERED)
+    yield
+    registry._REGISTERED.clear()
+    registry._REGISTERED.update(before)
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ({"stacks": ["layers"]}, "stack `layers` does not exist .* blocks"),
+        ({"stacks": ["head"]}, "without children"),
+        ({"stacks": "blocks"}, "stack `b` does not exist"),
+        ({"stacks": ["blocks", "blocks.0"]}, "overlap"),
+        ({"stacks": ["blocks", "blocks"]}, "`Toy.blocks.0` and `Toy.blocks.0` overlap: .* must be listed once"),
+        ({"stacks": ["", "blocks"]}, "overlap"),
+        ({"stacks": ["blocks"], "resident": ["blocks.9"]}, "resident block `blocks.9` does not exist"),
+        ({"stacks": ["blocks"], "entry_points": ["sample"]}, "has no method sample to enter by"),
+        ({"parts": ["embed", "model"]}, "part `model` does not exist in `Toy`. Its children are: embed, blocks, head"),
+    ],
+)
+def test_adapters_that_are_wrong(clean_registry: None, said: dict[str, Any], match: str) -> None:
+    layerstream.register_adapter("Toy", layerstream.Adapter(**said))
     model = toy()
-    try:
-        for stacks, match in ((["layers"], "stack `layers` does not exist .* blocks"), (["head"], "without children")):
-            layerstream.register_adapter("Toy", layerstream.Adapter(stacks=stacks))
-            refused(model, layerstream.AdapterError, match)
-        layerstream.register_adapter("Toy", layerstream.Adapter(stacks=["blocks", "blocks.0"]))
-        refused(model, layerstream.AdapterError, "overlap")
-    finally:
-        registry._REGISTERED.clear()
+    before = describe(model)
+    refused(model, layerstream.AdapterError, match)
+    assert_restored(model, before)
+
+
+@pytest.mark.parametrize("stacks", [[], ["blocks"]])
+def test_what_an_adapter_does_not_name_is_in_the_base(clean_registry: None, stacks: list[str]) -> None:
+    layerstream.register_adapter("Toy", layerstream.Adapter(stacks=stacks, resident=["blocks.1"]))
+    model = toy()
+    expected, before = run(model), describe(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", layerstream.LayerstreamWarning)  # of the one that names nothing
+        with layerstream.offload(model, vram_budget="min", device=adversary()) as streamer:
+            assert_equal(run(model), expected)
+            assert streamer.stats().num_streamed_blocks == 5 * len(stacks)
+    assert_restored(model, before)
+
+
+@pytest.mark.parametrize("shared", ["weight", "layer", "block"])
+def test_a_stack_whose_blocks_share_parameters(clean_registry: None, shared: str) -> None:
+    layerstream.register_adapter("Toy", layerstream.Adapter(stacks=["blocks"]))
+    model = toy()
+    if shared == "weight":
+        model.blocks[3].up.weight = model.blocks[1].up.weight
+    elif shared == "layer":
+        model.blocks[3].up = model.blocks[1].up
+    else:
+        model.blocks[3] = model.blocks[1]
+    expected, before = run(model), describe(model)
+    with layerstream.offload(model, vram_budget="min", device=adversary()) as streamer:
+        assert_equal(run(model), expected)
+        assert streamer.stats().num_streamed_blocks == (5 if shared == "block" else 6)
+    assert_restored(model, before)
+
+
+@pytest.mark.parametrize("make", [nn.Module, nn.ModuleList, nn.Sequential, nn.ModuleDict])
+def test_a_container_with_nothing_in_it(make: type[nn.Module]) -> None:
+    empty, device = make(), adversary()
+    with (
+        pytest.warns(layerstream.LayerstreamWarning, match="no block stacks found in"),
+        layerstream.offload(empty, vram_budget="min", device=device) as streamer,
+    ):
+        assert streamer.plan.least_bytes == 0
+    assert not device.buffer_bytes
+
+
+def test_an_object_whose_attributes_are_no_modules() -> None:
+    class Pipeline:
+        def __init__(self) -> None:
+            self.model, self.tokenizer = None, "a tokenizer"
+
+    refused(Pipeline(), layerstream.PipelineError, r"Pipeline has no modules \(it holds 'model': NoneType, 'tokenizer'")

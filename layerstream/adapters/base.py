@@ -102,12 +102,15 @@ class Adapter:
 
 
 def has_method(component: nn.Module, dotted: str) -> bool:
-    """Whether a component has a method of this dotted name."""
+    """Whether a component has a method of this dotted name. The forward of a module that has none is no method."""
     path, _, method = dotted.rpartition(".")
     try:
-        return callable(getattr(component.get_submodule(path), method, None))
+        owner = component.get_submodule(path)
     except AttributeError:
         return False
+    if method == "forward" and type(owner).forward is nn.Module.forward:
+        return "forward" in vars(owner)
+    return callable(getattr(owner, method, None))
 
 
 def _with_large_leaves(

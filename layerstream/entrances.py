@@ -57,14 +57,14 @@ class EntranceFinder:
         self.modules = {module: place for module, place in self.modules.items() if module not in gone}
         self._found = {(owner, name) for owner, name in self._found if owner not in gone}
 
-    def find(self, component: str) -> Entrance | None:
-        """The outermost method of a module of `component` that is running in this thread, if it was not found before.
+    def find(self, component: str) -> tuple[Entrance | None, bool]:
+        """The outermost method of a module of `component` that is running in this thread, and whether it is new.
 
         A module's own `__call__` counts as its `forward`.
         """
         searches = self._num_searches.get(component, _MOST_SEARCHES)
         if searches >= _MOST_SEARCHES:
-            return None
+            return None, False
         self._num_searches[component] = searches + 1
         outermost: Entrance | None = None
         for owner, code in _methods(sys._getframe(1)):
@@ -74,11 +74,14 @@ class EntranceFinder:
             is_found = (id(owner), code.co_name) in self._found  # and will be entered by from the next time on
             if is_found or (_is_method(owner, code) and _is_a_pass(place[1], code)):
                 outermost = Entrance(owner, place[1], code.co_name)
-        if outermost is None or (id(outermost.owner), outermost.name) in self._found:
-            return None
-        self._found.add((id(outermost.owner), outermost.name))
-        self._num_searches[component] = 0
-        return outermost
+        if outermost is None:
+            return None, False
+        found = id(outermost.owner), outermost.name
+        is_new = found not in self._found
+        if is_new:
+            self._found.add(found)
+            self._num_searches[component] = 0
+        return outermost, is_new
 
 
 def _methods(frame: FrameType | None) -> Iterator[tuple[nn.Module, CodeType]]:

@@ -26,6 +26,9 @@ _COUNTED_USES = 1 << 16  # the most recent ones; a token of a large model has so
 class OrderLearner:
     """Predicts the next units to be used from the uses seen so far.
 
+    Attributes:
+        seen: units that were ever used.
+
     Args:
         chains: units in definition order, one chain per component, and whether the component repeats. They are
             the guess until something was seen: a chain that repeats continues with itself, another with the next.
@@ -36,6 +39,7 @@ class OrderLearner:
         self._positions: dict[int, list[int]] = {}
         self._cursor: int | None = None  # history[cursor] is the earlier use that matches the last one
         self._misses = 0
+        self.seen: set[int] = set()
         self._left_out: set[int] = set()
         self._num_counted = 0
         self._chains = chains
@@ -66,6 +70,7 @@ class OrderLearner:
             self._misses += 1
         self._positions.setdefault(unit, []).append(len(self._history))
         self._history.append(unit)
+        self.seen.add(unit)
         if not self._left_out:
             self._num_counted = min(self._num_counted + 1, _COUNTED_USES)
         if len(self._history) > _MAX_HISTORY:

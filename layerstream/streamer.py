@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ class Streamer:
         self._cloned: set[int] = set()  # units that were read between calls, and are in memory of their own
         self._quiet: set[int] = set()  # units whose blocks have no hooks, since they stay where they are
         self._quiet_for: PhasePlan | None = None  # under which there are no more of these
+        self._called_alone: set[int] = set()  # units whose blocks were called from outside of all that is watched
         self._with_autocast: set[str] = set()  # components in whose blocks autocast was on
         self._changed_inside: set[str] = set()  # components of which a running call has cast something
         # Units whose weights autograd may have saved; it must find out that they are gone.
@@ -610,7 +612,9 @@ class Streamer:
             return  # each block's end lets go of what autocast keeps of it
         transfer, is_all = self._transfer, True
         found: list[int] = []
-        for unit in phase_plan.resident - self._quiet:
+        needed = self._called_alone | self._behind_streamed(phase_plan)
+        self._listen_to(list(needed & self._quiet))
+        for unit in phase_plan.resident - self._quiet - needed:
             blocks = self._units[unit].called
             units = {u for block in blocks for u in self._attached.units_of[id(block)]}
             if not blocks or not units <= phase_plan.resident or any(_is_encoder_layer(block) for block in blocks):
@@ -630,6 +634,15 @@ class Streamer:
             self._order.leave_out(found)
         if is_all:
             self._quiet_for = phase_plan
+
+    def _behind_streamed(self, phase_plan: PhasePlan) -> set[int]:
+        """Units behind one that streams: when their block begins its slot is free, and the next load can."""
+        blocks: dict[str, list[int]] = {}  # with their pieces
+        for spec in self._attached.specs():
+            if spec.is_block and spec.component in phase_plan.phase.components:
+                blocks.setdefault(spec.whole, []).append(spec.index)
+        streams = {name: not phase_plan.resident.issuperset(units) for name, units in blocks.items()}
+        return {unit for before, name in pairwise(blocks) if streams[before] for unit in blocks[name]}
 
     def _listen_to(self, units: Sequence[int]) -> None:
         """Put hooks back on the blocks of those that had none."""
@@ -722,12 +735,14 @@ class Streamer:
                 raise
         return True
 
-    def _look_for_entrance(self, component: str) -> None:
-        """A block runs, or a weight is read, outside of what is watched: watch what has called it from now on."""
-        entrance = self._attached.entrances.find(component)
-        if entrance is not None:
+    def _look_for_entrance(self, component: str) -> bool:
+        """A block runs, or a weight is read, outside of what is watched: watch what has called it from now on. Returns
+        whether there is such."""
+        entrance, is_new = self._attached.entrances.find(component)
+        if entrance is not None and is_new:
             _log.debug("`%s` is entered by `%s`, which is watched from now on", component, entrance)
             self._attached.watch_entrance(entrance, component, self)
+        return entrance is not None
 
     def leave_method(self, root: nn.Module) -> None:
         with self.gate.reading_lock, self._mutex:
@@ -797,7 +812,8 @@ class Streamer:
             self._calls.enter(block, is_root=False)
             if is_outermost:  # by a method that nobody watches
                 try:
-                    self._look_for_entrance(component)
+                    if not self._look_for_entrance(component):
+                        self._called_alone.update(units)
                     self._begin(component, self._units[units[0]].spec.stack or "", args, kwargs, is_grad)
                 except BaseException:
                     self._calls.leave(block)

@@ -464,7 +464,7 @@ class _Watch:
     def remove(self) -> None:
         """The engine is as it was."""
         engine = self._engine
-        self._check.used |= {engine._units[unit].spec.whole for unit in engine._order.uses() if unit in engine._units}
+        self._check.used |= {engine._units[unit].spec.whole for unit in engine._order.seen if unit in engine._units}
         for owner, name in (
             (engine, "_make_room"),
             (engine, "_make_present"),
@@ -491,10 +491,10 @@ class _Watch:
                     self._check.read_outside(self._engine, unit)
         self._make_present(units, is_grad)
 
-    def _noting_search(self, component: str) -> None:
+    def _noting_search(self, component: str) -> bool:
         if self.is_settled:
             self._check.entered_from_outside(self._engine, component)
-        self._look(component)
+        return self._look(component)
 
     def _noting_entrance(self, entrance: Any, component: str, listener: Any) -> None:
         self._check.found_entrance(component, str(entrance))

@@ -59,10 +59,8 @@ def assert_all_restored(pipe: Any, before: Mapping[str, Mapping[str, Any]], own:
 def test_streamed_as_resident(name: str) -> None:
     pipe = build_variant(name)
     expected = run_variant(pipe, name)  # first: transformers keeps notes on its modules from the first call on
-    assert expected
-    for tensor in expected:
-        assert tensor.isfinite().all()
-        assert tensor.std() > 0.01, "an output that says nothing"
+    assert all(tensor.isfinite().all() for tensor in expected)
+    assert any(len(tensor.unique()) >= min(8, tensor.numel()) for tensor in expected), "an output that says nothing"
     first = states(pipe)
     assert_equal(run_variant(pipe, name), expected)
     before = states(pipe)

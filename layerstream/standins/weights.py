@@ -265,4 +265,4 @@ def cast_floating_(module: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in owner.named_buffers(recurse=False):
             persistent = name not in owner._non_persistent_buffers_set
             if persistent and buffer.is_floating_point() and islands.isdisjoint([*prefix.split("."), name]):
-                setattr(owner, name, buffer.to(dtype))
+                owner._buffers[name] = buffer.to(dtype)  # setattr would make a parameter of one that is a Parameter

@@ -207,7 +207,8 @@ Z_IMAGE = merged(
 )
 
 
-def _z_controlnet() -> Any:
+def z_controlnet() -> Any:
+    """Return a ZImageControlNetModel for `Z_IMAGE`."""
     return diffusers.ZImageControlNetModel(
         control_layers_places=[0, 2],
         control_refiner_layers_places=[0, 1],
@@ -351,5 +352,5 @@ VARIANTS = (
     Variant("ZImagePipeline", Z_IMAGE),
     Variant("ZImageImg2ImgPipeline", Z_IMAGE, inputs=image),
     Variant("ZImageInpaintPipeline", Z_IMAGE, inputs=image_and_mask),
-    Variant("ZImageControlNetPipeline", merged(Z_IMAGE, controlnet=_z_controlnet), inputs=control_image),
+    Variant("ZImageControlNetPipeline", merged(Z_IMAGE, controlnet=z_controlnet), inputs=control_image),
 )

@@ -134,7 +134,7 @@ def _diffedit(pipe: Any, arguments: dict[str, Any]) -> Any:
 _TWO_LAYERS = changed(SD, "unet", layers_per_block=2)
 FOR_XS = merged(_TWO_LAYERS, controlnet=lambda: controlnet_xs(_TWO_LAYERS()["unet"]))
 GLIGEN = changed(SD, "unet", attention_type="gated")
-_EDIT: dict[str, Any] = {"editing_prompt": ["a blue boat"], "edit_guidance_scale": 3.0}
+EDIT: dict[str, Any] = {"editing_prompt": ["a blue boat"], "edit_guidance_scale": 3.0}
 
 VARIANTS = (
     Variant("StableDiffusionPipeline", SD),
@@ -227,8 +227,8 @@ VARIANTS = (
         {"source_prompt": "a blue boat", "eta": 0.1},
         inputs=image,
     ),
-    Variant("SemanticStableDiffusionPipeline", SD, {**_EDIT, "edit_warmup_steps": 0}),
-    Variant("LEditsPPPipelineStableDiffusion", merged(SD, scheduler=sde), _EDIT, run=_invert_first),
+    Variant("SemanticStableDiffusionPipeline", SD, {**EDIT, "edit_warmup_steps": 0}),
+    Variant("LEditsPPPipelineStableDiffusion", merged(SD, scheduler=sde), EDIT, run=_invert_first),
     Variant(
         "TextToVideoZeroPipeline",
         SD,

@@ -5,7 +5,7 @@ from typing import Any
 from layerstream.standins.libraries import diffusers
 from layerstream.standins.repository.tiny.recipes import SIDE, pil_picture
 from layerstream.standins.repository.tiny.unets import UNET_RECIPES
-from layerstream.standins.repository.tiny.variants.stable_diffusion import _EDIT, sde
+from layerstream.standins.repository.tiny.variants.stable_diffusion import EDIT, sde
 from layerstream.standins.repository.tiny.variants.variant import (
     Variant,
     all_images,
@@ -87,7 +87,7 @@ VARIANTS = (
         ),
         inputs=image,
     ),
-    Variant("LEditsPPPipelineStableDiffusionXL", merged(XL, scheduler=sde), _EDIT, run=_invert_first),
+    Variant("LEditsPPPipelineStableDiffusionXL", merged(XL, scheduler=sde), EDIT, run=_invert_first),
     Variant(
         "TextToVideoZeroSDXLPipeline",
         XL,

@@ -35,7 +35,7 @@ from layerstream.standins.repository.tokenizers import BYTE_VOCAB_SIZE, qwen_tok
 from layerstream.standins.tokenizers import t5_tokenizer
 
 
-def _clean(module: str) -> Callable[[], AbstractContextManager[None]]:
+def clean_prompts(module: str) -> Callable[[], AbstractContextManager[None]]:
     """Let a pipeline clean its prompt as WanPipeline does: its own way needs the package ftfy."""
     clean = Library("diffusers.pipelines.wan.pipeline_wan")
     return lambda: replaced(f"diffusers.pipelines.{module}", "prompt_clean", lambda kept: clean.prompt_clean)
@@ -49,23 +49,23 @@ WAN_PAIR = VIDEO_RECIPES["wan22"].parts
 WAN = _without(WAN_PAIR, "transformer_2", "boundary_ratio")
 
 
-def _like_wan(class_name: str, **options: Any) -> Any:
-    return getattr(diffusers, class_name)(
-        **{
-            "patch_size": (1, 2, 2),
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": BLOCKS,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "text_dim": HIDDEN,
-            "freq_dim": 32,
-            "ffn_dim": 64,
-            "cross_attn_norm": True,
-            "rope_max_seq_len": 32,
-            **options,
-        }
-    )
+def like_wan(class_name: str, **options: Any) -> Any:
+    """Return a denoiser of a class that has the options of Wan's; an option that is None is left out."""
+    given = {
+        "patch_size": (1, 2, 2),
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": BLOCKS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "text_dim": HIDDEN,
+        "freq_dim": 32,
+        "ffn_dim": 64,
+        "cross_attn_norm": True,
+        "rope_max_seq_len": 32,
+        **options,
+    }
+    return getattr(diffusers, class_name)(**{key: value for key, value in given.items() if value is not None})
 
 
 def _plain_vision() -> Any:
@@ -75,15 +75,15 @@ def _plain_vision() -> Any:
 # The latents, a mask of four frames a latent, and the latents of the first frame.
 _WITH_IMAGE: dict[str, Any] = {"in_channels": 36, "image_dim": HIDDEN, "added_kv_proj_dim": 32}
 _SEEING = {"image_encoder": _plain_vision, "image_processor": clip_images}
-WAN_I2V = merged(WAN, transformer=lambda: _like_wan("WanTransformer3DModel", **_WITH_IMAGE), **_SEEING)
-SKYREELS = merged(WAN, transformer=lambda: _like_wan("SkyReelsV2Transformer3DModel"))
+WAN_I2V = merged(WAN, transformer=lambda: like_wan("WanTransformer3DModel", **_WITH_IMAGE), **_SEEING)
+SKYREELS = merged(WAN, transformer=lambda: like_wan("SkyReelsV2Transformer3DModel"))
 SKYREELS_FORCING = merged(
-    WAN, transformer=lambda: _like_wan("SkyReelsV2Transformer3DModel", inject_sample_info=True, num_frame_per_block=1)
+    WAN, transformer=lambda: like_wan("SkyReelsV2Transformer3DModel", inject_sample_info=True, num_frame_per_block=1)
 )
 _FORCING: dict[str, Any] = {"base_num_frames": 5, "num_frames": 5}
 ANYFLOW = merged(
     WAN,
-    transformer=lambda: _like_wan("AnyFlowTransformer3DModel"),
+    transformer=lambda: like_wan("AnyFlowTransformer3DModel"),
     scheduler=lambda: diffusers.FlowMapEulerDiscreteScheduler(),
 )
 
@@ -274,14 +274,14 @@ def _hunyuan_15_denoiser(task: str) -> Any:
 
 VARIANTS = (
     Variant("WanPipeline", WAN_PAIR),
-    Variant("WanImageToVideoPipeline", WAN_I2V, inputs=image, around=_clean("wan.pipeline_wan_i2v")),
-    Variant("WanVideoToVideoPipeline", WAN, inputs=video, around=_clean("wan.pipeline_wan_video2video")),
+    Variant("WanImageToVideoPipeline", WAN_I2V, inputs=image, around=clean_prompts("wan.pipeline_wan_i2v")),
+    Variant("WanVideoToVideoPipeline", WAN, inputs=video, around=clean_prompts("wan.pipeline_wan_video2video")),
     Variant("WanVACEPipeline", VIDEO_RECIPES["wan_vace"].parts, inputs=video, around=VIDEO_RECIPES["wan_vace"].around),
     Variant(
         "WanAnimatePipeline",
         merged(
             WAN,
-            transformer=lambda: _like_wan(
+            transformer=lambda: like_wan(
                 "WanAnimateTransformer3DModel",
                 in_channels=36,
                 latent_channels=16,
@@ -299,53 +299,53 @@ VARIANTS = (
         ),
         {"segment_frame_length": 5},
         inputs=lambda: {**image(), "pose_video": frames(5), "face_video": frames(5, height=16, width=16)},
-        around=_clean("wan.pipeline_wan_animate"),
+        around=clean_prompts("wan.pipeline_wan_animate"),
     ),
-    Variant("SkyReelsV2Pipeline", SKYREELS, around=_clean("skyreels_v2.pipeline_skyreels_v2")),
+    Variant("SkyReelsV2Pipeline", SKYREELS, around=clean_prompts("skyreels_v2.pipeline_skyreels_v2")),
     Variant(
         "SkyReelsV2ImageToVideoPipeline",
-        merged(SKYREELS, transformer=lambda: _like_wan("SkyReelsV2Transformer3DModel", **_WITH_IMAGE), **_SEEING),
+        merged(SKYREELS, transformer=lambda: like_wan("SkyReelsV2Transformer3DModel", **_WITH_IMAGE), **_SEEING),
         inputs=image,
-        around=_clean("skyreels_v2.pipeline_skyreels_v2_i2v"),
+        around=clean_prompts("skyreels_v2.pipeline_skyreels_v2_i2v"),
     ),
     Variant(
         "SkyReelsV2DiffusionForcingPipeline",
         SKYREELS_FORCING,
         _FORCING,
-        around=_clean("skyreels_v2.pipeline_skyreels_v2_diffusion_forcing"),
+        around=clean_prompts("skyreels_v2.pipeline_skyreels_v2_diffusion_forcing"),
     ),
     Variant(
         "SkyReelsV2DiffusionForcingImageToVideoPipeline",
         SKYREELS_FORCING,
         _FORCING,
         inputs=image,
-        around=_clean("skyreels_v2.pipeline_skyreels_v2_diffusion_forcing_i2v"),
+        around=clean_prompts("skyreels_v2.pipeline_skyreels_v2_diffusion_forcing_i2v"),
     ),
     Variant(
         "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
         SKYREELS_FORCING,
         {**_FORCING, "num_frames": 9, "overlap_history": 1},
         inputs=_longer_video,
-        around=_clean("skyreels_v2.pipeline_skyreels_v2_diffusion_forcing_v2v"),
+        around=clean_prompts("skyreels_v2.pipeline_skyreels_v2_diffusion_forcing_v2v"),
     ),
     Variant(
         "ChronoEditPipeline",
-        merged(WAN, transformer=lambda: _like_wan("ChronoEditTransformer3DModel", **_WITH_IMAGE), **_SEEING),
+        merged(WAN, transformer=lambda: like_wan("ChronoEditTransformer3DModel", **_WITH_IMAGE), **_SEEING),
         inputs=image,
-        around=_clean("chronoedit.pipeline_chronoedit"),
+        around=clean_prompts("chronoedit.pipeline_chronoedit"),
     ),
     Variant(
         "LucyEditPipeline",
-        merged(WAN, transformer=lambda: _like_wan("WanTransformer3DModel", in_channels=32)),
+        merged(WAN, transformer=lambda: like_wan("WanTransformer3DModel", in_channels=32)),
         inputs=video,
-        around=_clean("lucy.pipeline_lucy_edit"),
+        around=clean_prompts("lucy.pipeline_lucy_edit"),
     ),
     Variant("AnyFlowPipeline", ANYFLOW),
     Variant(
         "AnyFlowFARPipeline",
         merged(
             ANYFLOW,
-            transformer=lambda: _like_wan("AnyFlowFARTransformer3DModel", chunk_partition=(1, 1), full_chunk_limit=2),
+            transformer=lambda: like_wan("AnyFlowFARTransformer3DModel", chunk_partition=(1, 1), full_chunk_limit=2),
         ),
     ),
     Variant("LTXPipeline", LTX),

@@ -18,10 +18,10 @@ from layerstream.standins.repository.tiny.variants import NOT_SWEPT, VARIANTS, b
 from tests.fakes import adversary, assert_restored, describe
 from tests.test_pipelines import modules, weights_bytes
 
-# Old pipelines bring many warnings of diffusers, transformers and numpy. Ours are still errors.
+# Old pipelines bring many warnings of diffusers, transformers and numpy. Ours are still errors; the last filter wins.
 pytestmark = [
-    pytest.mark.filterwarnings("error::layerstream.errors.LayerstreamWarning"),
     pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error::layerstream.errors.LayerstreamWarning"),
 ]
 
 

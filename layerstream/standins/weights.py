@@ -266,7 +266,8 @@ def cast_floating_(module: nn.Module, dtype: torch.dtype) -> None:
         for name, buffer in owner.named_buffers(recurse=False):
             persistent = name not in owner._non_persistent_buffers_set
             if persistent and buffer.is_floating_point():
-                setattr(owner, name, buffer.to(_kept_in(islands, prefix, name) or dtype))
+                # setattr would make a parameter of a buffer that is a Parameter
+                owner._buffers[name] = buffer.to(_kept_in(islands, prefix, name) or dtype)
 
 
 def _kept_in(islands: set[str], prefix: str, name: str) -> torch.dtype | None:

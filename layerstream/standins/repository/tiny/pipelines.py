@@ -14,14 +14,14 @@ from layerstream.standins.repository.tiny.unets import UNET_RECIPES
 from layerstream.standins.repository.tiny.video import VIDEO_RECIPES
 from layerstream.standins.weights import skip_init
 
-_RECIPES: dict[str, Recipe] = {
+RECIPES: dict[str, Recipe] = {
     **IMAGE_RECIPES,
     **VIDEO_RECIPES,
     **UNET_RECIPES,
     **TRANSFORMER_RECIPES,
     **GENERATING_RECIPES,
 }
-TINY_PIPELINES: tuple[str, ...] = tuple(_RECIPES)
+TINY_PIPELINES: tuple[str, ...] = tuple(RECIPES)
 
 
 def build_tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
@@ -36,9 +36,9 @@ def build_tiny(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) 
         ValueError: No pipeline has this name.
         ImportError: The installed diffusers or transformers has no such class, or it lacks a package.
     """
-    if name not in _RECIPES:
+    if name not in RECIPES:
         raise ValueError(f"no tiny pipeline is named {name!r}; choose one of {', '.join(TINY_PIPELINES)}")
-    recipe = _RECIPES[name]
+    recipe = RECIPES[name]
     try:
         pipeline_class = getattr(diffusers, recipe.class_name)
         with skip_init():
@@ -68,7 +68,7 @@ def run_tiny(pipe: Any, name: str, *, seed: int = 0, **overrides: Any) -> torch.
         float32 [1, 3, height, width], for the video pipelines [1, frames, 3, height, width]; values in 0..1. For the
         audio pipeline [1, samples].
     """
-    recipe = _RECIPES[name]
+    recipe = RECIPES[name]
     shared = {
         "prompt": PROMPT,
         "negative_prompt": NEGATIVE_PROMPT,

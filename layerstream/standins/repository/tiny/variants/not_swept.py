@@ -1,0 +1,8 @@
+"""Pipeline classes of diffusers that no `Variant` builds, and why."""
+
+NOT_SWEPT: dict[str, str] = {
+    "StableDiffusionAttendAndExcitePipeline": "needs gradients through the U-Net; streaming is for inference",
+    "OmniGenPipeline": "needs torchvision",
+    "EasyAnimateControlPipeline": "fails resident: passes an argument that its `encode_prompt` lacks",
+    "MusicLDMPipeline": "fails resident with transformers 5: takes what ClapModel returns for a tensor",
+}

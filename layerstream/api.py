@@ -190,8 +190,11 @@ class LayerStreamer:
         return None
 
     def _let_go_of_dropped(self) -> None:
-        """Components that are in a dict no longer; of an object, that is seen when it happens."""
+        """Components that are in a dict no longer, or again; of an object, that is seen when it happens."""
         if isinstance(self._pipe, Mapping):
+            if not set(components_of(self._pipe)) <= set(self._called):
+                with self._paused(None):
+                    pass
             for name in [name for name in self._called if self._held(name, None) is None]:
                 with self._paused(name):
                     pass

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,16 +124,19 @@ class Edits:
             is_new_use: large ones are compared, too.
         """
         stale = self._by_version()
-        counts = Counter(kept.view.untyped_storage().data_ptr() for kept in self._kept)
-        self._kept = [
-            kept for kept in self._kept if is_held(kept.view, num_own=counts[kept.view.untyped_storage().data_ptr()])
-        ]
+        # Both are let go only once they were compared: what was written to one that nobody has any more was written
+        # all the same.
         if is_new_use or sum(kept.view.nbytes for kept in self._kept) <= _SMALL_BYTES:
             stale |= self._of_kept()
+            counts = Counter(kept.view.untyped_storage().data_ptr() for kept in self._kept)
+            self._kept = [
+                kept
+                for kept in self._kept
+                if is_held(kept.view, num_own=counts[kept.view.untyped_storage().data_ptr()])
+            ]
         if is_new_use or sum(each.entry.nbytes for each in self._entries) <= _SMALL_BYTES:
             stale |= self._of_entries(but=stale)
-        # They are let go only now: what was written to one that nobody has any more was written all the same.
-        self._entries = [each for each in self._entries if each.is_held()]
+            self._entries = [each for each in self._entries if each.is_held()]
         self._tell_of_large_ones()
         return stale
 
@@ -144,9 +147,9 @@ class Edits:
                 if kept.tensor is bound.tensor and _fits(kept.view, bound):
                     kept.view.copy_(bound.master)
 
-    def after_pause(self) -> None:
-        """Weights may have changed at home, and belong to other units now."""
-        self.lent.clear()
+    def after_pause(self, units: Collection[int]) -> None:
+        """Weights of these units may have changed at home, and belong to other units now."""
+        self.lent = {unit for unit in self.lent if unit in self.units and unit not in units}
         self._kept = [kept for kept in self._kept if self._bound_of(kept.tensor) is not None]
         self.came_home([bound for kept in self._kept if (bound := self._bound_of(kept.tensor)) is not None])
         for each in self._entries:

@@ -322,7 +322,7 @@ def _guarded_apply(module: nn.Module, guarded: _Guarded | None, fn: Any, recurse
         raise MovedWhileStreamingError(_refusal(module, guarded))
     probes = [guarded.probe(dtype, dim) for dtype, dim in kinds]  # memory formats depend on the number of dimensions
     results = [fn(probe) for probe in probes]
-    is_known = getattr(fn, "__qualname__", "").startswith(_IDEMPOTENT)
+    is_known = getattr(fn, "__qualname__", "").startswith(_IDEMPOTENT) and not _sets_format(fn)
     are_same = all(
         r is p or (is_moved and r.dtype == p.dtype and r.stride() == p.stride())
         for r, p in zip(results, probes, strict=True)
@@ -333,6 +333,14 @@ def _guarded_apply(module: nn.Module, guarded: _Guarded | None, fn: Any, recurse
         # At home the weights are on another device than the one they seem to be on: only the rest of it is done.
         changed: nn.Module = type(module)._apply(module, lambda t: _at_its_place(t, fn), recurse)
         return changed
+
+
+def _sets_format(fn: Any) -> bool:
+    """Whether `fn` is that of `Module.to(memory_format=...)`, which may change a weight and leave a probe as it is."""
+    code, cells = getattr(fn, "__code__", None), getattr(fn, "__closure__", None) or ()
+    names = code.co_freevars if code is not None else ()
+    held = dict(zip(names, cells, strict=False))
+    return "convert_to_format" in held and held["convert_to_format"].cell_contents is not None
 
 
 def _at_its_place(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

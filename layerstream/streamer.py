@@ -178,6 +178,12 @@ class Streamer:
         _refuse_compiled_wholes(layouts)
         self._check_budget(layouts, division)
         keep_out_of_graphs(compiled.compile_safe)
+        # Calls in other threads meet our hooks as soon as these are on, and wait until the rest is ready for them.
+        with self.gate.entered("entering"):
+            self._open(layouts, division)
+        self.stats.enter_s = time.perf_counter() - started
+
+    def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         try:
             self._attach(layouts, division, all_names=[c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
@@ -186,7 +192,6 @@ class Streamer:
         except BaseException:
             self.close()
             raise
-        self.stats.enter_s = time.perf_counter() - started
 
     def close(self) -> None:
         """Give everything back, from any state; what the device can no longer do is said, not raised.
@@ -257,7 +262,7 @@ class Streamer:
             self._move_others()
             self._load_fixed()
             with engine_tensors():
-                self.edits.after_pause()
+                self.edits.after_pause([i for i, unit in self._units.items() if unit.spec.component in names])
             self.stats.num_relaid += len(layouts)
         except BaseException:
             self.close()
@@ -683,6 +688,9 @@ class Streamer:
         is_grad = _is_grad_enabled()
         self._come_in(f"`{name}`")
         with self.gate.reading_lock, self._mutex:
+            if id(root) not in self._attached.root_of:  # streaming ended while this thread waited for its turn
+                self._go_out()
+                return
             is_outermost = self._is_outermost(root)
             if is_outermost:
                 self._catch_up()
@@ -718,6 +726,9 @@ class Streamer:
         is_grad = _is_grad_enabled()
         self._come_in(f"`{component}.{entry}`", is_guarded=True)
         with self.gate.reading_lock, self._mutex:
+            if id(root) not in self._attached.entrances.modules:
+                self._go_out()
+                return False
             self._calls.check_thread()
             if not self._is_outermost():
                 return False
@@ -803,6 +814,9 @@ class Streamer:
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         self._come_in(f"a block of `{component}`")
         with self.gate.reading_lock, self._mutex:
+            if id(block) not in self._attached.units_of:
+                self._go_out()
+                return
             if is_whole:
                 self._wait_on_this_stream()
                 return
@@ -860,6 +874,7 @@ class Streamer:
 
     def _make_present(self, units: Sequence[int], is_grad: bool) -> None:
         with self._mutex:
+            units = [unit for unit in units if unit in self._units]  # else streaming ended meanwhile, and all is plain
             self._calls.check_thread()
             if not self._is_outermost():
                 self._unguard(units)

@@ -14,6 +14,7 @@ from torch import nn
 import layerstream
 from layerstream import edits as module_of_edits
 from layerstream.absent import is_absent
+from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import Toy, adversary, assert_equal, run, toy, twin
 
 BUDGETS: dict[str, int | str] = {"streamed": "min", "everything fits": 10**8, "some stay": 60_000}
@@ -314,3 +315,58 @@ def test_an_edit_that_changes_the_shape_is_refused_with_words() -> None:
             run(model)
         model.blocks[1].scale.data = torch.ones(16)
         run(model)
+
+
+# ---- what another component's pause, or the order of letting go, must not lose
+
+
+def test_an_edit_survives_the_pause_of_another_component() -> None:
+    pipe, other = build_tiny("sd15"), build_tiny("sd15")
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()):
+        run_tiny(pipe, "sd15")
+        for each in (pipe, other):
+            each.unet.conv_in.weight.data.mul_(1.3)
+            each.vae.to(torch.bfloat16)
+            each.vae.to(torch.float32)
+        wanted = run_tiny(other, "sd15")
+        assert torch.equal(run_tiny(pipe, "sd15"), wanted)
+    assert torch.equal(run_tiny(pipe, "sd15"), wanted)
+
+
+@pytest.mark.parametrize("budget", ["min", "auto"])
+def test_an_edit_through_views_that_are_gone_before_the_next_call(budget: str) -> None:
+    """All weights are looked at together, so that most have left their slots when they are written."""
+    pipe, other = build_tiny("sd3"), build_tiny("sd3")
+    with layerstream.offload(pipe, vram_budget=budget, device=adversary()):
+        run_tiny(pipe, "sd3")
+        for each in (pipe, other):
+            torch._foreach_mul_([p.data for p in each.transformer.parameters()], 1.02)
+        wanted = run_tiny(other, "sd3")
+        assert torch.equal(run_tiny(pipe, "sd3"), wanted)
+    assert torch.equal(run_tiny(pipe, "sd3"), wanted)
+
+
+def test_back_to_the_contiguous_format() -> None:
+    pipe, other = build_tiny("sd15"), build_tiny("sd15")
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()):
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            for each in (pipe, other):
+                each.unet.to(memory_format=memory_format)
+            wanted = run_tiny(other, "sd15")
+            assert torch.equal(run_tiny(pipe, "sd15"), wanted)
+    strides = [[p.stride() for p in each.unet.parameters()] for each in (pipe, other)]
+    assert strides[0] == strides[1]
+
+
+def test_a_component_of_a_dict_that_comes_back() -> None:
+    pipe = build_tiny("sd3")
+    wanted = run_tiny(pipe, "sd3")
+    modules = {name: m for name, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    with layerstream.offload(modules, vram_budget="min", device=adversary()) as streamer:
+        run_tiny(pipe, "sd3")
+        encoder = modules.pop("text_encoder")
+        run_tiny(pipe, "sd3")
+        modules["text_encoder"] = encoder
+        assert torch.equal(run_tiny(pipe, "sd3"), wanted)
+        assert "text_encoder" in {unit.component for unit in streamer.plan.units}
+    assert torch.equal(run_tiny(pipe, "sd3"), wanted)

@@ -91,7 +91,8 @@ def _stacks(
 
 
 def _is_stack(modules: nn.ModuleList, declared: frozenset[str], repeated: frozenset[str]) -> bool:
-    children = [m for m in modules if next(m.parameters(), None) is not None]
+    # A place may be empty: some decoders have a mapper behind every other level.
+    children = [m for m in modules if m is not None and next(m.parameters(), None) is not None]
     classes = {type(m).__name__ for m in children}
     if not children or any(not _is_callable(m) for m in children):
         return False

@@ -83,6 +83,13 @@ def _vision_language(scale: Scale) -> Any:
             "depth": 3, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "image_size": 64, "patch_size": 16,
         }  # fmt: skip
         codes = {"embed_dim": 8, "num_embeddings": GLM_CODES, "latent_channels": 16}
+    if scale == "full":  # transformers 5.17 has no default for the part of a head that is rotated
+        text["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [8, 12, 12],
+        }
     # The defaults of the classes are the real sizes.
     config = transformers.GlmImageConfig(text_config=text, vision_config=vision, vq_config=codes, **special)
     model = limited(transformers.GlmImageForConditionalGeneration)(config)

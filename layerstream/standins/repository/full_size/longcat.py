@@ -36,6 +36,8 @@ def _parts(scale: Scale) -> dict[str, Any]:
 def _rewriting(scale: Scale) -> Any:
     """Return the text encoder, which generates `REWRITING_TOKENS` where it is to rewrite the prompt."""
     model = qwen25_vl(scale, limited(transformers.Qwen2_5_VLForConditionalGeneration))
+    # On an H100 the fused attention did not repeat a token's states to the bit, resident as streamed.
+    model.set_attn_implementation("eager")
     model.most_new_tokens = REWRITING_TOKENS[scale]
     return model
 

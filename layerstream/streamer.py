@@ -694,6 +694,9 @@ class Streamer:
             is_outermost = self._is_outermost(root)
             if is_outermost:
                 self._catch_up()
+                if id(root) not in self._attached.root_of:  # it was dropped, and is nobody's to stream
+                    self._go_out()
+                    return
             else:
                 self._unguard(self._attached.units_of_component(name))
             self._calls.enter(root, is_root=True)
@@ -734,6 +737,9 @@ class Streamer:
                 return False
             try:
                 self._catch_up()
+                if id(root) not in self._attached.entrances.modules:
+                    self._go_out()
+                    return False
                 # In tiles and slices a VAE takes less.
                 ways = [way for way in ("use_tiling", "use_slicing") if getattr(root, way, False)]
                 self._in_method = id(root)
@@ -823,6 +829,9 @@ class Streamer:
             is_outermost = self._is_outermost(block)
             if is_outermost:
                 self._catch_up()
+                if id(block) not in self._attached.units_of:
+                    self._go_out()
+                    return
             self._calls.enter(block, is_root=False)
             if is_outermost:  # by a method that nobody watches
                 try:

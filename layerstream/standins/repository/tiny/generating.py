@@ -73,8 +73,10 @@ def _glm_that_takes_features_whole() -> Any:
     base = transformers.GlmImageForConditionalGeneration
 
     def get_image_tokens(self: Any, hidden_states: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        features = hidden_states.chunk(len(image_grid_thw))
-        codes: torch.Tensor = base.get_image_tokens(self, features, image_grid_thw)
+        try:
+            codes: torch.Tensor = base.get_image_tokens(self, hidden_states.chunk(len(image_grid_thw)), image_grid_thw)
+        except AttributeError:  # transformers 5.17 takes them as they are, and has no `shape` of a tuple
+            codes = base.get_image_tokens(self, hidden_states, image_grid_thw)
         return codes
 
     return type(base.__name__, (base,), {"__module__": base.__module__, "get_image_tokens": get_image_tokens})

@@ -341,13 +341,6 @@ VARIANTS = (
         around=clean_prompts("lucy.pipeline_lucy_edit"),
     ),
     Variant("AnyFlowPipeline", ANYFLOW),
-    Variant(
-        "AnyFlowFARPipeline",
-        merged(
-            ANYFLOW,
-            transformer=lambda: like_wan("AnyFlowFARTransformer3DModel", chunk_partition=(1, 1), full_chunk_limit=2),
-        ),
-    ),
     Variant("LTXPipeline", LTX),
     Variant("LTXImageToVideoPipeline", LTX, inputs=image),
     Variant("LTXConditionPipeline", merged(LTX, scheduler=flow_scheduler), {"num_frames": 9}, inputs=image),

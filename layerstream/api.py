@@ -354,8 +354,8 @@ class LayerStreamer:
     def _read(self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`state_dict()` of a module: the weights at home. Who writes to its entries later is found out."""
         streamer = self._streamer
-        if streamer is None or not streamer.is_idle:
-            return original(*args, **kwargs)
+        if streamer is None or (streamer.gate.is_inside and not streamer.is_idle):
+            return original(*args, **kwargs)  # in the middle of this thread's own forward; others wait
         with self.paused():
             result = original(*args, **kwargs)
             entries = entries_of(result, module)

@@ -357,6 +357,30 @@ def test_who_needs_two_streamers_waits_for_them_in_one_order(submit: Submit) -> 
         assert one.number < two.number
 
 
+@pytest.mark.parametrize("where", ["between passes", "in a forward"])
+def test_a_state_dict_waits_for_the_call(submit: Submit, expected: torch.Tensor, where: str) -> None:
+    pipe = build_tiny("sd3")
+    wanted = {name: t.clone() for name, t in pipe.transformer.state_dict().items()}
+    between = Between()
+    with streamed(pipe) as streamer, Stop(pipe.transformer.transformer_blocks[1].attn) as stop:
+        if where == "between passes":
+            stop.go_on.set()
+            one = submit(lambda: image(pipe, callback_on_step_end=between))
+            assert between.is_there.wait(TIMEOUT_S)
+        else:
+            between.go_on.set()
+            one = submit(image, pipe)
+            assert stop.is_there.wait(TIMEOUT_S)
+        read = submit(lambda: {name: t.clone() for name, t in pipe.transformer.state_dict().items()})
+        until(lambda: waiting(streamer) == 1)
+        between.go_on.set()
+        stop.go_on.set()
+        assert torch.equal(one.result(TIMEOUT_S), expected)
+        found = read.result(TIMEOUT_S)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_bare_components_of_one_pipeline_take_turns(submit: Submit) -> None:
     model = toy()
     expected = run(twin(model), 1)

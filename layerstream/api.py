@@ -31,13 +31,21 @@ from layerstream.changes import (
     methods_of,
 )
 from layerstream.compiled import uncompiled
-from layerstream.components import components_of, containers_of, is_plain, layouts_of, some_components_of
+from layerstream.components import (
+    components_of,
+    containers_of,
+    is_plain,
+    layouts_of,
+    refuse_scripted,
+    some_components_of,
+)
 from layerstream.decorating import decorated
 from layerstream.device import CudaDevice, Device, find_device
 from layerstream.errors import (
     AlreadyOffloadedError,
     ArgumentError,
     BudgetError,
+    DeviceError,
     StreamerStateError,
 )
 from layerstream.intercept import Interception, refuse_rivals
@@ -121,6 +129,7 @@ class LayerStreamer:
         components = {name: uncompiled(module) for name, module in called.items()}
         _refuse_active(components)
         refuse_rivals(self._pipe, components)
+        refuse_scripted(components)
         device = self._make_device()
         budget = _resolve(self._vram_budget, device)
         streamer = Streamer(
@@ -662,7 +671,9 @@ def plan(
 
 
 def _device_of(device: torch.device | str | int | Device | None) -> Device:
-    if device is not None and not isinstance(device, torch.device | str | int):
+    if isinstance(device, bool | type) or not isinstance(device, torch.device | str | int | Device | None):
+        raise DeviceError(f'device {device!r} is not a device. Write "cuda", "cuda:1" or "cpu" (simulated).')
+    if isinstance(device, Device):
         return device
     torch_device = find_device(device)
     if torch_device.type != "cpu":

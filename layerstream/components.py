@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from layerstream.adapters.registry import adapter_for
@@ -115,6 +116,23 @@ def some_components_of(pipe: Any) -> dict[str, nn.Module]:
             "stream."
         )
     return components
+
+
+def refuse_scripted(components: Mapping[str, nn.Module]) -> None:
+    """Raise if a component is, or has inside, a module that torch.jit has compiled.
+
+    Raises:
+        PipelineError: names it; its code holds the weights itself, where nothing can be put in their place.
+    """
+    for name, component in components.items():
+        for path, module in uncompiled(component).named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                where = f"{name}.{path}" if path else name
+                raise PipelineError(
+                    f"`{where}` ({type(module).__name__}) was compiled by torch.jit, whose code holds its weights "
+                    "itself: it cannot be streamed. Put the module that it was made of in its place, or give offload() "
+                    "a dict of the other components."
+                )
 
 
 def layouts_of(pipe: Any) -> list[ComponentLayout]:

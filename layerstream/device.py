@@ -17,7 +17,7 @@ import contextlib
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -32,6 +32,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU of the process
 _SEGMENT_BYTES = 2**21  # CUDA's caching allocator takes memory for requests of 10 MiB and more in steps of this
 
 
+@runtime_checkable
 class Device(Protocol):
     """The seam between engine and hardware. `simulated.SimulatedDevice` is the other implementation."""
 

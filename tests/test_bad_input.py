@@ -427,3 +427,21 @@ def test_an_object_whose_attributes_are_no_modules() -> None:
             self.model, self.tokenizer = None, "a tokenizer"
 
     refused(Pipeline(), layerstream.PipelineError, r"Pipeline has no modules \(it holds 'model': NoneType, 'tokenizer'")
+
+
+@pytest.mark.parametrize("device", [1.5, True, object(), [], b"cpu", torch.float32, nn.Linear])
+def test_what_is_no_device(device: Any) -> None:
+    model = toy()
+    before = describe(model)
+    with pytest.raises(layerstream.DeviceError, match="is not a device"):
+        layerstream.offload(model, vram_budget="min", device=device).start()
+    assert_restored(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_a_scripted_module_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    with pytest.raises(layerstream.PipelineError, match=r"`net\.1` .* was compiled by torch\.jit"):
+        layerstream.offload({"net": model}, vram_budget="min", device=adversary()).start()
+    assert torch.isfinite(model(torch.ones(1, 4))).all()

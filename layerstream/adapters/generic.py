@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from layerstream.adapters.base import Adapter
@@ -106,7 +107,8 @@ def _is_stack(modules: nn.ModuleList, declared: frozenset[str], repeated: frozen
 
 def _is_callable(module: nn.Module) -> bool:
     """Containers without a forward (a ModuleList in a ModuleList) are never called, so hooks on them never run."""
-    return type(module).forward is not nn.Module.forward
+    is_scripted = isinstance(module, torch.jit.ScriptModule)  # whose class has no forward to ask for
+    return is_scripted or type(module).forward is not nn.Module.forward
 
 
 def _mean_block_bytes(stack: nn.Module) -> float:

@@ -91,6 +91,7 @@ class LayerStreamer:
         self._changes = Interception()
         self._pipelines = PipelineWatch()
         self._called: Mapping[str, nn.Module] = {}
+        self._names: set[str] = set()  # of the modules of a dict
         self._remembered: RememberedDevices | None = None
         self._num_guests: int | None = None  # decorated calls that share it; None: nobody but its user ends it
         self._num_slots: int | None = None  # set by benchmarks and tests; the plan chooses otherwise
@@ -166,6 +167,7 @@ class LayerStreamer:
     def _watch(self) -> None:
         """Mark the components as ours, and pause around the calls that change them."""
         self._called = components_of(self._pipe)
+        self._names = _names_of_modules(self._pipe) if isinstance(self._pipe, Mapping) else set()
         components = {name: uncompiled(module) for name, module in self._called.items()}
         containers = [m for m in containers_of(self._pipe) if m not in components.values()]
         for module in containers:
@@ -193,7 +195,7 @@ class LayerStreamer:
         if isinstance(self._pipe, nn.Module):
             return None
         for name, module in self._called.items():
-            now = self._now(name, module)
+            now = self._held(name, module)
             if now is not module and isinstance(now, nn.Module) and uncompiled(now) is not uncompiled(module):
                 return name
         return None
@@ -201,15 +203,13 @@ class LayerStreamer:
     def _let_go_of_dropped(self) -> None:
         """Components that are in a dict no longer, or again; of an object, that is seen when it happens."""
         if isinstance(self._pipe, Mapping):
-            if not set(components_of(self._pipe)) <= set(self._called):
+            # By what it holds: describing what is inside takes milliseconds, and this is asked at each pass.
+            if not _names_of_modules(self._pipe) <= self._names:
                 with self._paused(None):
                     pass
             for name in [name for name in self._called if self._held(name, None) is None]:
                 with self._paused(name):
                     pass
-
-    def _now(self, name: str, module: nn.Module) -> object:
-        return self._held(name, module)
 
     def _held(self, name: str, default: object) -> object:
         """What the pipeline has by the name of a component, which may be a part of what it holds."""
@@ -698,6 +698,10 @@ def _checked_timeout(call_timeout: float | None) -> float | None:
             f"call_timeout must be a number of seconds, or None to wait as long as it takes, not {call_timeout!r}."
         )
     return float(call_timeout)
+
+
+def _names_of_modules(modules: Mapping[Any, Any]) -> set[str]:
+    return {name for name, module in modules.items() if isinstance(module, nn.Module)}
 
 
 def _touching(components: Mapping[str, nn.Module]) -> list[LayerStreamer]:

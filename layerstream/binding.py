@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from layerstream.absent import AbsentClasses, AbsentRecord, make_absent, make_present, switch
 
@@ -26,6 +27,7 @@ class BoundTensor:
         master: the host bytes that copies to the device come from; `home` itself unless both are kept.
         shape, dtype, strides: as it appears on the device (strides in elements; those that `.to(device)` gives).
         is_exact: at exit `home` is handed back itself; else its values, in memory of their own.
+        writer: a module whose forward writes it without counting a version, while it is in training mode.
         stand_in: a plain tensor over its bytes at home that somebody has been given instead.
     """
 
@@ -38,15 +40,17 @@ class BoundTensor:
     strides: tuple[int, ...]
     home_device: torch.device
     is_exact: bool = True
+    writer: nn.Module | None = None
     stand_in: weakref.ref[torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> BoundTensor:
+    def of(cls, name: str, tensor: torch.Tensor, writer: nn.Module | None = None) -> BoundTensor:
         """A parameter or buffer as it is now, at home."""
         home = tensor.data
         # What `.to(device)` would make of it: a dense tensor keeps its strides, another is packed in the same order.
         strides = torch.empty_like(home, device="meta").stride()
-        return cls(name, tensor, home, home, tuple(home.shape), home.dtype, strides, home.device)
+        shape = tuple(home.shape)
+        return cls(name, tensor, home, home, shape, home.dtype, strides, home.device, writer=writer)
 
     @property
     def requires_grad(self) -> bool:
@@ -58,6 +62,10 @@ class BoundTensor:
     def is_dense(self) -> bool:
         """Whether its bytes are one range of memory, in the strides they have on the device."""
         return self.home.stride() == self.strides
+
+    def has_form_of(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has the dtype, shape and strides in which it is laid out."""
+        return (tensor.dtype, tuple(tensor.shape), tensor.stride()) == (self.dtype, self.shape, self.strides)
 
     @property
     def num_bytes(self) -> int:
@@ -83,6 +91,7 @@ class UnitBinding:
     _classes: AbsentClasses | None = None
     _versions: list[int] = field(default_factory=list)  # when they were bound, and where
     _addresses: list[int] = field(default_factory=list)
+    _statistics: list[BoundTensor] = field(default_factory=list)
 
     def rehome(self, bound: BoundTensor, master: torch.Tensor, *, keeps_home: bool, is_handed_back: bool) -> None:
         """Its bytes were copied to `master`. The memory they came from is let go unless it `keeps_home`; then `master`
@@ -98,6 +107,7 @@ class UnitBinding:
         self._plain = [type(tensor) for tensor in self._objects]
         self._absent = [classes.of(tensor) for tensor in self._objects]
         self._classes = classes
+        self._statistics = [bound for bound in self.tensors if bound.writer is not None]
         for bound in self.tensors:
             self._placeholders.append(nans(bound.dtype).expand(bound.shape))
             classes.records[id(bound.tensor)] = AbsentRecord(bound.name, unit, bound.strides)
@@ -135,6 +145,19 @@ class UnitBinding:
             bound
             for bound, version, address in zip(self.tensors, self._versions, self._addresses, strict=True)
             if bound.tensor._version != version or bound.tensor.data_ptr() != address
+        ]
+
+    def uncounted(self) -> list[BoundTensor]:
+        """Running statistics of modules in training mode: whether they were written, only their bytes tell."""
+        return [bound for bound in self._statistics if bound.writer is not None and bound.writer.training]
+
+    def replaced(self) -> list[BoundTensor]:
+        """Tensors that were pointed at other memory (`weight.data = other`) since they were bound. They are not
+        guarded."""
+        return [
+            bound
+            for bound, address in zip(self.tensors, self._addresses, strict=True)
+            if bound.tensor.data_ptr() != address
         ]
 
     def forbid_backward(self) -> None:

@@ -84,18 +84,32 @@ class Edits:
 
     # ---- what is remembered
 
-    def keep(self, unit: int, views: Sequence[torch.Tensor]) -> None:
-        """Somebody still looks at memory that the unit has left; `views` are where its weights were."""
+    def keep(self, unit: int, views: Sequence[torch.Tensor], but: Collection[BoundTensor] = ()) -> None:
+        """Somebody still looks at memory that the unit has left; `views` are where its weights were.
+
+        Args:
+            but: weights that were pointed elsewhere: what is written to their old memory is nothing to them.
+        """
         for bound, view in zip(self.units[unit].binding.tensors, views, strict=True):
-            if view.numel():
+            if view.numel() and bound not in but:
                 self._kept.append(_KeptView(bound.tensor, view))
 
-    def keep_held(self, unit: int) -> None:
-        """The unit's weights are about to leave memory that is each one's own, not a slot's; some of it may be held."""
-        for bound in self.units[unit].binding.tensors:
+    def keep_held(self, bounds: Iterable[BoundTensor]) -> None:
+        """These weights are about to leave memory that is each one's own, not a slot's; some of it may be held."""
+        for bound in bounds:
             view = bound.tensor.data
             if view.numel() and is_held(view, num_own=2):
                 self._kept.append(_KeptView(bound.tensor, view))
+
+    def pointed_elsewhere(self, bounds: Sequence[BoundTensor]) -> None:
+        """`weight.data = other`: memory that these weights had before is no longer theirs."""
+        for bound in bounds:
+            self._kept = [kept for kept in self._kept if kept.tensor is not bound.tensor]
+            self._entries = [each for each in self._entries if each.tensor is not bound.tensor]
+
+    def has_entry(self, bound: BoundTensor) -> bool:
+        """Whether somebody has the weight's memory at home as an entry of a `state_dict`."""
+        return any(each.tensor is bound.tensor and each.is_held() for each in self._entries)
 
     def track(self, entries: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Entries of a `state_dict` that somebody has now, each with its weight."""
@@ -111,9 +125,8 @@ class Edits:
         """Weights of a present unit whose bytes on the device are newer than those at home."""
         binding = self.units[unit].binding
         found = binding.written()
-        if unit in self.lent:
-            found += [b for b in binding.tensors if b not in found and self._differ(b.tensor.data, b.master)]
-        return found
+        suspects = binding.tensors if unit in self.lent else binding.uncounted()
+        return [*found, *(b for b in suspects if b not in found and self._differ(b.tensor.data, b.master))]
 
     def settle(self, *, is_new_use: bool) -> set[int]:
         """Bring home what was edited elsewhere than in the present units; returns those whose device bytes are stale.

@@ -356,8 +356,8 @@ class Streamer:
     def _bring_home(self, attachments: Sequence[Attachment]) -> None:
         """What was written on the device, or edited elsewhere, goes where it is handed back from."""
         self._unguard(self._transfer.loaded)
-        for index in self.edits.settle(is_new_use=True) if self.edits else ():
-            self._discard(index)
+        if self.edits:
+            self._discard(self.edits.settle(is_new_use=True))
         for index in [i for a in attachments for i in a.units]:
             binding = self._units[index].binding
             if binding.is_present and self._transfer.slot_of(index) is not None:
@@ -493,8 +493,9 @@ class Streamer:
         is_new_use = self.gate.running is not self._last_use
         num_ooms = self._device.num_ooms()
         with engine_tensors():
-            for unit in self.edits.settle(is_new_use=is_new_use):
-                self._discard(unit)
+            self._discard(self.edits.settle(is_new_use=is_new_use))
+            # Discarded only once all are at home: one's weight may have been pointed at another's memory.
+            stale: list[int] = []
             for unit in list(self.edits.lent):
                 slot = self._transfer.slot_of(unit)
                 if slot is None or not self._units[unit].binding.is_present:
@@ -502,9 +503,10 @@ class Streamer:
                 elif unit in self._cloned:
                     self._evict(slot)
                 elif self._write_back(unit, may_replace=False):
-                    self._discard(unit)
+                    stale.append(unit)
                 elif not slot.is_aliased(num_bound=len(self._units[unit].binding.tensors)):
                     self.edits.lent.discard(unit)
+            self._discard(stale)
         self._ledger.forgive(self._device.num_ooms() - num_ooms)
 
     def _wait_on_this_stream(self) -> None:
@@ -890,14 +892,15 @@ class Streamer:
                 with engine_tensors():
                     self._use(units, is_touch=True, is_grad=is_grad)
                 return
-            self._unguard(units)
-            missing = [unit for unit in units if not self._units[unit].binding.is_present]
             if self.gate.is_inside_call:
                 for component in {self._units[unit].spec.component for unit in units}:
                     self._look_for_entrance(component)
+            if not all(self._units[unit].binding.is_present for unit in units) and self.gate.is_inside:
+                self._catch_up()  # not in another thread's pause, which that thread may be about to end
+                units = [unit for unit in units if unit in self._units]
+            self._unguard(units)
+            missing = [unit for unit in units if not self._units[unit].binding.is_present]
             if missing:
-                if self.gate.is_inside:  # not in another thread's pause, which that thread may be about to end
-                    self._catch_up()
                 self._begin_by_touch(missing, is_grad)
                 with engine_tensors():
                     self._use(missing, is_touch=True, is_grad=is_grad)
@@ -917,14 +920,26 @@ class Streamer:
         return contextlib.nullcontext()
 
     def _catch_up(self) -> None:
-        """Between two calls: what the last one cast and left so is laid out anew, what was dropped is let go of."""
+        """Between two calls: what was cast, reshaped or exchanged is laid out anew, what was dropped is let go of."""
         self._let_go()
-        for component in list(self._changed_inside):
-            bindings = [self._units[i].binding for i in self._attached.of_component[component].units]
-            if any(b.tensor.dtype != b.dtype for binding in bindings if binding.is_present for b in binding.tensors):
-                with self.paused(component):
-                    pass
-            self._changed_inside.discard(component)
+        for component in self._components_of_another_form():
+            with self.paused(component):
+                pass
+        self._changed_inside.clear()
+
+    def _components_of_another_form(self) -> set[str]:
+        """Components that must be laid out anew, since a weight has another dtype, shape or strides, or since whoever
+        pointed it at other memory has an entry of a `state_dict` that is its memory at home."""
+        units = {u for name in self._changed_inside for u in self._attached.of_component[name].units}
+        found = set()
+        for unit in units | self.edits.lent:
+            binding = self._units[unit].binding
+            if not binding.is_present or binding.is_guarded:
+                continue
+            has_other_form = not all(bound.has_form_of(bound.tensor) for bound in binding.tensors)
+            if has_other_form or any(map(self.edits.has_entry, binding.replaced())):
+                found.add(self._units[unit].spec.component)
+        return found
 
     # ---- up and down
 
@@ -1038,51 +1053,70 @@ class Streamer:
         slot = max(candidates, key=lambda s: soon.get(s.unit if s.unit is not None else -1, len(ahead)))
         return self._evict(slot)
 
-    def _evict(self, slot: Slot, *, writes_back: bool = True) -> Slot:
+    def _evict(self, slot: Slot) -> Slot:
         """Take a slot from its unit. Order matters: see the note in `device.py`."""
-        unit = slot.unit
-        assert unit is not None
+        assert slot.unit is not None
+        return self._empty(slot, self._unbind(slot.unit, writes_back=True))
+
+    def _unbind(self, unit: int, *, writes_back: bool) -> list[BoundTensor]:
+        """Make a unit absent; what was written goes home. Returns weights that had been pointed elsewhere."""
         if unit in self._quiet:
             self._listen_to([unit])
             self._device.synchronize()  # streams that read it are not all known
         binding = self._units[unit].binding
+        if not binding.is_present:
+            return []
+        if binding.is_guarded:
+            binding.unguard()
+        if writes_back:
+            self._write_back(unit, may_replace=False)
+        replaced = binding.replaced()
+        is_cloned = unit in self._cloned
+        self.edits.keep_held(
+            b
+            for b in (binding.tensors if is_cloned else replaced)
+            if b not in replaced or not self._transfer.is_in_slot(b.tensor)
+        )
+        self._cloned.discard(unit)
+        if unit in self._seen_grad or unit in self._transfer.own:
+            binding.forbid_backward()
+        self._forget_autocast()
+        binding.absent()
+        return replaced
+
+    def _empty(self, slot: Slot, replaced: Sequence[BoundTensor]) -> Slot:
+        """Free the slot of a unit that is absent."""
+        unit = slot.unit
+        assert unit is not None
         # A unit whose hooks had nothing to do was seen by nobody: its graphs are refused as well.
         is_own = slot is self._transfer.own.get(unit)
         was_grad = unit in self._seen_grad or is_own
-        if binding.is_present:
-            if binding.is_guarded:
-                binding.unguard()
-            if writes_back:
-                self._write_back(unit, may_replace=False)
-            if unit in self._cloned:
-                self.edits.keep_held(unit)
-                self._cloned.discard(unit)
-            if was_grad:
-                binding.forbid_backward()
-            self._forget_autocast()
-            binding.absent()
         is_lent = unit in self.edits.lent
         self.edits.lent.discard(unit)
         if slot.readers and (is_lent or not was_grad) and slot.is_aliased():
             # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes. (Graphs hold
             # the weights they saved, too; their backward is refused. What else a forward keeps of its weights under
             # grad cannot be told from that.)
-            self.edits.keep(unit, slot.views[unit])
-            self._allocating(functools.partial(self._transfer.abandon, unit))
-            slot = self._transfer.slot_of(unit) or slot
+            self.edits.keep(unit, slot.views[unit], but=replaced)
+            if not is_own or replaced:  # one's own may stay: it gets what is there, and is held, once more
+                self._allocating(functools.partial(self._transfer.abandon, unit))
+                slot = self._transfer.slot_of(unit) or slot
         elif was_grad:
             slot.accept_references()
         self._seen_grad.discard(unit)
         self._transfer.vacate(unit)
         return slot
 
-    def _discard(self, unit: int) -> None:
-        """What the device has of a unit is not what is at home: it is loaded anew when it is used."""
-        slot = self._transfer.slot_of(unit)
-        if slot is not None:
-            self._evict(slot, writes_back=False)
-            self._begun.clear()
-            self._attached.of_component[self._units[unit].spec.component].is_whole = False
+    def _discard(self, units: Collection[int]) -> None:
+        """What the device has of these units is not what is at home: they are loaded anew when they are used."""
+        # All are made absent first: a weight of one may have been pointed at the slot of another.
+        replaced = {unit: self._unbind(unit, writes_back=False) for unit in units if self._transfer.slot_of(unit)}
+        for unit, elsewhere in replaced.items():
+            slot = self._transfer.slot_of(unit)
+            if slot is not None:
+                self._empty(slot, elsewhere)
+                self._begun.clear()
+                self._attached.of_component[self._units[unit].spec.component].is_whole = False
 
     def _drop_extra_slots(self, held: Sequence[int]) -> None:
         """Extra slots go as soon as nobody holds their unit; they are memory beyond the plan."""
@@ -1105,18 +1139,21 @@ class Streamer:
     def _write_back(self, unit: int, *, may_replace: bool) -> list[BoundTensor]:
         """Keep what was written into the unit's tensors: the host bytes are what the next load reads."""
         written = self.edits.written(unit)
+        replaced = self._units[unit].binding.replaced()
         for bound in written:
             now = bound.tensor.data
-            if now.dtype == bound.dtype and tuple(now.shape) == bound.shape:
+            is_entry = bound in replaced and self.edits.has_entry(bound)
+            if bound.has_form_of(now) and not (is_entry and may_replace):
                 self._device.copy_back(bound.master, now)
                 if bound.home is not bound.master:
                     bound.home.copy_(bound.master)
                 self.stats.num_written_back += 1
             elif may_replace:
-                # A cast of a whole component: what the user made of it is what the user gets.
+                # What the user made of it is what the user gets: a cast, other strides.
                 bound.home, bound.is_exact = now.to(bound.home_device), True
             else:
                 raise StreamerStateError(_changed(bound, now))
+        self.edits.pointed_elsewhere(replaced)
         self.edits.came_home(written)
         return written
 

@@ -200,6 +200,12 @@ class TransferEngine:
         """The slot that holds `unit`, or into which it is being loaded."""
         return self._loaded.get(unit)
 
+    def is_in_slot(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of some slot."""
+        address = tensor.untyped_storage().data_ptr()
+        slots = [*self.ring, *self.own.values(), *self.extra]
+        return any(slot.buffer.untyped_storage().data_ptr() == address for slot in slots)
+
     def empty_slot(self, unit: int) -> Slot | None:
         """Where `unit` can go without making room: its own slot, or one of the ring that is empty and large enough."""
         own = self.own.get(unit)
@@ -266,12 +272,16 @@ class TransferEngine:
             self.drop_extra(slot)
 
     def abandon(self, unit: int) -> None:
-        """Leave a ring slot's memory to whoever still looks at it, and give the slot new memory."""
+        """Leave a slot's memory to whoever still looks at it, and give the slot new memory."""
         slot = self._holding(unit)
-        if slot not in self.ring:
-            return  # an own or extra slot goes when it is vacated, and whoever looks at its memory keeps that
-        fresh = self._make_slot(self.slot_bytes)
-        self.ring[self.ring.index(slot)] = fresh
+        if slot.is_extra:
+            return  # it goes when it is vacated, and whoever looks at its memory keeps that
+        is_own = self.own.get(unit) is slot
+        fresh = self._make_slot(self._stored[unit].num_bytes if is_own else self.slot_bytes)
+        if is_own:
+            self.own[unit] = fresh
+        else:
+            self.ring[self.ring.index(slot)] = fresh
         fresh.unit, fresh.ready = unit, fresh.after[0]
         self._loaded[unit] = fresh
         self._free(slot)

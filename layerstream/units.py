@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import UnitSpec, WholeSpec, unit_bytes
@@ -192,7 +193,9 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
             also.setdefault(id(owner), set()).update(u.layout.name for u in users if u.layout is not owner.layout)
     for use in uses.values():  # in the order of the modules
         assert use.owner is not None
-        use.owner.tensors.append(BoundTensor.of(use.name, use.tensor))
+        writer = next((module for module in use.modules if isinstance(module, _NormBase)), None)
+        is_statistic = writer is not None and use.name.rpartition(".")[2] in ("running_mean", "running_var")
+        use.owner.tensors.append(BoundTensor.of(use.name, use.tensor, writer if is_statistic else None))
     for draft in drafts:
         pieces = _pieces(draft.tensors) if draft.module is not None else [draft.tensors]
         for number, tensors in enumerate(pieces):

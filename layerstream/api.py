@@ -332,12 +332,18 @@ class LayerStreamer:
         """A method of a pipeline is about to change components."""
         return self.paused()
 
-    def replacing(self, pipe: object, name: str) -> contextlib.AbstractContextManager[object]:
-        """Another value is about to take the place of a component in `pipe`."""
-        inside = [called for called in self._called if called == name or called.startswith(f"{name}.")]
-        if pipe is not self._pipe or not inside:
+    def replacing(self, pipe: object, name: str, value: object) -> contextlib.AbstractContextManager[object]:
+        """`value` is about to take the place of a component in `pipe`, or to become one."""
+        if pipe is not self._pipe:
             return contextlib.nullcontext()
-        return self._paused(name if inside == [name] else None)
+        inside = [called for called in self._called if called == name or called.startswith(f"{name}.")]
+        is_ours = isinstance(value, nn.Module) and self in owners_of(value.modules())
+        if inside == [name] and not is_ours:
+            return self._paused(name)
+        # What streams already under another name is let go of under that one, too; another module may be a component
+        # that the pipeline did not have.
+        is_new = isinstance(value, nn.Module) and not is_ours
+        return self._paused(None) if inside or is_new else contextlib.nullcontext()
 
     def refuse_rival(self, what: str) -> None:
         """Another offloader is about to be switched on.

@@ -43,8 +43,8 @@ class Owner(Protocol):
     def pausing(self) -> contextlib.AbstractContextManager[object]:
         """Components are about to be changed."""
 
-    def replacing(self, pipe: object, name: str) -> contextlib.AbstractContextManager[object]:
-        """Another value is about to take the place of a component in `pipe`."""
+    def replacing(self, pipe: object, name: str, value: object) -> contextlib.AbstractContextManager[object]:
+        """`value` is about to take the place of a component in `pipe`, or to become one."""
 
     def refuse_rival(self, what: str) -> None:
         """Another offloader is about to be switched on: raises."""
@@ -287,9 +287,9 @@ def _around_delattr(original: Any) -> Any:
 def _replacing(pipe: object, name: str, value: object) -> Iterator[None]:
     before = getattr(pipe, "__dict__", {}).get(name)
     with contextlib.ExitStack() as pauses:
-        if before is not value:
-            for owner in owners_of([before]):
-                pauses.enter_context(owner.replacing(pipe, name))
+        if before is not value and (isinstance(before, nn.Module) or isinstance(value, nn.Module)):
+            for owner in owners_of(modules_of(pipe)):
+                pauses.enter_context(owner.replacing(pipe, name, value))
         del before  # or this frame would hold a component that is let go
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,47 @@ def test_an_encoder_that_is_dropped_goes_at_once(how: str) -> None:
         assert not set(ENCODERS) & {unit.component for unit in streamer.plan.units}
     assert pipe.text_encoder is None
     assert torch.equal(image(pipe, embeds), expected)
+
+
+@pytest.mark.parametrize("budget", ["min", "auto"])
+def test_two_components_that_change_places(budget: str) -> None:
+    """After the first of two assignments, one of them stands in the pipeline twice, and the other not at all."""
+    pipe, resident = build_tiny("sd3"), build_tiny("sd3")
+    expected = run_tiny(resident, "sd3")
+    with layerstream.offload(pipe, vram_budget=budget, device=adversary()) as streamer, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            for each in (pipe, resident):
+                each.text_encoder, each.text_encoder_2 = each.text_encoder_2, each.text_encoder
+            assert torch.equal(run_tiny(pipe, "sd3"), run_tiny(resident, "sd3"))
+            assert {"text_encoder", "text_encoder_2"} <= {unit.component for unit in streamer.plan.units}
+    assert torch.equal(run_tiny(pipe, "sd3"), expected)
+
+
+def test_a_component_in_the_place_of_another() -> None:
+    pipe, resident = build_tiny("sd3"), build_tiny("sd3")
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()) as streamer:
+        for each in (pipe, resident):
+            each.text_encoder = each.text_encoder_2
+        expected = run_tiny(resident, "sd3")
+        for _ in range(2):
+            assert torch.equal(run_tiny(pipe, "sd3"), expected)
+        assert streamer.stats().whole_bytes == 0
+    assert torch.equal(run_tiny(pipe, "sd3"), expected)
+
+
+def test_a_component_that_is_dropped_and_comes_back() -> None:
+    pipe = build_tiny("sd3")
+    expected = run_tiny(pipe, "sd3")
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()) as streamer:
+        encoder, pipe.text_encoder = pipe.text_encoder, None
+        pipe.text_encoder = encoder
+        assert torch.equal(run_tiny(pipe, "sd3"), expected)
+        assert "text_encoder" in {unit.component for unit in streamer.plan.units}
+        before = streamer.stats().num_relaid
+        pipe.also_known_as = encoder  # no new component: nothing pauses
+        assert streamer.stats().num_relaid == before
+    assert torch.equal(run_tiny(pipe, "sd3"), expected)
 
 
 def test_an_encoder_that_somebody_keeps_is_as_it_was() -> None:

@@ -49,6 +49,7 @@ from layerstream.errors import (
     StreamerStateError,
 )
 from layerstream.intercept import Interception, refuse_rivals
+from layerstream.interrupts import twice_if_interrupted
 from layerstream.pipeline_watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
 from layerstream.plan import Phase, Plan, make_plan
 from layerstream.remembered import RememberedDevices
@@ -147,16 +148,17 @@ class LayerStreamer:
             _warn_nothing_streams(components)
         homes = {t.device for module in components.values() for t in module.parameters()}
         streamer.owner = self  # hooks keep the engine alive, the engine keeps us: dropped by its user, it can be closed
-        streamer.open(layouts)
-        self._streamer = self._last = streamer
+        self._streamer = streamer
         try:
+            streamer.open(layouts)
+            self._last = streamer
             self._watch()
             plain = [type(self._pipe)] if is_plain(self._pipe) else []
             self._pipelines.install(self._pipe, [*plain, *(type(m) for m in containers_of(self._pipe))])
             if plain:
                 self._remembered = RememberedDevices(self._pipe, homes, device.torch_device)
         except BaseException:
-            self.close()
+            twice_if_interrupted(self.close)
             raise
         if streamer.has_shown_progress or _log.isEnabledFor(logging.INFO):
             line = entered_line(streamer.plan, streamer.stats)
@@ -383,8 +385,11 @@ class LayerStreamer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        refused = self._explained(exc)
-        self.close()
+        refused = None
+        try:
+            refused = self._explained(exc)
+        finally:
+            twice_if_interrupted(self.close)
         _raise_instead(refused, exc, traceback)
 
     def _explained(self, exc: BaseException | None) -> BudgetError | None:

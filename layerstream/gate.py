@@ -8,6 +8,7 @@ copy of its context (`asyncio.to_thread`, `contextvars.copy_context`). Nobody's 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -18,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from layerstream.errors import ConcurrentUseError
+from layerstream.interrupts import twice_if_interrupted
 
 _log = logging.getLogger("layerstream.gate")
 
@@ -63,6 +65,7 @@ class Gate:
         self._ticket: Ticket | None = None
         self._line: deque[Ticket] = deque()
         self._at_end: Callable[[], None] | None = None
+        self._closing: tuple[Ticket, Callable[[], None]] | None = None  # what is done between two uses, now
         self._changed = threading.Condition(threading.Lock())
         # Of whoever reads weights in a use that others may share (a pause, a copy of the context), until it has read.
         # Taken after a turn in line and before the streamer's own lock.
@@ -95,9 +98,16 @@ class Gate:
         """
         if self.is_inside and not self._is_left_behind():
             return None
-        return self._admitted(Ticket(what) if is_over is None else Ticket(what, is_over, is_guarded=False))
+        ticket = Ticket(what) if is_over is None else Ticket(what, is_over, is_guarded=False)
+        try:
+            self._admit(ticket)
+        except BaseException:
+            self.leave(ticket)
+            raise
+        return ticket
 
-    def _admitted(self, ticket: Ticket) -> Ticket:
+    def _admit(self, ticket: Ticket) -> None:
+        """Wait for one's turn. Interrupted, it may have been one's turn already: `leave` then."""
         with self._changed:
             self._line.append(ticket)
             try:
@@ -107,27 +117,31 @@ class Gate:
                 self._line.remove(ticket)
                 self._changed.notify_all()
         _INSIDE.set((*(t for t in _INSIDE.get() if not t.is_ended), ticket))
-        return ticket
 
     def leave(self, ticket: Ticket | None) -> None:
         """End the use that `enter` began, if it began one; does what was put off until then."""
-        if ticket is None or ticket is not self._ticket:
-            return
+        if ticket is not None and ticket is self._ticket:
+            twice_if_interrupted(functools.partial(self._leave, ticket))
+
+    def _leave(self, ticket: Ticket) -> None:
         with self._changed:
-            work, self._at_end = self._at_end, None
             ticket.is_ended = True
-            self._ticket = None if work is None else Ticket("closing")
+            if self._ticket is ticket:  # else an interrupt came when that was done
+                work, self._at_end = self._at_end, None
+                self._closing = None if work is None else (Ticket("closing"), work)
+                self._ticket = None if self._closing is None else self._closing[0]
             self._changed.notify_all()
         _INSIDE.set(tuple(t for t in _INSIDE.get() if not t.is_ended))
-        if work is not None:
-            self._work_alone(work)
+        self._close()
 
     @contextlib.contextmanager
     def entered(self, what: str, *, is_pause: bool = False) -> Iterator[None]:
         """A use as long as the `with` block runs."""
         is_inside = self.is_inside and not self._is_left_behind()
-        ticket = None if is_inside else self._admitted(Ticket(what, is_pause=is_pause))
+        ticket = None if is_inside else Ticket(what, is_pause=is_pause)
         try:
+            if ticket is not None:
+                self._admit(ticket)
             yield
         finally:
             with self.reading_lock if is_pause else contextlib.nullcontext():
@@ -165,8 +179,9 @@ class Gate:
             if self._ticket is not None:
                 self._at_end = work
                 return False
-            self._ticket = Ticket("closing")
-        self._work_alone(work)
+            self._closing = Ticket("closing"), work
+            self._ticket = self._closing[0]
+        twice_if_interrupted(self._close)
         return True
 
     @property
@@ -176,12 +191,18 @@ class Gate:
 
     # ---- inside
 
-    def _work_alone(self, work: Callable[[], None]) -> None:
+    def _close(self) -> None:
+        """Do what was put off, while nobody is inside."""
+        if self._closing is None:
+            return
+        ticket, work = self._closing
         try:
-            work()
+            twice_if_interrupted(work)
         finally:
             with self._changed:
-                self._ticket = None
+                self._closing = None
+                if self._ticket is ticket:
+                    self._ticket = None
                 self._changed.notify_all()
 
     def _is_left_behind(self) -> bool:

@@ -108,8 +108,13 @@ def fill(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for start, end, _ in whole if is_huge else ():
         _advise(whole_pages((start, end)), _MADV_HUGEPAGE)
     started = time.perf_counter()
+
+    # An interrupt may leave a thread behind that copies still: the tensors live as long as what it calls.
+    def copy(piece: tuple[int, int, int], kept: object = copies) -> None:
+        ctypes.memmove(*piece)
+
     _in_threads(
-        lambda piece: ctypes.memmove(*piece),
+        copy,
         [
             (at, source + at - start, min(_CHUNK_BYTES, end - at))
             for start, end, source in whole

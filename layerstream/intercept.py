@@ -87,10 +87,10 @@ class Interception:
         compiled.drop_dynamo_caches(self._hooked)
 
     def _hook(self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:
-        self._handles[id(module)] = handles = [
-            module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True),
-            module.register_forward_hook(leave, prepend=True, always_call=True),
-        ]
+        # Known one by one, so that an interrupt leaves none behind.
+        self._handles[id(module)] = handles = []
+        handles.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, prepend=True, always_call=True))
         _HOOKS.update(handle.id for handle in handles)
 
     def stop_listening(self, block: nn.Module) -> None:
@@ -139,7 +139,6 @@ class Interception:
         was = names.get(name, _NOT_THERE)
         replacement = functools.partial(_replaced, owner, name, _Around(around))
         functools.update_wrapper(replacement, original)  # signature and documentation stay visible
-        names[name] = replacement
 
         def undo() -> None:
             if names.get(name) is replacement:  # else somebody put another in its place, which stays
@@ -148,7 +147,8 @@ class Interception:
                 else:
                     names[name] = was
 
-        self._undo.append(undo)
+        self._undo.append(undo)  # first: an interrupt may come between the two
+        names[name] = replacement
 
     def guard_moves(
         self,

@@ -41,6 +41,7 @@ from layerstream.device import Device, engine_tensors
 from layerstream.edits import Edits
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.gate import Gate, Ticket
+from layerstream.interrupts import twice_if_interrupted
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
 from layerstream.outputs import refuse_backward, without_aliases
@@ -190,7 +191,7 @@ class Streamer:
             self._move_others()  # under the limit
             self._load_fixed()
         except BaseException:
-            self.close()
+            twice_if_interrupted(self.close)
             raise
 
     def close(self) -> None:
@@ -245,7 +246,7 @@ class Streamer:
                     self._ledger.end_interval()
                     self._detach(taken, functools.partial(_attempt, afterwards))
             except BaseException:
-                self.close()
+                twice_if_interrupted(self.close)
                 raise
             self._forget_plan()
             self.is_paused = True
@@ -265,7 +266,7 @@ class Streamer:
                 self.edits.after_pause([i for i, unit in self._units.items() if unit.spec.component in names])
             self.stats.num_relaid += len(layouts)
         except BaseException:
-            self.close()
+            twice_if_interrupted(self.close)
             raise
 
     def _attach(

@@ -1,0 +1,140 @@
+"""Ctrl-C between any two lines of ours: the pipeline is as it was, and the next caller is let in."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import layerstream
+from layerstream.interrupts import twice_if_interrupted
+from layerstream.pipeline_watch import ACTIVE
+from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
+
+_PACKAGE = layerstream.__path__[0]
+
+
+class Pipe:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    def __call__(self) -> list[torch.Tensor]:
+        return run(self.model, passes=2)
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt before line number `at` of all lines of the package that run inside."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.num_lines, self.where = at, 0, ""
+
+    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        name = frame.f_code.co_filename
+        if not name.startswith(_PACKAGE) or name.endswith("simulated.py"):  # a real device has no such lines
+            return None
+        if event == "line":
+            self.num_lines += 1
+            if self.num_lines == self.at:
+                self.where = f"{name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._trace
+
+    def __enter__(self) -> Interrupting:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        sys.settrace(self._before)
+
+
+def use(pipe: Pipe, budget: int | str) -> None:
+    with layerstream.offload(pipe, vram_budget=budget, device=adversary()):
+        pipe()
+        pipe.model.blocks[0].up.weight.data.add_(0)
+        pipe()
+
+
+def interrupted_use(at: int, budget: int | str) -> None:
+    model = toy()
+    expected = run(twin(model), passes=2)
+    before = describe(model)
+    pipe = Pipe(model)
+    with pytest.raises(KeyboardInterrupt), Interrupting(at) as interrupting:
+        use(pipe, budget)
+    gc.collect()
+    assert layerstream.active(pipe) is None, interrupting.where
+    assert model not in ACTIVE, interrupting.where
+    assert_restored(model, before)
+    found: list[Any] = []
+
+    def call_elsewhere() -> None:
+        try:
+            with layerstream.offload(pipe, vram_budget=budget, device=adversary(), call_timeout=5):
+                found.append(pipe())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call_elsewhere)
+    thread.start()
+    thread.join(60)
+    assert found, (interrupting.where, "it hangs")
+    assert not isinstance(found[0], BaseException), (interrupting.where, found)
+    assert_equal(found[0], expected)
+    assert_equal(pipe(), expected)
+
+
+def lines_of_a_use(budget: int | str) -> int:
+    with Interrupting(at=-1) as counting:
+        use(Pipe(toy()), budget)
+    return counting.num_lines
+
+
+@pytest.mark.parametrize("budget", ["min", 60_000])
+def test_an_interrupt_at_any_line(budget: int | str) -> None:
+    num_lines = lines_of_a_use(budget)
+    for number in range(16):
+        interrupted_use(1 + (number * num_lines) // 16, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["min", 60_000])
+def test_interrupts_at_many_lines(budget: int | str) -> None:
+    num_lines = lines_of_a_use(budget)
+    for at in range(7, num_lines, num_lines // 250):
+        interrupted_use(at, budget)
+
+
+def test_what_is_interrupted_is_done_and_the_interrupt_raised() -> None:
+    done: list[int] = []
+
+    def step() -> None:
+        done.append(len(done))
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        twice_if_interrupted(step)
+    assert done == [0, 1]
+
+
+def test_a_step_that_fails_is_not_run_again() -> None:
+    done: list[int] = []
+
+    def step() -> None:
+        done.append(len(done))
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        twice_if_interrupted(step)
+    assert done == [0]

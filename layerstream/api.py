@@ -47,6 +47,7 @@ from layerstream.errors import (
     BudgetError,
     DeviceError,
     StreamerStateError,
+    brief,
 )
 from layerstream.intercept import Interception, refuse_rivals
 from layerstream.pipeline_watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
@@ -476,7 +477,7 @@ class LayerStreamer:
 
     def __repr__(self) -> str:
         if self._last is None:
-            return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
+            return f"LayerStreamer(not started, vram_budget={brief(self._vram_budget)})"
         stats = self._last.stats
         state = "active" if self.is_active else "closed"
         budget = format_budget(stats.budget_bytes or None)
@@ -672,7 +673,7 @@ def plan(
 
 def _device_of(device: torch.device | str | int | Device | None) -> Device:
     if isinstance(device, bool | type) or not isinstance(device, torch.device | str | int | Device | None):
-        raise DeviceError(f'device {device!r} is not a device. Write "cuda", "cuda:1" or "cpu" (simulated).')
+        raise DeviceError(f'device {brief(device)} is not a device. Write "cuda", "cuda:1" or "cpu" (simulated).')
     if isinstance(device, Device):
         return device
     torch_device = find_device(device)
@@ -695,7 +696,7 @@ def _checked_timeout(call_timeout: float | None) -> float | None:
     is_number = isinstance(call_timeout, int | float) and not isinstance(call_timeout, bool)
     if not is_number or math.isnan(call_timeout) or call_timeout < 0:
         raise ArgumentError(
-            f"call_timeout must be a number of seconds, or None to wait as long as it takes, not {call_timeout!r}."
+            f"call_timeout must be a number of seconds, or None to wait as long as it takes, not {brief(call_timeout)}."
         )
     return float(call_timeout)
 

@@ -114,6 +114,8 @@ def test_the_least_budget_that_is_named_works_and_a_byte_less_does_not() -> None
     [
         ("cuda:99", "does not exist"),
         ("warp", "is not a device"),
+        ("w" * 400, r"device 'w{29}\.\.\. \(402 characters\) is not a device"),
+        (10**30, "is not a device"),
         ("meta", "cannot be streamed to"),
         (99, "does not exist"),
     ],
@@ -429,12 +431,14 @@ def test_an_object_whose_attributes_are_no_modules() -> None:
     refused(Pipeline(), layerstream.PipelineError, r"Pipeline has no modules \(it holds 'model': NoneType, 'tokenizer'")
 
 
-@pytest.mark.parametrize("device", [1.5, True, object(), [], b"cpu", torch.float32, nn.Linear])
+@pytest.mark.parametrize("device", [1.5, True, object(), [], b"cpu", torch.float32, nn.Linear, toy()])
 def test_what_is_no_device(device: Any) -> None:
     model = toy()
     before = describe(model)
-    with pytest.raises(layerstream.DeviceError, match="is not a device"):
+    with pytest.raises(layerstream.DeviceError, match="is not a device") as error:
         layerstream.offload(model, vram_budget="min", device=device).start()
+    assert len(str(error.value)) < 150
+    assert "\n" not in str(error.value)
     assert_restored(model, before)
 
 

@@ -33,10 +33,14 @@ def test_not_a_pipeline(pipe: Any) -> None:
 
 @pytest.mark.parametrize(
     ("pipe", "match"),
-    [({}, "has no modules:"), ({"a": 3, "b": None}, r"has no modules \(it holds 'a': int, 'b': NoneType\)")],
+    [
+        ({}, "has no modules:"),
+        ({"a": 3, "b": None}, r"has no modules \(it holds 'a': int, 'b': NoneType\)"),
+        (toy().state_dict(), r"OrderedDict has no modules \(it holds 'embed.weight': Tensor, .*, \d+ more\): there"),
+    ],
 )
 def test_a_dict_without_modules(pipe: Any, match: str) -> None:
-    refused(pipe, layerstream.PipelineError, match)
+    assert len(str(refused(pipe, layerstream.PipelineError, match))) < 400
 
 
 def test_what_is_no_module_in_a_dict_is_passed_over() -> None:
@@ -412,15 +416,86 @@ def test_a_stack_whose_blocks_share_parameters(clean_registry: None, shared: str
     assert_restored(model, before)
 
 
-@pytest.mark.parametrize("make", [nn.Module, nn.ModuleList, nn.Sequential, nn.ModuleDict])
+def refused_as_well_in_a_preview(pipe: Any, match: str) -> None:
+    before = describe(pipe) if isinstance(pipe, nn.Module) else None
+    errors = [refused(pipe, layerstream.PipelineError, match, vram_budget="min")]
+    with pytest.raises(layerstream.PipelineError, match=match) as error:
+        layerstream.plan(pipe, device="cpu")
+    assert all(str(each) == str(error.value) and "\n" not in str(each) for each in errors)
+    if before is not None:
+        assert_restored(pipe, before)
+
+
+@pytest.mark.parametrize("make", [nn.Module, nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ReLU])
 def test_a_container_with_nothing_in_it(make: type[nn.Module]) -> None:
-    empty, device = make(), adversary()
+    name = make.__name__
+    match = rf"^`{name}` \({name}\) has no parameters and no buffers: there are no weights to stream\.$"
+    refused_as_well_in_a_preview(make(), match)
+
+
+def test_modules_none_of_which_has_weights() -> None:
+    match = r"^`act` \(ReLU\), `list` \(ModuleList\) have no parameters and no buffers"
+    refused_as_well_in_a_preview({"act": nn.ReLU(), "list": nn.ModuleList([nn.ReLU()]), "none": None}, match)
+
+
+def test_modules_some_of_which_have_weights() -> None:
+    """Also buffers, which move as well as parameters do."""
+    parts = {"act": nn.ReLU(), "norm": nn.BatchNorm1d(4, affine=False), "net": toy()}
+    expected = run(parts["net"])
+    with layerstream.offload(parts, vram_budget="min", device=adversary()):
+        assert_equal(run(parts["net"]), expected)
     with (
         pytest.warns(layerstream.LayerstreamWarning, match="no block stacks found in"),
-        layerstream.offload(empty, vram_budget="min", device=device) as streamer,
+        layerstream.offload(parts["norm"], vram_budget="min", device=adversary()),
     ):
-        assert streamer.plan.least_bytes == 0
-    assert not device.buffer_bytes
+        pass
+
+
+def test_parameters_that_have_no_shape_yet() -> None:
+    model = toy()
+    model.blocks[2].lazy = nn.LazyLinear(4)
+    match = r"^`Toy\.blocks\.2\.lazy\.weight` has no shape yet \(UninitializedParameter\): .* Run the model once"
+    with pytest.raises(layerstream.PipelineError, match=match):
+        layerstream.offload({"Toy": model}, vram_budget="min", device=adversary()).start()
+    with pytest.raises(layerstream.PipelineError, match=match):
+        layerstream.plan(model, device="cpu")
+    assert isinstance(model.blocks[2].lazy.weight, nn.UninitializedParameter)
+
+
+class WithComponents:
+    def __init__(self, components: Any) -> None:
+        self.components = components
+
+
+@pytest.mark.parametrize("components", [[toy()], (toy(),), [], None, 3, "transformer"])
+def test_components_that_are_no_dict(components: Any) -> None:
+    kind = type(components).__name__
+    match = rf"^WithComponents has no modules: its `\.components` is a {kind}, and no dict of modules by name\.$"
+    refused_as_well_in_a_preview(WithComponents(components), match)
+
+
+def test_components_that_are_no_dict_beside_modules() -> None:
+    """An ordinary class may have an attribute of that name; its modules are attributes."""
+    pipe = WithComponents(["net"])
+    pipe.net = toy()  # type: ignore[attr-defined]
+    assert {unit.component for unit in layerstream.plan(pipe, device="cpu").units} == {"net"}
+
+
+@pytest.mark.parametrize("error", [ValueError("vae is\nmissing"), AttributeError("vae is missing"), KeyError("vae")])
+def test_components_that_raise(error: Exception) -> None:
+    """As those of diffusers do, where an attribute that the pipeline was made with is gone."""
+
+    class Pipeline:
+        def __init__(self) -> None:
+            self.net = toy()
+
+        @property
+        def components(self) -> dict[str, Any]:
+            raise error
+
+    match = rf"^the `\.components` of Pipeline cannot be read \({type(error).__name__}: .*vae.*\)\. Give .* a dict of"
+    refused_as_well_in_a_preview(Pipeline(), match)
+    assert layerstream.active(Pipeline()) is None
 
 
 def test_an_object_whose_attributes_are_no_modules() -> None:

@@ -394,8 +394,21 @@ class LayerStreamer:
         """Decorate a pipeline class (its `__call__` runs streamed) or a function.
 
         The function's first argument is the pipeline, unless the streamer was made with one.
+
+        Raises:
+            ArgumentError: it is neither, or a class whose objects cannot be called.
         """
+        if not callable(target) or (not isinstance(target, type) and not is_plain(target)):
+            raise ArgumentError(
+                f"a LayerStreamer decorates a class or a function, not {brief(target)}: to run a pipeline, call the "
+                "pipeline itself; to stream a pipeline, `with layerstream.offload(pipe):`."
+            )
         if isinstance(target, type):
+            if not any("__call__" in vars(cls) for cls in target.__mro__):
+                raise ArgumentError(
+                    f"class {target.__name__} has no `__call__` that could run streamed. Decorate its methods: "
+                    "`@layerstream.offload()` before each; the pipeline is their first argument."
+                )
             target.__call__ = decorated(target.__call__, self._around)  # type: ignore[method-assign]
             return target
         return decorated(target, self._around)  # type: ignore[return-value]
@@ -607,7 +620,7 @@ def offload(
         HostMemoryError: the weights cannot be held in host memory.
 
     Raises, at once:
-        ArgumentError: `call_timeout` is no number of seconds.
+        ArgumentError: `call_timeout` is no number of seconds, or a decorator was given what cannot be called.
     """
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
     streamer = LayerStreamer(

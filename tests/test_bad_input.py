@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -156,6 +157,55 @@ def test_a_decorator_is_no_context() -> None:
         layerstream.offload(lambda pipe: pipe)()
     with pytest.raises(layerstream.StreamerStateError, match="no stats yet"):
         layerstream.offload(toy()).stats()
+
+
+@pytest.mark.parametrize("target", [5, None, "a prompt", [print], property(print), classmethod(print)])
+@pytest.mark.parametrize("pipe", [None, toy()])
+def test_decorating_what_cannot_be_called(pipe: Any, target: Any) -> None:
+    with pytest.raises(
+        layerstream.ArgumentError, match=r"^a LayerStreamer decorates a class or a function, not .*: .*offload\(pipe\)"
+    ) as error:
+        layerstream.offload(pipe, vram_budget="8GiB")(target)
+    assert "\n" not in str(error.value)
+
+
+class OfDiffusers:
+    def __init__(self) -> None:
+        self.components = {"net": toy()}
+
+    def __call__(self, prompt: str) -> str:
+        return prompt
+
+
+class Held(nn.Module):
+    """Can be called by its base."""
+
+    components = MappingProxyType({"net": None})
+
+
+@pytest.mark.parametrize("target", [toy(), {"net": toy()}, OfDiffusers(), nn.ModuleList([toy()])])
+def test_decorating_a_pipeline(target: Any) -> None:
+    match = r"^a LayerStreamer decorates .*, not .*: .* to stream a pipeline, `with layerstream.offload\(pipe\):`"
+    with pytest.raises(layerstream.ArgumentError, match=match) as error:
+        layerstream.offload(vram_budget="8GiB")(target)
+    assert "\n" not in str(error.value)
+
+
+def test_decorating_a_class_that_cannot_be_called() -> None:
+    class Pipeline:
+        def generate(self) -> None: ...
+
+    before = dict(vars(Pipeline))
+    for decorate in (layerstream.offload, layerstream.offload(vram_budget="8GiB")):
+        with pytest.raises(
+            layerstream.ArgumentError, match=r"^class Pipeline has no `__call__` .* Decorate its methods"
+        ):
+            decorate(Pipeline)
+    assert dict(vars(Pipeline)) == before
+    own = dict(vars(Held))
+    assert layerstream.offload(Held) is Held
+    assert "__call__" in vars(Held)
+    assert "__call__" not in own
 
 
 def test_offloaded_by_accelerate() -> None:

@@ -106,7 +106,7 @@ def _parts_of(module: nn.Module) -> dict[str, nn.Module]:
     container = uncompiled(module)
     children = dict(container.named_children())
     parts = {}
-    for path in adapter_for(container).find_parts(container):
+    for path in adapter_for(container).parts_of(container):
         if path not in children:
             raise AdapterError(
                 f"part `{path}` does not exist in `{type(container).__name__}`. Its children are: "

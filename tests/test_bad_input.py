@@ -419,9 +419,7 @@ def clean_registry() -> Iterator[None]:
     [
         ({"stacks": ["layers"]}, "stack `layers` does not exist .* blocks"),
         ({"stacks": ["head"]}, "without children"),
-        ({"stacks": "blocks"}, "stack `b` does not exist"),
         ({"stacks": ["blocks", "blocks.0"]}, "overlap"),
-        ({"stacks": ["blocks", "blocks"]}, "`Toy.blocks.0` and `Toy.blocks.0` overlap: .* must be listed once"),
         ({"stacks": ["", "blocks"]}, "overlap"),
         ({"stacks": ["blocks"], "resident": ["blocks.9"]}, "resident block `blocks.9` does not exist"),
         ({"stacks": ["blocks"], "entry_points": ["sample"]}, "has no method sample to enter by"),

@@ -47,6 +47,7 @@ from layerstream.errors import (
     BudgetError,
     DeviceError,
     StreamerStateError,
+    brief,
 )
 from layerstream.intercept import Interception, refuse_rivals
 from layerstream.interrupts import twice_if_interrupted
@@ -404,8 +405,21 @@ class LayerStreamer:
         """Decorate a pipeline class (its `__call__` runs streamed) or a function.
 
         The function's first argument is the pipeline, unless the streamer was made with one.
+
+        Raises:
+            ArgumentError: it is neither, or a class whose objects cannot be called.
         """
+        if not callable(target) or (not isinstance(target, type) and not is_plain(target)):
+            raise ArgumentError(
+                f"a LayerStreamer decorates a class or a function, not {brief(target)}: to run a pipeline, call the "
+                "pipeline itself; to stream a pipeline, `with layerstream.offload(pipe):`."
+            )
         if isinstance(target, type):
+            if not any("__call__" in vars(cls) for cls in target.__mro__):
+                raise ArgumentError(
+                    f"class {target.__name__} has no `__call__` that could run streamed. Decorate its methods: "
+                    "`@layerstream.offload()` before each; the pipeline is their first argument."
+                )
             target.__call__ = decorated(target.__call__, self._around)  # type: ignore[method-assign]
             return target
         return decorated(target, self._around)  # type: ignore[return-value]
@@ -487,7 +501,7 @@ class LayerStreamer:
 
     def __repr__(self) -> str:
         if self._last is None:
-            return f"LayerStreamer(not started, vram_budget={self._vram_budget!r})"
+            return f"LayerStreamer(not started, vram_budget={brief(self._vram_budget)})"
         stats = self._last.stats
         state = "active" if self.is_active else "closed"
         budget = format_budget(stats.budget_bytes or None)
@@ -617,7 +631,7 @@ def offload(
         HostMemoryError: the weights cannot be held in host memory.
 
     Raises, at once:
-        ArgumentError: `call_timeout` is no number of seconds.
+        ArgumentError: `call_timeout` is no number of seconds, or a decorator was given what cannot be called.
     """
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
     streamer = LayerStreamer(
@@ -683,7 +697,7 @@ def plan(
 
 def _device_of(device: torch.device | str | int | Device | None) -> Device:
     if isinstance(device, bool | type) or not isinstance(device, torch.device | str | int | Device | None):
-        raise DeviceError(f'device {device!r} is not a device. Write "cuda", "cuda:1" or "cpu" (simulated).')
+        raise DeviceError(f'device {brief(device)} is not a device. Write "cuda", "cuda:1" or "cpu" (simulated).')
     if isinstance(device, Device):
         return device
     torch_device = find_device(device)
@@ -706,7 +720,7 @@ def _checked_timeout(call_timeout: float | None) -> float | None:
     is_number = isinstance(call_timeout, int | float) and not isinstance(call_timeout, bool)
     if not is_number or math.isnan(call_timeout) or call_timeout < 0:
         raise ArgumentError(
-            f"call_timeout must be a number of seconds, or None to wait as long as it takes, not {call_timeout!r}."
+            f"call_timeout must be a number of seconds, or None to wait as long as it takes, not {brief(call_timeout)}."
         )
     return float(call_timeout)
 

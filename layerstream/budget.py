@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from layerstream.errors import BudgetError
+from layerstream.errors import BudgetError, brief
 
 _UNITS = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]+|%)\s*")
+# No device needs more digits, and Python reads no more than some thousands.
+_SIZE = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})\s*([a-zA-Z]+|%)\s*")
 
 _SIZES = 'a number with a unit ("8GiB" or "8G" for 2^30 bytes each, "8GB" for 10^9, "512MiB")'
 _BUDGETS = f'{_SIZES}, a share of the device\'s memory ("50%"), an int of bytes, "auto" or "min"'
@@ -30,7 +31,7 @@ _UNLIMITED_BYTES = 2**48
 def format_bytes(num_bytes: int | float) -> str:
     """Memory as text in powers of two: `format_bytes(3 * 2**30)` is "3.0 GiB"."""
     if num_bytes >= 2**60:
-        return f"{int(num_bytes) >> 40} TiB"  # beyond what a float says exactly, or at all
+        return "over 1 EiB"  # what somebody wrote, and not what anything has
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
@@ -57,25 +58,32 @@ def parse_bytes(text: str) -> int:
     Raises:
         BudgetError: no number with a unit; names the string and all that a budget may be.
     """
-    return _parse(text, f"vram_budget {text!r} is not a size. Write {_BUDGETS}.")
+    return _parse(text, f"vram_budget {brief(text)} is not a size. Write {_BUDGETS}.")
 
 
 def parse_reserve(reserve: int | str) -> int:
     """Bytes of a reserve: an int, or a string as `parse_bytes` takes it.
 
     Raises:
-        BudgetError: negative, unparsable, or not a size at all ("50%", "auto" and "min" are not).
+        BudgetError: negative, unparsable, more than any device has, or not a size at all ("50%", "auto" and "min" are
+            not).
     """
     if isinstance(reserve, str):
-        return _parse(reserve, f"reserve {reserve!r} is not a size. Write {_SIZES}, or an int of bytes.")
-    if not isinstance(reserve, int) or isinstance(reserve, bool):
+        num_bytes = _parse(reserve, f"reserve {brief(reserve)} is not a size. Write {_SIZES}, or an int of bytes.")
+    elif isinstance(reserve, int) and not isinstance(reserve, bool):
+        num_bytes = reserve
+    else:
         raise BudgetError(
-            f"reserve must be an int of bytes or a string, not {type(reserve).__name__} ({reserve!r}). "
+            f"reserve must be an int of bytes or a string, not {type(reserve).__name__} ({brief(reserve)}). "
             'Write, for instance, reserve="1GiB".'
         )
-    if reserve < 0:
-        raise BudgetError(f"reserve {reserve} is negative. Give the bytes that activations take, or 0.")
-    return reserve
+    if num_bytes < 0:
+        raise BudgetError(f"reserve {brief(reserve)} is negative. Give the bytes that activations take, or 0.")
+    if is_unlimited(num_bytes):
+        raise BudgetError(
+            f"reserve {brief(reserve)} is more than any device has. Give the bytes that activations take, or 0."
+        )
+    return num_bytes
 
 
 def auto_bytes(free_bytes: int) -> int:
@@ -108,19 +116,21 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
         budget_bytes = vram_budget
     else:
         raise BudgetError(
-            f"vram_budget must be an int of bytes or a string, not {type(vram_budget).__name__} ({vram_budget!r}). "
-            f"Write {_BUDGETS}."
+            f"vram_budget must be an int of bytes or a string, not {type(vram_budget).__name__} "
+            f"({brief(vram_budget)}). Write {_BUDGETS}."
         )
     if budget_bytes <= 0:
         raise BudgetError(
-            f'vram_budget {vram_budget!r} is {budget_bytes} bytes. Give a positive size, "auto", or "min" for the '
-            "least that works.",
+            f'vram_budget {brief(vram_budget)} is {brief(budget_bytes)} bytes. Give a positive size, "auto", or "min" '
+            "for the least that works.",
             budget_bytes=budget_bytes,
         )
     if budget_bytes > total_bytes:
+        had, most = f"the device has ({format_bytes(total_bytes)})", "at most that"
+        if is_unlimited(total_bytes):
+            had, most = "any device has", "what yours has"
         raise BudgetError(
-            f"vram_budget {format_bytes(budget_bytes)} is more than the device has ({format_bytes(total_bytes)}). "
-            'Give at most that, or "auto" for what is free.',
+            f'vram_budget {format_bytes(budget_bytes)} is more than {had}. Give {most}, or "auto" for what is free.',
             budget_bytes=budget_bytes,
         )
     return budget_bytes

@@ -58,7 +58,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         for kind in ("_parameters", "_buffers"):
             for name, t in getattr(m, kind).items():
                 if t is not None:
-                    meta = (id(t), type(t), t.dtype, t.device, tuple(t.shape), t.stride(), t.requires_grad)
+                    shapes = [(tuple(part.shape), part.stride()) for part in _parts(t)]
+                    meta = (id(t), type(t), t.dtype, t.device, *shapes, t.requires_grad)
                     state[f"{path}.{name}"] = (meta, t.detach().clone())
         names = {k for k in vars(m) if k not in ("_parameters", "_buffers")}
         hooks = [list(getattr(m, h).items()) for h in ("_forward_pre_hooks", "_forward_hooks")]
@@ -99,8 +100,16 @@ def assert_restored(module: nn.Module, before: Mapping[str, Any], *, changed: Se
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one dtype and shape are equal to the last bit, NaN included."""
-    as_bytes = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return torch.equal(*as_bytes)
+    return all(torch.equal(_bytes(p), _bytes(q)) for p, q in zip(_parts(a), _parts(b), strict=True))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What a nested tensor is made of, each with a shape; any other tensor by itself."""
+    return tensor.detach().unbind() if tensor.is_nested else (tensor,)
 
 
 def _tensor_differences(output: Any, expected: torch.Tensor, path: str) -> Iterator[str]:

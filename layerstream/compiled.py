@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import re
 import sys
 import threading
@@ -38,7 +39,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CellType, CodeType, FrameType
+from types import CellType, CodeType, FrameType, ModuleType
 from typing import Any, Final, ParamSpec, TypeVar, cast
 
 import torch
@@ -387,35 +388,99 @@ def _around(component: nn.Module, blocks: Collection[int]) -> dict[str, nn.Modul
     return {path: root.get_submodule(path) for path in parents}
 
 
+_HELD_DEPTH: Final = 2  # attributes of attributes
+
+
 def compiled_methods_around(
     component: nn.Module, blocks: Iterable[nn.Module]
 ) -> Iterator[tuple[str, nn.Module, str, Callable[..., Any]]]:
-    """Methods whose functions were given to `torch.compile` when their class was made, of modules that contain blocks:
-    the module's dotted name, the module, the method's name, and the function that was compiled.
+    """Methods whose functions were given to `torch.compile`, when their class or the object was made, of modules that
+    contain blocks: the module's dotted name, the module, the method's name, and the method as it was written.
 
     Remote code does this (`sample = torch.compile(sample, fullgraph=True)` in a class body). One graph cannot stop at a
     block, so while blocks stream these functions are to run as they were written.
     """
+    for path, module, name, value, is_own in _attributes_around(component, blocks):
+        original = _compiled_function_of(value)
+        if original is not None:
+            yield path, module, name, original if is_own else functools.partial(original, module)
+
+
+def holders_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module, str, str]]:
+    """Methods that are objects of some class, and hold a function that was compiled with `fullgraph=True`: the module's
+    dotted name, the module, the method's name, and the object's class.
+
+    What such an object does with the function is not known, so it cannot be run as written; `explain_holder` says so
+    where that fails.
+    """
+    for path, module, name, value, _ in _attributes_around(component, blocks):
+        is_computed = isinstance(value, property | functools.cached_property)  # by asking for it
+        if not is_computed and _compiled_function_of(value) is None and _holds_one_graph(value, _HELD_DEPTH):
+            yield path, module, name, type(value).__name__
+
+
+def explain_holder(
+    place: str, component: str, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a method that `holders_around` found.
+
+    Raises:
+        CompiledWholeError: it reached blocks that stream inside its one graph.
+    """
+    unsupported = getattr(_dynamo("exc"), "Unsupported", ())
+    try:
+        return original(*args, **kwargs)
+    except unsupported as exc:
+        raise CompiledWholeError(
+            f"`{place}` of `{component}` ({kind}) holds a function that was given to torch.compile with "
+            "fullgraph=True, and does not run in one graph while blocks stream. Compile the blocks instead "
+            f"(`block.compile()` on each), drop fullgraph=True, or leave `{component}` out of what is given to "
+            "offload()."
+        ) from exc
+
+
+def _attributes_around(
+    component: nn.Module, blocks: Iterable[nn.Module]
+) -> Iterator[tuple[str, nn.Module, str, object, bool]]:
+    """What the modules that contain blocks have by their own names and those of their classes: the module's dotted
+    name, the module, the name, what it is, and whether the object itself has it."""
     for path, module in _around(component, {id(block) for block in map(uncompiled, blocks)}).items():
-        seen: set[str] = set()
-        for cls in type(module).__mro__:
-            if cls is nn.Module:
-                break
-            for name, value in vars(cls).items():
-                original = _compiled_function_of(value) if name not in seen else None
-                if original is not None:
-                    yield path, module, name, original
-                seen.add(name)
+        seen = {"forward", "_compiled_call_impl"} & set(vars(module))  # of these `exchange_for_block_compile` knows
+        for names in (vars(module), *map(vars, _classes_of(module))):
+            for name, value in list(names.items()):
+                if name not in seen:
+                    seen.add(name)
+                    yield path, module, name, value, names is vars(module)
+
+
+def _classes_of(module: nn.Module) -> Iterator[type]:
+    return itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__)
 
 
 def _compiled_function_of(value: object) -> Callable[..., Any] | None:
     """The function that was compiled, of what `torch.compile` gave, or of a function that calls that: a decorator that
     can be switched off keeps it in its closure."""
-    for each in (value, *(_content(cell) for cell in getattr(value, "__closure__", None) or ())):
-        original = getattr(each, "_torchdynamo_orig_callable", None)
-        if callable(original) and not isinstance(each, nn.Module):
-            return cast("Callable[..., Any]", original)
+    for each in (value, *_contents(value)):
+        if _context_of(each) is not None:
+            return cast("Callable[..., Any]", each._torchdynamo_orig_callable)  # type: ignore[attr-defined]
     return None
+
+
+def _holds_one_graph(value: object, depth: int) -> bool:
+    """Whether a function that is compiled in one graph is reached through an object's attributes, or a closure."""
+    context = _context_of(value)
+    if context is not None:
+        return _is_fullgraph(context)
+    if not depth or isinstance(value, nn.Module | type | ModuleType):
+        return False
+    partial = value.func if isinstance(value, functools.partial) else None
+    held = [*getattr(value, "__dict__", {}).values(), partial, *_contents(value)]
+    return any(_holds_one_graph(each, depth - 1) for each in held)
+
+
+def _contents(value: object) -> list[object]:
+    """What a function closes over."""
+    return [_content(cell) for cell in getattr(value, "__closure__", None) or ()]
 
 
 def _content(cell: CellType) -> object:

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from layerstream.adapters.registry import adapter_for
 from layerstream.compiled import uncompiled
-from layerstream.errors import AdapterError, PipelineError
+from layerstream.errors import AdapterError, PipelineError, brief
 from layerstream.units import ComponentLayout
+
+_MOST_TOLD = 8  # things in the place of modules, in a message
 
 
 def is_plain(pipe: Any) -> bool:
     """Whether a pipeline is an object of an ordinary class, whose attributes are its modules."""
-    return not isinstance(pipe, nn.Module | Mapping) and not isinstance(getattr(pipe, "components", None), Mapping)
+    return not isinstance(pipe, nn.Module | Mapping) and not isinstance(_components_attribute(pipe), Mapping)
+
+
+def _components_attribute(pipe: Any) -> Any:
+    """What an object has as `.components`; None: nothing.
+
+    Raises:
+        PipelineError: that cannot be read, as with a diffusers pipeline that lacks what it was made with.
+    """
+    is_declared = inspect.getattr_static(pipe, "components", None) is not None
+    try:
+        return pipe.components if is_declared else getattr(pipe, "components", None)
+    except Exception as exc:
+        raise PipelineError(
+            f"the `.components` of {type(pipe).__name__} cannot be read ({type(exc).__name__}: "
+            f"{' '.join(str(exc).split())}). Give the pipeline what it lacks, or offload() a dict of its modules."
+        ) from exc
 
 
 def held_modules(pipe: Any) -> dict[str, nn.Module]:
     """The modules that the pipeline holds by name, as it calls them (compiled or not), each once; there may be none.
 
     Raises:
-        PipelineError: it is no pipeline, module, dict, or object with attributes.
+        PipelineError: it is no pipeline, module, dict, or object with attributes; or its components cannot be read.
     """
     found: Mapping[Any, Any]
     if isinstance(pipe, nn.Module):
         found = {type(uncompiled(pipe)).__name__: pipe}
     elif isinstance(pipe, Mapping):
         found = pipe
-    elif isinstance(getattr(pipe, "components", None), Mapping):
-        found = pipe.components
+    elif isinstance(components := _components_attribute(pipe), Mapping):
+        found = components
     elif hasattr(pipe, "__dict__") and not isinstance(pipe, type):
         found = vars(pipe)
     else:
@@ -85,7 +106,7 @@ def _parts_of(module: nn.Module) -> dict[str, nn.Module]:
     container = uncompiled(module)
     children = dict(container.named_children())
     parts = {}
-    for path in adapter_for(container).find_parts(container):
+    for path in adapter_for(container).parts_of(container):
         if path not in children:
             raise AdapterError(
                 f"part `{path}` does not exist in `{type(container).__name__}`. Its children are: "
@@ -102,20 +123,47 @@ def _has_more_than(module: nn.Module, parts: list[nn.Module]) -> bool:
 
 
 def some_components_of(pipe: Any) -> dict[str, nn.Module]:
-    """`components_of`, of which there must be one.
+    """`components_of`, of which there must be one that has weights, and none whose weights have no shape.
 
     Raises:
-        PipelineError: see there; or it has no modules.
+        PipelineError: see there; or that is not so.
     """
+    _refuse_uninitialized(held_modules(pipe))
     components = components_of(pipe)
     if not components:
-        found = pipe if isinstance(pipe, Mapping) else vars(pipe) if is_plain(pipe) else {}
-        held = ", ".join(f"{k!r}: {type(v).__name__}" for k, v in found.items())
-        raise PipelineError(
-            f"{type(pipe).__name__} has no modules{f' (it holds {held})' if held else ''}: there are no weights to "
-            "stream."
-        )
+        raise PipelineError(f"{type(pipe).__name__} has no modules{_held_instead(pipe)}")
+    if not any(next(_tensors_of(module), None) for module in components.values()):
+        named = ", ".join(f"`{name}` ({type(uncompiled(module)).__name__})" for name, module in components.items())
+        has = "has" if len(components) == 1 else "have"
+        raise PipelineError(f"{named} {has} no parameters and no buffers: there are no weights to stream.")
     return components
+
+
+def _held_instead(pipe: Any) -> str:
+    """The rest of the sentence about a pipeline without modules."""
+    if is_plain(pipe) and hasattr(pipe, "components"):
+        return f": its `.components` is a {type(pipe.components).__name__}, and no dict of modules by name."
+    found = pipe if isinstance(pipe, Mapping) else vars(pipe) if is_plain(pipe) else {}
+    told = [f"{brief(k)}: {type(v).__name__}" for k, v in islice(found.items(), _MOST_TOLD)]
+    if len(found) > _MOST_TOLD:
+        told.append(f"{len(found) - _MOST_TOLD} more")
+    held = ", ".join(told)
+    return f"{f' (it holds {held})' if held else ''}: there are no weights to stream."
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _refuse_uninitialized(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        for path, tensor in _tensors_of(uncompiled(module)):
+            if is_lazy(tensor):
+                raise PipelineError(
+                    f"`{name}.{path}` has no shape yet ({type(tensor).__name__}): it gets one in the first forward. "
+                    "Run the model once before streaming it."
+                )
 
 
 def refuse_scripted(components: Mapping[str, nn.Module]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from layerstream.allocator import PAGE_BYTES, GrowingSegments
-from layerstream.errors import DeviceError
+from layerstream.errors import DeviceError, brief
 
 Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
@@ -456,8 +456,10 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except RuntimeError as exc:
-        raise DeviceError(f'device {device!r} is not a device. Write "cuda", "cuda:1" or "cpu" (simulated).') from exc
+    except (RuntimeError, ValueError) as exc:
+        raise DeviceError(
+            f'device {brief(device)} is not a device. Write "cuda", "cuda:1" or "cpu" (simulated).'
+        ) from exc
     if found.type == "cpu":
         return torch.device("cpu")
     if found.type != "cuda":

@@ -1,4 +1,4 @@
-"""Every error and warning layerstream raises; imports nothing.
+"""Every error and warning layerstream raises, and how values are named in them; imports nothing.
 
 `LayerstreamError` is the root. A child also derives from the builtin a caller would expect
 (`ValueError` for a wrong argument, `RuntimeError` for a wrong moment), so code that knows nothing of
@@ -6,6 +6,17 @@ layerstream still catches it. Messages say what happened with numbers, then what
 """
 
 from __future__ import annotations
+
+_MOST_CHARACTERS = 60
+
+
+def brief(value: object) -> str:
+    """A value as messages name it: its repr, in one line that is not long."""
+    try:
+        text = " ".join(line.strip() for line in repr(value).splitlines())
+    except Exception:  # anybody's class may raise, and an int of thousands of digits does
+        text = object.__repr__(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS // 2]}... ({len(text)} characters)"
 
 
 class LayerstreamError(Exception):

@@ -78,7 +78,10 @@ class Interception:
             self._eager_undo.append(compiled.keep_eager_around(called, own))
             for path, module, name, function in compiled.compiled_methods_around(called, own):
                 self.eager.append(f"{path}.{name}" if path else name)
-                self._replace(module, name, functools.partial(function, module))
+                self._replace(module, name, function)
+            for path, module, name, kind in compiled.holders_around(called, own):
+                place, component = f"{path}.{name}" if path else name, type(compiled.uncompiled(called)).__name__
+                self.watch_call(module, name, functools.partial(compiled.explain_holder, place, component, kind))
         self._block_hooks = enter_block, leave_block
         for root in roots:
             self._hook(root, enter_root, leave_root)
@@ -137,7 +140,7 @@ class Interception:
         original = getattr(owner, name)
         names = vars(owner)
         was = names.get(name, _NOT_THERE)
-        replacement = functools.partial(_replaced, owner, name, _Around(around))
+        replacement = functools.partial(_replaced, owner, name, _Around(around, was))
         functools.update_wrapper(replacement, original)  # signature and documentation stay visible
 
         def undo() -> None:
@@ -225,7 +228,8 @@ def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:
     function, arguments, *rest = reduced
     is_copy = sys._getframe(1).f_code in (copy.deepcopy.__code__, copy.copy.__code__)
     if rest and isinstance(rest[0], dict):
-        state = {name: value for name, value in rest[0].items() if not _is_ours(value)}
+        found = {name: _given(value) for name, value in rest[0].items()}
+        state = {name: value for name, value in found.items() if value is not _NOT_THERE}
         for name in _HOOK_DICTS:
             if _HOOKS & set(state.get(name, ())):
                 state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in _HOOKS)
@@ -236,15 +240,20 @@ def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:
     return function, arguments, *rest
 
 
-def _is_ours(value: Any) -> bool:
-    return isinstance(value, functools.partial) and value.func in (_guarded_apply, _reduce, _replaced)
+def _given(value: Any) -> Any:
+    """What an instance had in the place of something of ours; `_NOT_THERE`: nothing."""
+    while isinstance(value, functools.partial) and value.func in (_guarded_apply, _reduce, _replaced):
+        around = value.args[2] if value.func is _replaced else None
+        value = _NOT_THERE if around is None else around.was
+    return value
 
 
 class _Around:
     """A wrapper's function. Not copied along with the instance it wraps a method of: see `__deepcopy__`."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], was: object) -> None:
         self.function = function
+        self.was = was  # by the same name, in the instance's `__dict__`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None

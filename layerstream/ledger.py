@@ -373,7 +373,8 @@ class Ledger:
         reached = least + max(others, wanted_bytes)
         is_known = self._reserve is not None and self._reserve.is_measured
         needed = reached if is_known else self._certain_bytes(reached)
-        budget = "the device" if self.budget_bytes is None else f"vram_budget {format_bytes(self.budget_bytes)}"
+        is_limited = self.budget_bytes is not None and not is_unlimited(self.budget_bytes)
+        budget = f"vram_budget {format_bytes(self.budget_bytes or 0)}" if is_limited else "the device"
         if self.budget_bytes is not None and reached <= self.budget_bytes:
             advice = "The next call gets all the room there is: call again, or make"
         elif is_known:

@@ -401,6 +401,13 @@ class _Check:
             outside = summary.num_bytes - summary.block_bytes
             if outside <= _LEAST_SHARE * total or summary.share_in_blocks >= 0.5 or "decode" in layout.entry_points:
                 continue
+            if 2 * _shared_bytes(layout) > outside:
+                self.add(
+                    "hint",
+                    f"{1 - summary.share_in_blocks:.0%} of `{layout.name}` ({format_bytes(outside)}) is shared by "
+                    "blocks, belongs to none, and is on the device whenever it runs. No adapter changes that",
+                )
+                continue
             largest = _largest_lists(layout)
             if not largest:
                 continue
@@ -568,6 +575,13 @@ def _named_budget(budget: int | str) -> str:
 
 def _quoted(value: Any) -> str:
     return "[" + ", ".join(f'"{v}"' for v in value) + "]" if isinstance(value, list) else repr(value)
+
+
+def _shared_bytes(layout: ComponentLayout) -> int:
+    """Of parameters that more than one block uses."""
+    blocks = [module for stack in layout.stacks for _, module in stack.blocks]
+    uses = Counter(parameter for block in blocks for parameter in block.parameters())
+    return sum(p.numel() * p.element_size() for p, count in uses.items() if count > 1)
 
 
 def _largest_lists(layout: ComponentLayout) -> str:

@@ -118,10 +118,16 @@ class Division:
         for component, places in self.others.items():
             new = {id(p.tensor): p.tensor for p in places if id(p.tensor) not in seen}
             seen.update(new)
-            kinds = tuple(sorted({type(t).__name__ for t in new.values()}))
+            kinds = tuple(sorted({_kind(t) for t in new.values()}))
             if new:
                 found.append(WholeSpec(component, len(new), sum(map(whole_bytes, new.values())), kinds))
         return found
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """What a tensor that does not move is called: by its class, where that says something."""
+    name = type(tensor).__name__
+    return f"nested {name}" if tensor.is_nested and type(tensor) in (torch.Tensor, nn.Parameter) else name
 
 
 def whole_bytes(tensor: torch.Tensor) -> int:
@@ -396,4 +402,5 @@ def _moves(tensor: torch.Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_conj()
         and not tensor.is_neg()
+        and not tensor.is_nested
     )

@@ -14,7 +14,8 @@ from layerstream.adapters.base import Adapter
 from layerstream.adapters.generic import GenericAdapter
 from layerstream.adapters.named import NAMED
 from layerstream.adapters.registry import adapter_for, register_adapter
-from layerstream.errors import AdapterError
+from layerstream.components import layouts_of
+from layerstream.errors import AdapterError, brief
 from layerstream.units import divide
 
 
@@ -550,7 +551,7 @@ def test_adapters_of_names_say_which_children_they_mean_and_nothing_is_imported(
         assert adapter.children, "else any class of that name would be taken for it"
 
 
-@pytest.mark.parametrize("target", [3, None, int, Model(), Adapter])
+@pytest.mark.parametrize("target", [3, None, int, Adapter, ["Model"]])
 def test_bad_target(target: Any) -> None:
     with pytest.raises(AdapterError) as error:
         register_adapter(target, Adapter())
@@ -558,16 +559,114 @@ def test_bad_target(target: Any) -> None:
     assert registry._REGISTERED == {}
 
 
-@pytest.mark.parametrize("adapter", [None, Adapter, ["blocks"], "blocks"])
-def test_bad_adapter(adapter: Any) -> None:
+def test_a_module_in_the_place_of_its_class() -> None:
     with pytest.raises(AdapterError) as error:
-        register_adapter(Model, adapter)
+        register_adapter(Model(), Adapter())  # type: ignore[arg-type]
     assert str(error.value) == (
-        f"register_adapter needs an Adapter instance, not {adapter!r}. Adapter(stacks=[...]) makes one."
+        "register_adapter needs a subclass of torch.nn.Module or a class name, not an instance of Model. Give its "
+        "class: type(model)."
     )
     assert registry._REGISTERED == {}
 
 
-def test_stacks_given_as_a_string_are_refused() -> None:
-    with pytest.raises(AdapterError, match="does not exist"):
-        Adapter(stacks="layers").layout("net", Model())
+@pytest.mark.parametrize("name", ["", "models.Model", "My Model", "<class 'Model'>", "9lives"])
+def test_a_name_that_no_class_has(name: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        register_adapter(name, Adapter())
+    assert str(error.value) == (
+        f"register_adapter needs the name of a class by itself, as type(model).__name__ gives it, not {name!r}."
+    )
+    assert registry._REGISTERED == {}
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter, ["blocks"], "blocks", Model()])
+def test_bad_adapter(adapter: Any) -> None:
+    with pytest.raises(AdapterError) as error:
+        register_adapter(Model, adapter)
+    assert str(error.value) == (
+        f"register_adapter needs an Adapter instance, not {brief(adapter)}. Adapter(stacks=[...]) makes one."
+    )
+    assert "\n" not in str(error.value)
+    assert registry._REGISTERED == {}
+
+
+@pytest.mark.parametrize("argument", ["stacks", "resident", "entry_points", "parts"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("layers", "'layers' is a string. Write ['layers']."),
+        (None, "None is no list of names."),
+        (3, "3 is no list of names."),
+        ({"layers"}, "{'layers'} is no list of names."),
+        (iter(["layers"]), "is no list of names."),
+        (["layers", 3], "3 is no name."),
+        ([None], "None is no name."),
+        ([nn.ModuleList([nn.Linear(2, 2)])], "ModuleList( (0): Linear(in_fea... (67 characters) is no name."),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_list_of_names_is_refused_when_the_adapter_is_made(argument: str, value: Any, message: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        Adapter(**{argument: value})
+    assert str(error.value).startswith(f"Adapter({argument}=...): ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+class Says(Adapter):
+    """Finds whatever it is made to find."""
+
+    def __init__(self, **found: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "found", found)
+
+    def find_stacks(self, component: nn.Module) -> Sequence[str]:
+        return self.found.get("stacks", ())  # type: ignore[attr-defined,no-any-return]
+
+    def find_entry_points(self, component: nn.Module) -> Sequence[str]:
+        return self.found.get("entry_points", ())  # type: ignore[attr-defined,no-any-return]
+
+    def find_parts(self, component: nn.Module) -> Sequence[str]:
+        return self.found.get("parts", ())  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.mark.parametrize("what", ["stacks", "entry_points", "parts"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("first", "'first' is a string. Write ['first']."),
+        (None, "None is no list of names."),
+        ({"first"}, "{'first'} is no list of names."),
+        ([3], "3 is no name."),
+    ],
+)
+def test_what_an_adapter_finds_that_is_no_list_of_names(what: str, value: Any, message: str) -> None:
+    register_adapter(Model, Says(**{what: value}))
+    with pytest.raises(AdapterError) as error:
+        layouts_of({"net": Model()})
+    assert str(error.value) == f"Says.find_{what}() of Model: {message}"
+
+
+def test_a_stack_that_is_named_twice() -> None:
+    with pytest.raises(AdapterError) as error:
+        Adapter(stacks=["first", "second", "first"])
+    assert str(error.value) == "Adapter(stacks=...): `first` is named twice. Each block is to be listed once."
+    with pytest.raises(AdapterError) as error:
+        Says(stacks=["first", "first"]).layout("net", Model())
+    assert str(error.value) == "Says.find_stacks() of Model: `first` is named twice. Each block is to be listed once."
+
+
+def test_entry_points_that_are_named_twice_are_one() -> None:
+    adapter = Says(stacks=["second"], entry_points=["first.0.forward", "first.0.forward"])
+    assert adapter.layout("net", Model()).entry_points == ("first.0.forward",)
+
+
+def test_an_entry_point_that_is_found_and_does_not_exist() -> None:
+    with pytest.raises(AdapterError) as error:
+        Says(entry_points=["decode"]).layout("net", Model())
+    assert str(error.value) == "`net` (Model) has no method decode to enter by."
+
+
+def test_a_generator_of_names_is_read_once() -> None:
+    layout = Says(stacks=(name for name in ("first", "second"))).layout("net", Model())
+    assert [stack.name for stack in layout.stacks] == ["first", "second"]

@@ -299,6 +299,10 @@ def others(root: nn.Module) -> list[str]:
     return [p.name for places in divide([component(root, "stack")]).others.values() for p in places]
 
 
+def nested_tensor(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)
+
+
 def strange_tensors() -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says of each that it is a prototype
@@ -309,6 +313,8 @@ def strange_tensors() -> dict[str, torch.Tensor]:
             "quantised": torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
             "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
             "negative": torch.randn(3, dtype=torch.complex64).conj().imag,
+            "nested": nested_tensor(torch.strided),
+            "jagged": nested_tensor(torch.jagged),
         }
 
 

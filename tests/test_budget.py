@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import layerstream
 from layerstream.budget import format_budget, format_bytes, parse_bytes, parse_reserve, resolve_budget
 from layerstream.errors import BudgetError
 from layerstream.simulated import SimulatedDevice
@@ -98,6 +99,58 @@ def test_a_number_beyond_what_a_float_holds_is_a_budget_error() -> None:
         resolve("9" * 400 + "GiB")
 
 
+LONG_BUDGETS = [
+    "9" * 400,
+    "9" * 400 + "GiB",
+    "9" * 5000 + "GiB",  # more digits than Python reads
+    "9" * 400 + "%",
+    "9" * 5000 + "%",
+    "0." + "0" * 400 + "1GiB",
+    "x" * 400,
+    int("9" * 400),
+    -int("9" * 400),
+    10**5000,  # has no repr
+    b"8" * 400,
+    ["8GiB"] * 400,
+]
+
+
+@pytest.mark.parametrize("budget", LONG_BUDGETS, ids=range(len(LONG_BUDGETS)))
+def test_what_is_too_long_to_repeat_is_refused_in_a_line(budget: Any) -> None:
+    unlimited = SimulatedDevice().total_bytes()
+    for total in (24 * GIB, unlimited):
+        with pytest.raises(BudgetError, match="vram_budget") as error:
+            resolve(budget, free=total, total=total)
+        assert len(str(error.value)) < 330
+        assert "\n" not in str(error.value)
+    with pytest.raises(BudgetError, match="reserve") as error:
+        parse_reserve(budget)
+    assert len(str(error.value)) < 250
+    assert len(repr(layerstream.offload(vram_budget=budget))) < 120
+
+
+@pytest.mark.parametrize("text", ["1e400GiB", "nanGiB", "infGiB", "-8GiB", "", "nan", "1e400"])
+def test_what_floats_are_called_is_no_size(text: str) -> None:
+    for parse in (resolve, parse_reserve):
+        with pytest.raises(BudgetError, match=f"{re.escape(repr(text))} is not a size. Write a number with a unit"):
+            parse(text)
+
+
+@pytest.mark.parametrize("reserve", [2**48, 2**60, "1000TiB", "99999TB"])
+def test_a_reserve_that_no_device_has(reserve: int | str) -> None:
+    with pytest.raises(BudgetError, match=r"reserve .* is more than any device has. Give the bytes"):
+        parse_reserve(reserve)
+
+
+def test_a_budget_that_no_device_has() -> None:
+    unlimited = SimulatedDevice().total_bytes()
+    with pytest.raises(BudgetError) as error:
+        resolve(2 * unlimited, free=unlimited, total=unlimited)
+    assert str(error.value) == (
+        'vram_budget 2048.0 TiB is more than any device has. Give what yours has, or "auto" for what is free.'
+    )
+
+
 @given(st.integers(0, 2**52), st.sampled_from(["B", "KiB", "MiB", "GiB", "KB", "MB", "GB"]), st.sampled_from(["", " "]))
 def test_whole_numbers_are_exact(number: int, unit: str, space: str) -> None:
     scale = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}[unit.lower()]
@@ -116,6 +169,8 @@ def test_whole_numbers_are_exact(number: int, unit: str, space: str) -> None:
         (int(6.25 * 2**30), "6.2 GiB"),
         (5 * 2**40, "5.0 TiB"),
         (3000 * 2**40, "3000.0 TiB"),
+        (2**60, "over 1 EiB"),
+        (10**400, "over 1 EiB"),
         (-(2**20), "-1.0 MiB"),
     ],
 )

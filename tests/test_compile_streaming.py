@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -200,3 +202,114 @@ def test_repeated_blocks_of_a_diffusers_model() -> None:
         assert torch.equal(run_tiny(pipe, "flux"), expected)
     assert torch.equal(run_tiny(pipe, "flux"), expected)
     assert len(counter.graphs) == graphs
+
+
+# ---- functions around blocks that were compiled
+
+
+class Sampling(Model):
+    def sample(self, x: torch.Tensor) -> torch.Tensor:
+        return Model.forward(self, x)
+
+
+def one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, backend="eager")
+
+
+class CompiledInInit(Sampling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sample = one_graph(self.sample)  # type: ignore[method-assign]
+
+
+class KeepsAFunction(Sampling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = one_graph(Sampling.sample)
+
+    def sample(self, x: torch.Tensor) -> torch.Tensor:
+        return self.step(self, x)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(CompiledInInit, "sample"), (KeepsAFunction, "step")])
+def test_functions_that_an_object_had_compiled_run_as_written(cls: type[Sampling], name: str) -> None:
+    torch.manual_seed(0)
+    model = cls()
+    with torch.no_grad():
+        expected, before, own = model.sample(torch.ones(2, 4)), describe(model), vars(model)[name]
+        with (
+            pytest.warns(layerstream.LayerstreamWarning, match=f"`{name}` of .* were given to torch.compile"),
+            layerstream.offload(model, vram_budget="min", device=adversary()) as streamer,
+        ):
+            for _ in range(2):
+                assert torch.equal(model.sample(torch.ones(2, 4)), expected)
+            assert streamer.stats().num_loads
+            assert vars(copy.copy(model))[name] is own
+            assert vars(copy.deepcopy(model))[name] is own
+        assert vars(model)[name] is own
+        assert_restored(model, before)
+        assert torch.equal(model.sample(torch.ones(2, 4)), expected)
+
+
+class Bound:
+    """A descriptor of somebody's own; what it compiled cannot be told from what it does with that."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = one_graph(function)
+
+    def __get__(self, owner: Any, cls: type | None = None) -> Callable[..., Any]:
+        return functools.partial(self.function, owner)
+
+
+class Called:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = one_graph(function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+class InADescriptor(Sampling):
+    sample = Bound(Sampling.sample)  # type: ignore[assignment]
+
+
+class InAPartialMethod(Sampling):
+    sample = functools.partialmethod(one_graph(Sampling.sample))  # type: ignore[assignment]
+
+
+class InAnObject(Sampling):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sample = Called(self.sample)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind"), [(InADescriptor, "Bound"), (InAPartialMethod, "partialmethod"), (InAnObject, "Called")]
+)
+def test_what_holds_a_compiled_function_is_named_where_it_does_not_run(cls: type[Sampling], kind: str) -> None:
+    model = cls()
+    with torch.no_grad():
+        expected, before = Sampling.sample(model, torch.ones(2, 4)), describe(model)
+        with layerstream.offload(model, vram_budget="min", device=adversary()):
+            with pytest.raises(layerstream.CompiledWholeError) as error:
+                model.sample(torch.ones(2, 4))
+            assert torch.equal(model(torch.ones(2, 4)), expected)
+        assert_restored(model, before)
+    assert str(error.value) == (
+        f"`sample` of `{cls.__name__}` ({kind}) holds a function that was given to torch.compile with fullgraph=True, "
+        "and does not run in one graph while blocks stream. Compile the blocks instead (`block.compile()` on each), "
+        f"drop fullgraph=True, or leave `{cls.__name__}` out of what is given to offload()."
+    )
+    assert error.value.__cause__ is not None
+
+
+def test_what_was_kept_from_the_compiler_is_left_alone() -> None:
+    class Disabled(Sampling):
+        sample = torch.compiler.disable(Sampling.sample)  # type: ignore[assignment]
+
+    model = Disabled()
+    with torch.no_grad():
+        expected = model.sample(torch.ones(2, 4))
+        with layerstream.offload(model, vram_budget="min", device=adversary()):
+            assert "sample" not in vars(model)
+            assert torch.equal(model.sample(torch.ones(2, 4)), expected)

@@ -444,6 +444,29 @@ def test_a_refused_call_leaves_nothing_on_the_device() -> None:
         gc.enable()
 
 
+class Greedy(Sized):
+    """Raises what torch does without memory, by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        super().forward(x)
+        raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("budget", ["min", "auto", "50%", 2**49])
+def test_the_size_of_what_has_no_limit_is_in_no_error(budget: int | str) -> None:
+    device = SimulatedDevice()
+    net = Greedy(device, [KIB, KIB])
+    for _ in range(2):
+        with (
+            pytest.raises(layerstream.BudgetError, match="^the device is too small in `net`: an alloc") as error,
+            streamed(device, {"net": net}, budget),
+        ):
+            net(x())
+        assert "TiB" not in str(error.value)
+        assert str(device.total_bytes()) not in str(error.value)
+        assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
 def test_foreign_memory_that_came_later_is_named() -> None:
     device = SimulatedDevice()
     net = net_of(device, batch(10_000))

@@ -299,3 +299,23 @@ def test_differences_of_arrays_and_images() -> None:
     red, blue = (image.new("RGB", (1, 1), colour) for colour in ("red", "blue"))
     assert list(output_differences(red, red.copy())) == []
     assert len(list(output_differences(red, blue))) == 1
+
+
+def test_weights_that_blocks_share_are_told_of() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Layer(64) for _ in range(4))
+            for block in list(self.blocks)[1:]:
+                block.up.weight = self.blocks[0].up.weight  # type: ignore[union-attr]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    report = check_adapter(Shared().eval(), lambda model: model(torch.ones(2, 64)))
+    hints = [finding.text for finding in report.findings if finding.kind == "hint"]
+    expected = "94% of `Shared` (16.0 KiB) is shared by blocks, belongs to none, and is on the device whenever it runs"
+    assert any(text.startswith(expected) for text in hints), hints
+    assert not any("Name what holds its blocks" in text for text in hints)

@@ -116,6 +116,29 @@ def test_the_budget_holds_with_them() -> None:
     streamer.close()
 
 
+NESTED_BYTES = {torch.strided: 6 * 3 * 4, torch.jagged: 6 * 3 * 4 + 3 * 8}  # the jagged one has offsets
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["buffer", "buffer of the base", "parameter"])
+@pytest.mark.parametrize("layout", NESTED_BYTES)
+def test_nested_tensors_stay_whole(layout: torch.layout, kind: str) -> None:
+    model = toy()
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)
+    if kind == "parameter":
+        model.blocks[1].nested = nn.Parameter(nested, requires_grad=False)
+    else:
+        (model if kind.endswith("base") else model.blocks[1]).register_buffer("nested", nested)
+    expected, before = run(model), describe(model)
+    assert layerstream.plan(model, device="cpu").whole_bytes == NESTED_BYTES[layout]
+    with pytest.warns(layerstream.LayerstreamWarning, match=r"1 weights of type (nested |NestedTensor)"):
+        streamer = layerstream.offload(model, vram_budget="min", device=adversary()).start()
+    assert_equal(run(model), expected)
+    assert streamer.stats().whole_bytes == NESTED_BYTES[layout]
+    streamer.close()
+    assert_restored(model, before)
+
+
 def test_their_bytes() -> None:
     assert whole_bytes(Packed(torch.zeros(3, 5, dtype=torch.int8), torch.zeros(3, 1))) == 15 + 12
     assert whole_bytes(torch.eye(4).to_sparse()) == 4 * 4 + 2 * 4 * 8

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from layerstream.errors import AdapterError
+from layerstream.errors import AdapterError, brief
 from layerstream.units import ComponentLayout, StackLayout
 
 # Where diffusers' pipelines enter models other than by calling them. `generate` ends in the model's forward.
@@ -43,6 +43,14 @@ class Adapter:
     entry_points: Sequence[str] = ()
     parts: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for argument in ("stacks", "resident", "entry_points", "parts"):
+            value = getattr(self, argument)
+            what = f"Adapter({argument}=...)"
+            if not isinstance(value, Sequence):  # it is asked again and again, and in an order
+                raise AdapterError(f"{what}: {brief(value)} is no list of names.")
+            names_in(value, what, is_once=argument == "stacks")
+
     def find_parts(self, component: nn.Module) -> Sequence[str]:
         """Names of the children that are components themselves; none: the module is one."""
         return self.parts
@@ -71,7 +79,7 @@ class Adapter:
             if wanted not in modules:
                 raise AdapterError(self._unknown(name, component, wanted, "resident block"))
         stacks = []
-        for stack in self.find_stacks(component):
+        for stack in self._found("find_stacks", component):
             if stack not in modules:
                 raise AdapterError(self._unknown(name, component, stack, "stack"))
             prefix = f"{stack}." if stack else ""  # "": the component's own children are the blocks
@@ -87,11 +95,24 @@ class Adapter:
                 )
             stacks.append(StackLayout(stack, blocks))
         stacks = _with_large_leaves(component, stacks, self.resident)
-        missing = [m for m in self.entry_points if not has_method(component, m)]
+        entry_points = self._found("find_entry_points", component)
+        missing = [m for m in entry_points if not has_method(component, m)]
         if missing:
             raise AdapterError(f"`{name}` ({type(component).__name__}) has no method {', '.join(missing)} to enter by.")
-        entry_points = tuple(self.find_entry_points(component))
         return ComponentLayout(name, component, tuple(stacks), self.find_repeated(component), entry_points=entry_points)
+
+    def _found(self, method: str, component: nn.Module) -> tuple[str, ...]:
+        """The names that a method of this adapter, or of a subclass, gives."""
+        what = f"{type(self).__name__}.{method}() of {type(component).__name__}"
+        return names_in(getattr(self, method)(component), what, is_once=method == "find_stacks")
+
+    def parts_of(self, component: nn.Module) -> Sequence[str]:
+        """What `find_parts` gives, which may be a user's.
+
+        Raises:
+            AdapterError: no list of names.
+        """
+        return self._found("find_parts", component)
 
     def _unknown(self, name: str, component: nn.Module, wanted: str, what: str) -> str:
         found = [n for n, m in component.named_modules() if isinstance(m, nn.ModuleList)]
@@ -99,6 +120,29 @@ class Adapter:
             f"{what} `{wanted}` does not exist in `{name}` ({type(component).__name__}). "
             f"Its module lists are: {', '.join(found) or 'none'}."
         )
+
+
+def names_in(value: object, what: str, *, is_once: bool) -> tuple[str, ...]:
+    """The names in what a user gave as a list of them, each once.
+
+    Args:
+        what: where it comes from, for the error.
+        is_once: naming one twice is an error.
+    Raises:
+        AdapterError: it is no list of names.
+    """
+    if isinstance(value, str):
+        raise AdapterError(f"{what}: {brief(value)} is a string. Write [{brief(value)}].")
+    if not isinstance(value, Iterable) or isinstance(value, set | frozenset):  # which have no order
+        raise AdapterError(f"{what}: {brief(value)} is no list of names.")
+    names: dict[str, None] = {}
+    for name in value:
+        if not isinstance(name, str):
+            raise AdapterError(f"{what}: {brief(name)} is no name.")
+        if is_once and name in names:
+            raise AdapterError(f"{what}: `{name}` is named twice. Each block is to be listed once.")
+        names[name] = None
+    return tuple(names)
 
 
 def has_method(component: nn.Module, dotted: str) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.generic import GenericAdapter
 from layerstream.adapters.named import NAMED
-from layerstream.errors import AdapterError
+from layerstream.errors import AdapterError, brief
 
 _REGISTERED: dict[type | str, Adapter] = {}  # in the order of registration
 _GENERIC = GenericAdapter()
@@ -19,13 +19,25 @@ def register_adapter(target: type[nn.Module] | str, adapter: Adapter) -> None:
     The nearest class in the component's method resolution order wins; a later registration replaces an earlier.
 
     Raises:
-        AdapterError: `target` is neither a module class nor a name, or `adapter` is no Adapter.
+        AdapterError: `target` is neither a module class nor the name of a class, or `adapter` is no Adapter.
     """
+    if isinstance(target, nn.Module):
+        raise AdapterError(
+            "register_adapter needs a subclass of torch.nn.Module or a class name, not an instance of "
+            f"{type(target).__name__}. Give its class: type(model)."
+        )
     if not isinstance(target, str) and not (isinstance(target, type) and issubclass(target, nn.Module)):
-        raise AdapterError(f"register_adapter needs a subclass of torch.nn.Module or a class name, not {target!r}.")
+        raise AdapterError(
+            f"register_adapter needs a subclass of torch.nn.Module or a class name, not {brief(target)}."
+        )
+    if isinstance(target, str) and not target.isidentifier():
+        raise AdapterError(
+            "register_adapter needs the name of a class by itself, as type(model).__name__ gives it, not "
+            f"{brief(target)}."
+        )
     if not isinstance(adapter, Adapter):
         raise AdapterError(
-            f"register_adapter needs an Adapter instance, not {adapter!r}. Adapter(stacks=[...]) makes one."
+            f"register_adapter needs an Adapter instance, not {brief(adapter)}. Adapter(stacks=[...]) makes one."
         )
     _REGISTERED.pop(target, None)
     _REGISTERED[target] = adapter

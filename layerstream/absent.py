@@ -16,6 +16,7 @@ through them then may be written (`weight.data[0] = row`), which no version coun
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
@@ -56,6 +57,7 @@ class AbsentClasses:
     ) -> None:
         self.reading, self.number, self.stand_in = reading, number, stand_in
         self.records: dict[int, AbsentRecord] = {}  # by the id of the tensor, which lives as long as its record
+        _LIVE.add(self)
         own = {"__module__": __name__, "__slots__": (), "_classes": self}
         self.of_parameters: type[torch.Tensor] = type("AbsentParameter", (AbsentParameter,), dict(own))
         self.of_buffers: type[torch.Tensor] = type("AbsentTensor", (AbsentTensor,), dict(own))
@@ -63,6 +65,9 @@ class AbsentClasses:
     def of(self, tensor: torch.Tensor) -> type[torch.Tensor]:
         """The class of a plain tensor while it is absent."""
         return self.of_parameters if type(tensor) is nn.Parameter else self.of_buffers
+
+
+_LIVE: weakref.WeakSet[AbsentClasses] = weakref.WeakSet()
 
 
 def make_absent(
@@ -97,9 +102,16 @@ def is_absent(tensor: torch.Tensor) -> bool:
 
 
 def at_home(tensor: torch.Tensor) -> torch.Tensor:
-    """An absent tensor's twin over its bytes at home, for code that only reads; any other tensor itself."""
-    found = type(tensor)._classes.stand_in(tensor) if isinstance(tensor, _Absent) else None
-    return tensor if found is None else found
+    """A streamed tensor's twin over its bytes at home, for code that only reads; any other tensor itself.
+
+    One that is present has a twin as well: another thread may be in the middle of a call, after which its slot holds
+    another unit.
+    """
+    for classes in list(_LIVE):
+        found = classes.stand_in(tensor) if id(tensor) in classes.records else None
+        if found is not None:
+            return found
+    return tensor
 
 
 def nan_scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:

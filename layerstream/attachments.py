@@ -254,7 +254,10 @@ class Attachments:
         record = self.records.get(id(tensor))
         if record is None:
             return None
-        bound = next(b for b in self.units[record.unit].binding.tensors if b.tensor is tensor)
+        unit = self.units.get(record.unit)
+        bound = next((b for b in unit.binding.tensors if b.tensor is tensor), None) if unit is not None else None
+        if bound is None:
+            return None
         stand_in = bound.stand_in() if bound.stand_in is not None else None
         if stand_in is None:
             self._bring_home(record.unit)

@@ -13,7 +13,7 @@ import copy
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,9 @@ class Listener(Protocol):
         """A method is called by which pipelines enter the component; returns whether `leave_method` is to follow."""
 
     def leave_method(self, root: nn.Module) -> None: ...
+    def reading(self, units: Sequence[int]) -> contextlib.AbstractContextManager[object]:
+        """Weights are read, these units' at least; no other thread's call runs meanwhile."""
+
     def changing(self, component: str) -> contextlib.AbstractContextManager[object]:
         """The component, or a part of it, is about to be cast, or laid out anew; inside, its weights are at home."""
 
@@ -226,7 +229,13 @@ def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:
     """
     reduced: Any = type(module).__reduce_ex__(module, protocol)
     function, arguments, *rest = reduced
-    is_copy = sys._getframe(1).f_code in (copy.deepcopy.__code__, copy.copy.__code__)
+    caller = sys._getframe(1)
+    is_copy = caller.f_code in (copy.deepcopy.__code__, copy.copy.__code__)
+    if guarded is not None and caller.f_code is copy.deepcopy.__code__:
+        # Now, while no other thread's call gives their slots to other units; `deepcopy` finds the copies in its memo.
+        with guarded.listener.reading(()):
+            for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                copy.deepcopy(tensor, caller.f_locals["memo"])
     if rest and isinstance(rest[0], dict):
         found = {name: _given(value) for name, value in rest[0].items()}
         state = {name: value for name, value in found.items() if value is not _NOT_THERE}

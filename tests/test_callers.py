@@ -11,14 +11,17 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import layerstream
+from layerstream.absent import at_home, is_absent
 from layerstream.pipeline_watch import ACTIVE, owners_of
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
@@ -379,6 +382,44 @@ def test_a_state_dict_waits_for_the_call(submit: Submit, expected: torch.Tensor,
         found = read.result(TIMEOUT_S)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_deep_copy_waits_for_the_call(submit: Submit, expected: torch.Tensor) -> None:
+    """What is present is plain while a call runs, and its slot has another unit's weights a moment later."""
+    pipe = build_tiny("sd3")
+    block = pipe.transformer.transformer_blocks[1]
+    wanted = {name: t.clone() for name, t in block.ff.state_dict().items()}
+    with streamed(pipe) as streamer, Stop(block.attn) as stop:
+        one = submit(image, pipe)
+        assert stop.is_there.wait(TIMEOUT_S)
+        assert not is_absent(block.ff.net[2].weight)
+        copied = submit(copy.deepcopy, block.ff)
+        until(lambda: waiting(streamer) == 1)
+        stop.go_on.set()
+        assert torch.equal(one.result(TIMEOUT_S), expected)
+        found = dict(copied.result(TIMEOUT_S).state_dict())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_file_is_made_of_the_weights_at_home_while_a_call_runs(
+    submit: Submit, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    pipe = build_tiny("sd3")
+    wanted = {name: t.clone() for name, t in pipe.transformer.state_dict().items()}
+    with streamed(pipe), Stop(pipe.transformer.transformer_blocks[1].attn) as stop:
+        one = submit(image, pipe)
+        assert stop.is_there.wait(TIMEOUT_S)
+        present = pipe.transformer.transformer_blocks[1].attn.to_q.weight
+        assert not is_absent(present)
+        assert at_home(present).data_ptr() != present.data_ptr(), "its slot may be another unit's at any time"
+        parameters = dict(pipe.transformer.named_parameters())
+        submit(safetensors.torch.save_file, parameters, tmp_path / "weights").result(TIMEOUT_S)
+        stop.go_on.set()
+        assert torch.equal(one.result(TIMEOUT_S), expected)
+    found = safetensors.torch.load_file(tmp_path / "weights")
+    assert found.keys() == parameters.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
 def test_bare_components_of_one_pipeline_take_turns(submit: Submit) -> None:

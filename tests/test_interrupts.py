@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import sys
 import threading
 from types import FrameType
@@ -42,7 +43,8 @@ class Interrupting:
         name = frame.f_code.co_filename
         if not name.startswith(_PACKAGE) or name.endswith("simulated.py"):  # a real device has no such lines
             return None
-        if event == "line":
+        # Python itself loses a lock when it is interrupted on its way out of a `with` block.
+        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith("with "):
             self.num_lines += 1
             if self.num_lines == self.at:
                 self.where = f"{name}:{frame.f_lineno}"

@@ -76,11 +76,13 @@ class Costs:
     Attributes:
         compute_ms: of one use, by unit index; may lack some units.
         uses: how often a pass uses a unit, by unit index, where that is not once: see `uses_per_pass`.
+        seldom: of the units that hardly any pass uses, those that were used at all.
     """
 
     link_gb_per_s: float
     compute_ms: Mapping[int, float]
     uses: Mapping[int, int] = field(default_factory=dict)
+    seldom: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -403,6 +405,7 @@ def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | No
     for draft in known:
         if draft.phase.is_repeated and draft.num_slots:
             draft.spend(num_slots, shared)
+        draft.add_seldom()
 
 
 def _fill_rooms(once: Sequence[_Draft], served: Sequence[UnitSpec], num_slots: int | None) -> None:
@@ -486,9 +489,11 @@ class _Draft:
         self.bases = [u for u in self.units if not u.is_block]
         self.blocks = [u for u in self.units if u.is_block]
         self.uses = costs.uses if costs is not None and phase.is_repeated else {}
-        # What hardly any pass uses has no part in it: it is loaded beyond the plan, for which residents make room.
+        # What hardly any pass uses has no part in it: it is loaded beyond the plan, for which residents make room, or
+        # stays where room is left in the end.
         self.on_demand = {b.index for b in self.blocks if self.uses.get(b.index) == 0}
         self.looped = [b for b in self.blocks if b.index not in self.on_demand]
+        self.seldom = [b for b in self.blocks if costs is not None and b.index in self.on_demand & costs.seldom]
         self.base_bytes = sum(self.size(u) for u in self.bases)
         self.shapes = [self._shape(size) for size in sorted({self.size(b) for b in self.blocks} | {0})]
         self.least_shape = min(self.shapes, key=lambda s: s.bytes_with(LEAST_SLOTS))
@@ -584,6 +589,12 @@ class _Draft:
         self.choose(num_slots, stay=self.resident & set(shared))
         if self._pass_ms(*before) < self._pass_ms(self.resident, self.num_slots):
             self.resident, self.num_slots = before
+
+    def add_seldom(self) -> None:
+        """Room that nothing else has a use for goes to what few passes need: experts that only a prompt runs, say."""
+        for block in self.seldom:
+            if self.size(block) <= self.room_bytes:
+                self.resident.add(block.index)
 
     def _pass_ms(self, resident: Collection[int], num_slots: int) -> float:
         streamed = [i for i, u in enumerate(self.units) if u.index not in resident and u.index not in self.on_demand]

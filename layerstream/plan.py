@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 from layerstream.blocks import Placement, UnitSpec, WholeSpec
@@ -40,6 +41,10 @@ _LEAST_PASSES_COUNTED = 8  # fewer do not tell what is used seldom
 _SELDOM = 8  # what is used once in so many passes is loaded when it is needed
 # The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
 _CAREFUL_SHARE = 0.95
+# Blocks of one stack and size take about as long as each other. What one took beyond so many times their median counts
+# as a host that was late: planned with, it gets slots to fill a gap that other passes do not have.
+_MOST_TIMES_MEDIAN = 4
+_LEAST_ALIKE = 4  # of fewer, none is the odd one out
 # Assumed until measured: a link of PCIe 5 at 16 lanes, and a denoiser that computes 2.5 times faster than it loads.
 _LINK_GB_PER_S = 50.0
 _COMPUTE_MS_PER_GB = 8.0
@@ -675,11 +680,23 @@ class _Draft:
 
     def _compute_ms(self, costs: Costs | None) -> list[float]:
         """Of each unit; what was not measured is assumed to be like what was."""
-        measured = costs.compute_ms if costs is not None else {}
+        measured = self._without_odd_ones(costs.compute_ms) if costs is not None else {}
         known = [b for b in self.blocks if b.index in measured]
         num_bytes = sum(b.num_bytes for b in known)
         ms_per_byte = sum(measured[b.index] for b in known) / num_bytes if num_bytes else _COMPUTE_MS_PER_GB / 1e9
         return [measured.get(u.index, u.num_bytes * ms_per_byte if u.is_block else 0.0) for u in self.units]
+
+    def _without_odd_ones(self, measured: Mapping[int, float]) -> dict[int, float]:
+        alike: dict[tuple[str, str | None, int], list[int]] = {}
+        for block in self.blocks:
+            if block.index in measured:
+                alike.setdefault((block.component, block.stack, block.num_bytes), []).append(block.index)
+        found = dict(measured)
+        for units in alike.values():
+            if len(units) >= _LEAST_ALIKE:
+                most = _MOST_TIMES_MEDIAN * median(measured[u] for u in units)
+                found.update((u, min(measured[u], most)) for u in units)
+        return found
 
     def too_small(self, budget_bytes: int, whole: Sequence[WholeSpec]) -> str:
         whole_bytes, reserve = sum(spec.num_bytes for spec in whole), self.phase.reserve_bytes

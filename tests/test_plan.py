@@ -243,3 +243,26 @@ def test_what_few_passes_use_gets_the_room_that_nothing_else_has_a_use_for() -> 
 def test_what_no_pass_uses_gets_no_room() -> None:
     costs = Costs(SELDOM_USED.link_gb_per_s, SELDOM_USED.compute_ms, SELDOM_USED.uses, frozenset(TEXT[:1]))
     assert resident_under(10 + 4 * 80 + 190, costs) == (TEXT[:1], 0)
+
+
+# ---- times that cannot be
+
+
+def test_one_layer_of_many_that_took_far_longer_is_not_planned_with() -> None:
+    """GLM-Image's language model at 12 GiB: 60 ms at one of 40 layers took two more slots, and with them the room of
+    two layers, for each token."""
+    mib = 2**20
+    units = units_of(("lm", True, 1600 * mib, [389 * mib] * 40))
+
+    def planned(times: list[float]) -> tuple[int, int, int]:
+        costs = Costs(54.6, {u.index: ms for u, ms in zip(units[1:], times, strict=True)})
+        (p,) = make_plan(units, [Phase(("lm",), True, 192 * mib)], 12 * 2**30, costs=costs).phases
+        assert p.prediction is not None
+        return p.num_slots, len(units) - len(p.resident), round(p.prediction.ms_per_pass)
+
+    even = [1.5] * 40
+    late = [*even[:33], 60.0, *even[34:]]
+    assert planned(even) == (2, 16, 120)
+    assert planned(late) == planned([*even[:33], 4 * 1.5, *even[34:]]) == planned(even)
+    uneven = [1.5, 1.5, 1.5, 5.0] * 10  # attention over all of the text in each fourth layer
+    assert planned(uneven)[2] >= sum(uneven) - 1

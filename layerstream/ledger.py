@@ -78,6 +78,7 @@ class Ledger:
         self._has_new_times = False  # not planned with yet
         self._order: OrderLearner | None = None
         self._uses: Mapping[int, int] = {}  # per pass, of units that a pass uses never or often
+        self._seldom: frozenset[int] = frozenset()  # of these, what is used never by most passes, and by some it is
         self._num_uses_counted = 0
         self._counted: set[tuple[str, ...]] = set()  # components of phases whose uses were counted
 
@@ -114,7 +115,7 @@ class Ledger:
         `changed` ones is forgotten."""
         if order is not self._order:
             self._order, self._uses, self._num_uses_counted = order, {}, 0
-            self._counted = set()
+            self._counted, self._seldom = set(), frozenset()
         self._tracker = self._tracker.successor(components, changed)
         self._units, self._whole = units, whole
         self._reserve = self._plan = None
@@ -476,7 +477,8 @@ class Ledger:
         compute_ms = self._tracker.compute_ms()
         if not self.link_gb_per_s or not compute_ms:
             return None
-        return Costs(self.link_gb_per_s, compute_ms, self._uses_per_pass())
+        uses = self._uses_per_pass()
+        return Costs(self.link_gb_per_s, compute_ms, uses, self._seldom)
 
     def knows_uses(self, phase_plan: PhasePlan) -> bool:
         """Whether enough was seen of a phase to tell what it uses never or often, or that does not matter."""
@@ -508,6 +510,7 @@ class Ledger:
                         self._counted.add(phase.components)
                         others = {u: n for u, n in self._uses.items() if u not in {b.index for b in blocks}}
                         self._uses = {**others, **found}
+                        self._seldom = self._seldom - set(found) | {u for u, n in found.items() if not n and counts[u]}
         return self._uses
 
     def _merge_partners(self) -> None:

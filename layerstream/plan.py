@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 from layerstream.blocks import Placement, UnitSpec, WholeSpec
@@ -40,6 +41,10 @@ _LEAST_PASSES_COUNTED = 8  # fewer do not tell what is used seldom
 _SELDOM = 8  # what is used once in so many passes is loaded when it is needed
 # The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
 _CAREFUL_SHARE = 0.95
+# Blocks of one stack and size take about as long as each other. What one took beyond so many times their median counts
+# as a host that was late: planned with, it gets slots to fill a gap that other passes do not have.
+_MOST_TIMES_MEDIAN = 4
+_LEAST_ALIKE = 4  # of fewer, none is the odd one out
 # Assumed until measured: a link of PCIe 5 at 16 lanes, and a denoiser that computes 2.5 times faster than it loads.
 _LINK_GB_PER_S = 50.0
 _COMPUTE_MS_PER_GB = 8.0
@@ -76,11 +81,13 @@ class Costs:
     Attributes:
         compute_ms: of one use, by unit index; may lack some units.
         uses: how often a pass uses a unit, by unit index, where that is not once: see `uses_per_pass`.
+        seldom: of the units that hardly any pass uses, those that were used at all.
     """
 
     link_gb_per_s: float
     compute_ms: Mapping[int, float]
     uses: Mapping[int, int] = field(default_factory=dict)
+    seldom: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -403,6 +410,7 @@ def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | No
     for draft in known:
         if draft.phase.is_repeated and draft.num_slots:
             draft.spend(num_slots, shared)
+        draft.add_seldom()
 
 
 def _fill_rooms(once: Sequence[_Draft], served: Sequence[UnitSpec], num_slots: int | None) -> None:
@@ -486,9 +494,11 @@ class _Draft:
         self.bases = [u for u in self.units if not u.is_block]
         self.blocks = [u for u in self.units if u.is_block]
         self.uses = costs.uses if costs is not None and phase.is_repeated else {}
-        # What hardly any pass uses has no part in it: it is loaded beyond the plan, for which residents make room.
+        # What hardly any pass uses has no part in it: it is loaded beyond the plan, for which residents make room, or
+        # stays where room is left in the end.
         self.on_demand = {b.index for b in self.blocks if self.uses.get(b.index) == 0}
         self.looped = [b for b in self.blocks if b.index not in self.on_demand]
+        self.seldom = [b for b in self.blocks if costs is not None and b.index in self.on_demand & costs.seldom]
         self.base_bytes = sum(self.size(u) for u in self.bases)
         self.shapes = [self._shape(size) for size in sorted({self.size(b) for b in self.blocks} | {0})]
         self.least_shape = min(self.shapes, key=lambda s: s.bytes_with(LEAST_SLOTS))
@@ -585,6 +595,12 @@ class _Draft:
         if self._pass_ms(*before) < self._pass_ms(self.resident, self.num_slots):
             self.resident, self.num_slots = before
 
+    def add_seldom(self) -> None:
+        """Room that nothing else has a use for goes to what few passes need: experts that only a prompt runs, say."""
+        for block in self.seldom:
+            if self.size(block) <= self.room_bytes:
+                self.resident.add(block.index)
+
     def _pass_ms(self, resident: Collection[int], num_slots: int) -> float:
         streamed = [i for i, u in enumerate(self.units) if u.index not in resident and u.index not in self.on_demand]
         return round(self.pace.pass_ms(streamed, num_slots), 6)
@@ -664,11 +680,23 @@ class _Draft:
 
     def _compute_ms(self, costs: Costs | None) -> list[float]:
         """Of each unit; what was not measured is assumed to be like what was."""
-        measured = costs.compute_ms if costs is not None else {}
+        measured = self._without_odd_ones(costs.compute_ms) if costs is not None else {}
         known = [b for b in self.blocks if b.index in measured]
         num_bytes = sum(b.num_bytes for b in known)
         ms_per_byte = sum(measured[b.index] for b in known) / num_bytes if num_bytes else _COMPUTE_MS_PER_GB / 1e9
         return [measured.get(u.index, u.num_bytes * ms_per_byte if u.is_block else 0.0) for u in self.units]
+
+    def _without_odd_ones(self, measured: Mapping[int, float]) -> dict[int, float]:
+        alike: dict[tuple[str, str | None, int], list[int]] = {}
+        for block in self.blocks:
+            if block.index in measured:
+                alike.setdefault((block.component, block.stack, block.num_bytes), []).append(block.index)
+        found = dict(measured)
+        for units in alike.values():
+            if len(units) >= _LEAST_ALIKE:
+                most = _MOST_TIMES_MEDIAN * median(measured[u] for u in units)
+                found.update((u, min(measured[u], most)) for u in units)
+        return found
 
     def too_small(self, budget_bytes: int, whole: Sequence[WholeSpec]) -> str:
         whole_bytes, reserve = sum(spec.num_bytes for spec in whole), self.phase.reserve_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -444,6 +444,79 @@ def test_the_component_itself_as_a_stack() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     names = block_names(model, Adapter(stacks=[""], resident=["1"]))
     assert names == ["0"]
+
+
+# ---- layers with experts
+
+
+class Layer(nn.Module):
+    """A layer that has the given children: wide ones, and norms."""
+
+    def __init__(self, *names: str, norms: Sequence[str] = ("norm",), width: int = 64) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, Block(width))
+        for name in norms:
+            self.add_module(name, nn.LayerNorm(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("self_attn", "mlp", "gen_mlp"),  # MammothModa2
+        ("self_attn", "mlp", "mlp_moe_gen"),  # Bagel
+        ("attn", "und_mlp", "gen_mlp"),
+        ("attn_und", "attn_gen", "ffn_und", "ffn_gen"),
+    ],
+)
+def test_layers_with_experts_are_divided(names: Sequence[str]) -> None:
+    model = net(layers=nn.ModuleList([Layer(*names, norms=("norm", "norm_moe_gen")) for _ in range(2)]))
+    assert block_names(model) == [f"layers.{i}.{name}" for i in range(2) for name in names]
+    (stack,) = GenericAdapter().layout("net", model).stacks
+    assert stack.name == "layers"
+    base, *_ = divide([GenericAdapter().layout("net", model)]).units
+    assert {b.name.rsplit(".", 2)[-2] for b in base.binding.tensors} == {"norm", "norm_moe_gen"}
+    assert block_names(model, Adapter(stacks=["layers"])) == ["layers.0", "layers.1"], "what a user names is as it says"
+
+
+def test_only_those_layers_of_a_stack_that_have_experts_are_divided() -> None:
+    layers = nn.ModuleList([Layer("attn", "mlp"), Layer("attn", "mlp", "gen_mlp")])
+    layers[0].gen_mlp = None
+    assert block_names(net(layers=layers)) == ["layers.0", "layers.1.attn", "layers.1.mlp", "layers.1.gen_mlp"]
+
+
+def other_class(layer: Layer) -> None:
+    layer.gen_mlp = nn.Linear(64, 64)
+
+
+def weights_of_its_own(layer: Layer) -> None:
+    layer.bias = nn.Parameter(torch.zeros(64, 64))
+
+
+def never_called(layer: Layer) -> None:
+    layer.attn = nn.ModuleList([Block(64)])
+
+
+def compiled_whole(layer: Layer) -> None:
+    layer.compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [other_class, weights_of_its_own, never_called, compiled_whole])
+def test_layers_of_which_that_cannot_be_told_stay_whole(change: Callable[[Layer], None]) -> None:
+    layers = nn.ModuleList([Layer("attn", "mlp", "gen_mlp") for _ in range(2)])
+    for layer in layers:
+        change(layer)
+    assert block_names(net(layers=layers)) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize(
+    "names", [("attn", "mlp"), ("attn", "mlp", "mlp2"), ("attn", "gen_attn2", "mlp"), ("gen_mlp",)]
+)
+def test_layers_without_experts_stay_whole(names: Sequence[str]) -> None:
+    assert block_names(net(layers=nn.ModuleList([Layer(*names) for _ in range(2)]))) == ["layers.0", "layers.1"]
 
 
 # ---- the registry

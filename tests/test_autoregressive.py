@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream.blocks import ALIGNMENT_BYTES
+from layerstream.simulated import SimulatedDevice
 from layerstream.standins import AUTOREGRESSIVE, build_autoregressive, run_autoregressive
 from tests.fakes import adversary, assert_restored, describe
 
@@ -166,6 +168,111 @@ def test_where_everything_fits_the_fifth_call_loads_nothing(name: str) -> None:
     assert first <= 10 * num_units
     assert second + third + fourth <= 4 * num_units
     assert fifth == 0
+
+
+def sketch(model: Any) -> torch.Tensor:
+    """The codes that the language model of MammothModa2 writes after a prompt: 49 tokens."""
+    ids = torch.arange(1, 9)[None]
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        written = model.generate(ids, torch.ones_like(ids), ar_height=7, ar_width=6, sampling=sampling())
+    return written.input_ids
+
+
+def sampling() -> Any:
+    from layerstream.standins.repository.autoregressive.mammoth.sampling import Sampling
+
+    return Sampling()
+
+
+def bytes_per_token(model: Any, budget: int | str, calls: int) -> tuple[list[int], layerstream.LayerStreamer]:
+    """What each of the last call's tokens loads, with the model's text part streamed by itself."""
+    part = model.llm_model.model.language_model
+    expected, loaded = sketch(model), list[int]()
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape[1] == 1:
+            loaded.append(streamer.stats().loaded_bytes)
+
+    handle = model.llm_model.register_forward_pre_hook(begin, with_kwargs=True)
+    # Its link is so slow that copies bound a pass.
+    with layerstream.offload(part, vram_budget=budget, device=SimulatedDevice(link_gb_per_s=1e-3)) as streamer:
+        for _ in range(calls):
+            loaded.clear()
+            assert torch.equal(sketch(model), expected)
+    handle.remove()
+    return [after - before for before, after in pairwise(loaded)], streamer
+
+
+@pytest.mark.parametrize("kib", [170, 230, 290])
+def test_a_token_of_an_image_loads_no_expert_for_text(kib: int) -> None:
+    model = built("mammoth")
+    loaded, streamer = bytes_per_token(model, kib * 2**10, 4)
+    (phase,) = streamer.plan.phases
+    unused = [u for u in streamer.plan.units if u.name.endswith(".mlp")]  # of layers that have experts
+    used = [u for u in streamer.plan.units if u.is_block and u not in unused]
+    assert len(unused) == 4
+    assert len(used) == 2 + 2 * 4
+    streamed = [u.num_bytes for u in used if u.index not in phase.resident]
+    padding = 2 * ALIGNMENT_BYTES * len(streamed)  # behind the norms of queries and keys, which is not copied
+    assert all(sum(streamed) - padding <= each <= sum(streamed) for each in loaded[8:]), "no more than it uses"
+    resident = {u.index for u in used} & phase.resident
+    assert resident, "the room of what is not used is of use to the rest"
+    if len(resident) < len(used):
+        assert not phase.resident & {u.index for u in unused}
+    assert streamer.stats().num_touch_loads == 0
+
+
+def test_experts_for_text_stay_where_there_is_room_for_them() -> None:
+    model = built("mammoth")
+    # All is 319 KiB, of which 256 are used by each token.
+    _, streamer = bytes_per_token(model, 312 * 2**10, 4)
+    (phase,) = streamer.plan.phases
+    unused = {u.index for u in streamer.plan.units if u.name.endswith(".mlp")}
+    assert 1 <= len(unused & phase.resident) < 4
+    assert streamer.stats().peak_reserved_bytes <= 312 * 2**10
+
+
+class Bagel(nn.Module):
+    """Layers with an expert for text and one for images, both of which a pass for images runs, on their own tokens."""
+
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.self_attn, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+            self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            self.mlp_moe_gen = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+        def forward(self, x: torch.Tensor, num_text: int) -> torch.Tensor:
+            x = self.norm(x + self.self_attn(x.mean(dim=1, keepdim=True)))
+            if num_text == x.shape[1]:
+                return x + self.mlp(x)
+            return x + torch.cat([self.mlp(x[:, :num_text]), self.mlp_moe_gen(x[:, num_text:])], dim=1)
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer(width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, num_text: int) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, num_text)
+        return x
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_passes_that_run_one_expert_and_both(budget: str) -> None:
+    torch.manual_seed(0)
+    model, x = Bagel().eval(), torch.randn(1, 6, 64)
+    calls = [6] * 12 + [2] * 12 + [6, 2, 6]
+    with torch.inference_mode():
+        expected = {count: model(x, count) for count in (2, 6)}
+        before = describe(model)
+        with layerstream.offload(model, vram_budget=budget_of(model, budget), device=adversary()) as streamer:
+            assert sum(unit.is_block for unit in streamer.plan.units) == 3 * 4
+            for count in 2 * calls:
+                assert torch.equal(model(x, count), expected[count])
+            assert streamer.stats().num_touch_loads == 0
+    assert_restored(model, before)
 
 
 def test_compiled_functions_around_blocks_run_as_written_and_equal(fresh_dynamo: None) -> None:

@@ -212,3 +212,57 @@ def test_more_budget_is_never_slower_for_what_repeats(
         assert prediction is not None
         assert prediction.ms_per_pass <= last + 1e-6
         last = prediction.ms_per_pass
+
+
+# ---- what few passes use
+
+
+EXPERTS = units_of(("llm", True, 10, [20, 60, 60] * 4))  # attention, an expert for text, one for images
+TEXT = [i for i in range(1, 13) if i % 3 == 2]
+SELDOM_USED = Costs(1e-6, {u.index: 1.0 for u in EXPERTS if u.is_block}, dict.fromkeys(TEXT, 0), frozenset(TEXT))
+
+
+def resident_under(budget: int, costs: Costs) -> tuple[list[int], int]:
+    """What stays of the experts for text, and how many bytes of the others stream."""
+    plan = make_plan(EXPERTS, [Phase(("llm",), True, 0)], budget, costs=costs)
+    (phase_plan,) = plan.phases
+    assert phase_plan.weights_bytes <= budget
+    streamed = [u for u in EXPERTS if u.index not in phase_plan.resident and u.index not in TEXT]
+    return sorted(phase_plan.resident.intersection(TEXT)), sum(u.num_bytes for u in streamed)
+
+
+def test_what_few_passes_use_gets_the_room_that_nothing_else_has_a_use_for() -> None:
+    looped = 10 + 4 * 80
+    assert resident_under(looped - 10, SELDOM_USED)[0] == []
+    assert resident_under(looped, SELDOM_USED) == ([], 0)
+    assert resident_under(looped + 60, SELDOM_USED) == (TEXT[:1], 0)
+    assert resident_under(looped + 190, SELDOM_USED) == (TEXT[:3], 0)
+    assert resident_under(looped + 240, SELDOM_USED) == (TEXT, 0)
+
+
+def test_what_no_pass_uses_gets_no_room() -> None:
+    costs = Costs(SELDOM_USED.link_gb_per_s, SELDOM_USED.compute_ms, SELDOM_USED.uses, frozenset(TEXT[:1]))
+    assert resident_under(10 + 4 * 80 + 190, costs) == (TEXT[:1], 0)
+
+
+# ---- times that cannot be
+
+
+def test_one_layer_of_many_that_took_far_longer_is_not_planned_with() -> None:
+    """GLM-Image's language model at 12 GiB: 60 ms at one of 40 layers took two more slots, and with them the room of
+    two layers, for each token."""
+    mib = 2**20
+    units = units_of(("lm", True, 1600 * mib, [389 * mib] * 40))
+
+    def planned(times: list[float]) -> tuple[int, int, int]:
+        costs = Costs(54.6, {u.index: ms for u, ms in zip(units[1:], times, strict=True)})
+        (p,) = make_plan(units, [Phase(("lm",), True, 192 * mib)], 12 * 2**30, costs=costs).phases
+        assert p.prediction is not None
+        return p.num_slots, len(units) - len(p.resident), round(p.prediction.ms_per_pass)
+
+    even = [1.5] * 40
+    late = [*even[:33], 60.0, *even[34:]]
+    assert planned(even) == (2, 16, 120)
+    assert planned(late) == planned([*even[:33], 4 * 1.5, *even[34:]]) == planned(even)
+    uneven = [1.5, 1.5, 1.5, 5.0] * 10  # attention over all of the text in each fourth layer
+    assert planned(uneven)[2] >= sum(uneven) - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,6 +59,11 @@ class Adapter:
         """Dotted names of the stacks of this component, in the order they run."""
         return self.stacks
 
+    def find_inner(self, block: nn.Module) -> Sequence[str]:
+        """Names of the children of a block that are blocks in its place, where a pass runs only some of them; none: it
+        is one block. What else it holds is part of the component's base."""
+        return ()
+
     def find_repeated(self, component: nn.Module) -> bool:
         """Whether this component runs many times a call."""
         return self.is_repeated
@@ -84,9 +89,10 @@ class Adapter:
                 raise AdapterError(self._unknown(name, component, stack, "stack"))
             prefix = f"{stack}." if stack else ""  # "": the component's own children are the blocks
             blocks = tuple(
-                (f"{prefix}{child}", module)
+                inner
                 for child, module in modules[stack].named_children()
                 if f"{prefix}{child}" not in self.resident and next(_weights(module), None) is not None
+                for inner in self._blocks_of(f"{prefix}{child}", module)
             )
             if not blocks and not len(list(modules[stack].children())):
                 raise AdapterError(
@@ -113,6 +119,15 @@ class Adapter:
             AdapterError: no list of names.
         """
         return self._found("find_parts", component)
+
+    def _blocks_of(self, path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """A block, or those inside that are blocks in its place, by their names in the component."""
+        inner = self._found("find_inner", block)
+        if not inner:
+            yield path, block
+        for child in inner:
+            if f"{path}.{child}" not in self.resident:
+                yield f"{path}.{child}", block.get_submodule(child)
 
     def _unknown(self, name: str, component: nn.Module, wanted: str, what: str) -> str:
         found = [n for n, m in component.named_modules() if isinstance(m, nn.ModuleList)]

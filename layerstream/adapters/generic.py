@@ -4,19 +4,29 @@ A stack is a list of modules of one class that can be called (`nn.ModuleList` of
 possible: what is inside a block belongs to the block. Classes that a model itself calls its blocks
 (`_repeated_blocks` in diffusers, `_no_split_modules` in both libraries) may be mixed in one list. A list of
 unlike children, or of parts that hold repeated blocks, as in a UNet, is looked into.
+
+A layer with *experts*, of which tokens of text run one and tokens of images another (`mlp` and `gen_mlp` of
+MammothModa2, `mlp` and `mlp_moe_gen` of Bagel), is divided: its attention and each expert are blocks by themselves, so
+that what a token does not run is not loaded for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from layerstream.adapters.base import Adapter
+from layerstream.compiled import describe_compiled
 
 # Lists of far smaller modules than the largest (a projection per block, say) are not worth a copy each.
 _LEAST_SHARE_OF_LARGEST = 0.02
+# Of a layer that is divided, this much may be in none of its parts (norms): it stays with the component's base.
+_MOST_SHARE_OUTSIDE = 0.02
+# What tells the expert for images from that for text, in names of children.
+_MARK_OF_IMAGES = "gen"
+_MARKS_OF_EXPERTS = {_MARK_OF_IMAGES, "und", "moe"}
 
 
 class GenericAdapter(Adapter):
@@ -43,6 +53,10 @@ class GenericAdapter(Adapter):
             return ()
         return stacks_in(component)
 
+    def find_inner(self, block: nn.Module) -> Sequence[str]:
+        """The parts of a layer with experts."""
+        return experts_and_more(block)
+
     def find_repeated(self, component: nn.Module) -> bool:
         """Denoisers repeat. What transformers defines encodes a prompt, once or twice a call."""
         return not _is_autoencoder(component) and not type(component).__module__.startswith("transformers.")
@@ -55,6 +69,32 @@ def stacks_in(component: nn.Module) -> Sequence[str]:
     found = [(name, _mean_block_bytes(module)) for name, module in _stacks(component, "", declared, repeated)]
     largest = max((size for _, size in found), default=0)
     return [name for name, size in found if size and size >= _LEAST_SHARE_OF_LARGEST * largest]
+
+
+def experts_and_more(block: nn.Module) -> Sequence[str]:
+    """The large children of a layer, if experts for text and for images are among them; else none.
+
+    Experts are children of one class whose names differ in the marks of experts only. All that is large must be in
+    modules that can be called, since what is read in another way would be loaded unforeseen, each time; and code that
+    was compiled for the whole of a layer would never call hooks inside it.
+    """
+    sizes = {name: _num_bytes(child) for name, child in block.named_children()}
+    least = _LEAST_SHARE_OF_LARGEST * max(sizes.values(), default=0)
+    large = {name: child for name, child in block.named_children() if sizes[name] > least}
+    outside = _num_bytes(block) - sum(sizes[name] for name in large)
+    if not _has_experts(large) or outside > _MOST_SHARE_OUTSIDE * _num_bytes(block):
+        return ()
+    is_compiled = describe_compiled(block) is not None
+    return () if is_compiled or not all(map(_is_callable, large.values())) else list(large)
+
+
+def _has_experts(children: Mapping[str, nn.Module]) -> bool:
+    kinds: dict[tuple[type, tuple[str, ...]], set[bool]] = {}  # by class and name without marks: which are for images
+    for name, child in children.items():
+        words = name.split("_")
+        plain = tuple(word for word in words if word not in _MARKS_OF_EXPERTS)
+        kinds.setdefault((type(child), plain), set()).add(_MARK_OF_IMAGES in words)
+    return any(len(for_images) == 2 for for_images in kinds.values())
 
 
 def _is_autoencoder(component: nn.Module) -> bool:
@@ -112,5 +152,9 @@ def _is_callable(module: nn.Module) -> bool:
 
 
 def _mean_block_bytes(stack: nn.Module) -> float:
-    sizes = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in stack.children()]
+    sizes = [_num_bytes(m) for m in stack.children()]
     return sum(sizes) / len(sizes)
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -24,7 +24,7 @@ import functools
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,7 @@ import torch
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import align
 from layerstream.budget import format_bytes
-from layerstream.device import Device
+from layerstream.device import COPY_BYTES, Device
 from layerstream.errors import HostMemoryError
 from layerstream.host_memory import (
     MemoryMaps,
@@ -73,6 +73,11 @@ class Segment:
     offset: int
     is_pinned: bool
 
+    def parts(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Its bytes in parts that are copied one by one, each with where it begins."""
+        for at in range(0, self.source.numel(), COPY_BYTES):
+            yield at, self.source[at : at + COPY_BYTES]
+
 
 @dataclass(eq=False)
 class StoredUnit:
@@ -102,8 +107,12 @@ class StoredUnit:
         return all(s.is_pinned for s in self.segments)
 
     def pieces(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What to copy into a device buffer: (its range, the host bytes) for each segment."""
-        return [(buffer[s.offset : s.offset + s.source.numel()], s.source) for s in self.segments]
+        """What to copy into a device buffer: (its range, the host bytes), segment by segment, in parts."""
+        return [
+            (buffer[s.offset + at : s.offset + at + part.numel()], part)
+            for s in self.segments
+            for at, part in s.parts()
+        ]
 
     def views(self, binding: UnitBinding, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The unit's tensors inside a device buffer (uint8 [>= num_bytes]), with the strides they keep."""

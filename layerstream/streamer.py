@@ -90,7 +90,7 @@ class Streamer:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
         self.owner: object = None
-        self.is_closed = False
+        self._is_opened = self.is_closed = False
         self.has_shown_progress = False
         self.device = device
         self.is_paused = False
@@ -185,6 +185,7 @@ class Streamer:
         self.stats.enter_s = time.perf_counter() - started
 
     def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
+        self._is_opened = True
         try:
             self._attach(layouts, division, all_names=[c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
@@ -195,10 +196,14 @@ class Streamer:
             raise
 
     def close(self) -> None:
-        """Give everything back, from any state; what the device can no longer do is said, not raised.
+        """Give everything back, from any state; what the device can no longer do is said, not raised. What was never
+        opened has nothing to give.
 
         An interrupt while it waits for the device is raised once all is given back.
         """
+        if not self._is_opened:
+            self.is_closed = True
+            return
         started = time.perf_counter()
         with self.gate.reading_lock, self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
             attempt = functools.partial(_attempt, afterwards)
@@ -935,10 +940,11 @@ class Streamer:
         found = set()
         for unit in units | self.edits.lent:
             binding = self._units[unit].binding
-            if not binding.is_present or binding.is_guarded:
+            if not binding.is_present:
                 continue
             has_other_form = not all(bound.has_form_of(bound.tensor) for bound in binding.tensors)
-            if has_other_form or any(map(self.edits.has_entry, binding.replaced())):
+            replaced = () if binding.is_guarded else binding.replaced()  # guarded, nobody has looked at them
+            if has_other_form or any(map(self.edits.has_entry, replaced)):
                 found.add(self._units[unit].spec.component)
         return found
 

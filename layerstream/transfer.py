@@ -300,7 +300,7 @@ class TransferEngine:
             return self._device.copy(pieces, after)
         if self._staging is None:
             self._staging = _StagingRing(self._device)
-        pinned = [s.is_pinned for s in stored.segments]
+        pinned = [s.is_pinned for s in stored.segments for _ in s.parts()]
         return self._staging.copy(list(zip(pieces, pinned, strict=True)), after)
 
     def _make_slot(self, num_bytes: int, *, is_extra: bool = False) -> Slot:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from layerstream import device as device_module
-from layerstream.device import CudaDevice, Device
+from layerstream.device import COPY_BYTES, CudaDevice, Device
 
 MIB = 2**20
 GIB = 2**30
@@ -254,3 +256,71 @@ def test_fraction_is_never_too_large() -> None:
         cap = numbers.randrange(total + 1)
         fraction = device_module._fraction(cap, total)
         assert cap - 1 <= int(fraction * total) <= cap
+
+
+# ---- copies in turns
+
+
+class _FakeStream:
+    def __init__(self, *args: object) -> None:
+        self.issued: list[object] = []
+
+    def wait_event(self, event: _FakeEvent) -> None:
+        self.issued.append(("waits", event))
+
+
+class _FakeEvent:
+    def record(self, stream: _FakeStream) -> None:
+        self.after = (stream, len(stream.issued))
+
+
+class _FakeTensor:
+    current: _FakeStream
+
+    def __init__(self, name: int, num_bytes: int) -> None:
+        self.name, self.num_bytes = name, num_bytes
+
+    def numel(self) -> int:
+        return self.num_bytes
+
+    def copy_(self, source: object, non_blocking: bool) -> None:
+        assert non_blocking
+        self.current.issued.append(("copies", self.name))
+
+
+def test_copies_take_turns_on_two_streams_and_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def current(stream: _FakeStream) -> Iterator[None]:
+        _FakeTensor.current = stream
+        yield
+
+    for name, fake in (("Stream", _FakeStream), ("Event", _FakeEvent), ("stream", current)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    copies = device_module._CopyStreams(torch.device("cuda"))
+    sizes = [COPY_BYTES, COPY_BYTES, 5, 7, COPY_BYTES, 3, COPY_BYTES // 2, COPY_BYTES // 2, 1]
+    pieces = [(_FakeTensor(number, size), None) for number, size in enumerate(sizes)]
+    copies.copy(pieces[:4])  # type: ignore[arg-type]
+    copies.copy(pieces[4:])  # type: ignore[arg-type]
+    one, two = copies._streams
+    seen: list[int] = []
+
+    def run(stream: Any, until: int) -> None:
+        """What a device does before it passes a point on a stream."""
+        while stream.issued[:until]:
+            what, which = stream.issued[0]
+            if what == "waits":
+                run(which.after[0], which.after[1] - taken[id(which.after[0])])
+            else:
+                seen.append(which)
+            del stream.issued[0]
+            taken[id(stream)] += 1
+            until -= 1
+
+    num_turns = sum(1 for stream in (one, two) for what, _ in stream.issued if what == "waits")  # type: ignore[attr-defined]
+    per_stream = [sum(1 for what, _ in stream.issued if what == "copies") for stream in (one, two)]  # type: ignore[attr-defined]
+    taken = {id(one): 0, id(two): 0}
+    last = copies.now
+    run(last, len(last.issued))  # type: ignore[attr-defined]
+    assert seen == list(range(len(sizes)))
+    assert num_turns == 5
+    assert min(per_stream) >= 3

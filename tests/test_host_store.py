@@ -23,7 +23,7 @@ from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import ALIGNMENT_BYTES
 from layerstream.errors import HostMemoryError, LayerstreamWarning
 from layerstream.host_memory import PAGE_BYTES, MemoryMaps, PageMapping
-from layerstream.host_store import IN_PLACE_LEAST_BYTES, HostStore, StoredUnit, Stretches
+from layerstream.host_store import IN_PLACE_LEAST_BYTES, HostStore, Segment, StoredUnit, Stretches
 from layerstream.simulated import SimulatedDevice
 
 MIB = 2**20
@@ -837,3 +837,18 @@ def test_what_does_not_look_like_a_mapped_block_is_none(before: int, size: int) 
     assert host_memory._chunk(Storage()) == pages.range  # type: ignore[arg-type]  # as glibc writes it
     words.copy_(torch.tensor([before - 2**64 if before >= 2**63 else before, 4 * PAGE_BYTES - 48 | size]))
     assert host_memory._chunk(Storage()) is None  # type: ignore[arg-type]
+
+
+def test_a_large_tensor_is_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_store, "COPY_BYTES", 1000)
+    source = torch.arange(2500 % 256 + 2500, dtype=torch.int64).to(torch.uint8)
+    segment = Segment(source, 256, is_pinned=True)
+    parts = list(segment.parts())
+    assert [at for at, _ in parts] == list(range(0, source.numel(), 1000))
+    assert torch.equal(torch.cat([part for _, part in parts]), source)
+    unit = StoredUnit([0], 256 + source.numel(), segments=[segment])
+    buffer = torch.zeros(unit.num_bytes, dtype=torch.uint8)
+    for target, part in unit.pieces(buffer):
+        target.copy_(part)
+    assert torch.equal(buffer[256:], source)
+    assert not buffer[:256].any()

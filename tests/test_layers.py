@@ -19,6 +19,7 @@ RANKS = {
     "_version": 0,
     "allocator": 0,
     "host_memory": 0,
+    "interrupts": 0,
     "blocks": 1,
     "budget": 1,
     "stats": 1,

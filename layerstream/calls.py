@@ -20,7 +20,7 @@ from torch import nn
 from layerstream.errors import ConcurrentUseError
 
 # What every call of a module goes through.
-_CALL_CODE = getattr(nn.Module, "_wrapped_call_impl", nn.Module.__call__).__code__
+CALL_CODE = getattr(nn.Module, "_wrapped_call_impl", nn.Module.__call__).__code__
 
 
 class RunningCalls:
@@ -79,7 +79,7 @@ class RunningCalls:
             return not self._running
         # Interrupted within a hook, perhaps: then no module is being called there.
         frame = sys._current_frames().get(thread)
-        while frame is not None and frame.f_code is not _CALL_CODE:
+        while frame is not None and frame.f_code is not CALL_CODE:
             frame = frame.f_back
         return frame is None
 
@@ -105,7 +105,7 @@ class RunningCalls:
         innermost, _ = self._running[-1]
         frame: FrameType | None = sys._getframe()
         while frame is not None:
-            if frame.f_code is _CALL_CODE:
+            if frame.f_code is CALL_CODE:
                 found = frame.f_locals.get("self")
                 if found is entering:
                     entering = None
@@ -126,7 +126,7 @@ class RunningCalls:
         is_own = self._thread == threading.get_ident()
         frame = sys._getframe() if is_own else sys._current_frames().get(self._thread or 0)
         while frame is not None and num_missing:
-            if frame.f_code is _CALL_CODE:
+            if frame.f_code is CALL_CODE:
                 found = id(frame.f_locals.get("self"))
                 if found == skipped:
                     skipped = None

@@ -51,6 +51,7 @@ from layerstream.profiling import Ranges
 from layerstream.progress import Progress
 from layerstream.report import predicted_line, slow_loop_line
 from layerstream.saying import warn
+from layerstream.standstill import standstill
 from layerstream.stats import PhaseStats, Stats
 from layerstream.timing import PassTimer
 from layerstream.transfer import Slot, TransferEngine
@@ -180,7 +181,12 @@ class Streamer:
         self._check_budget(layouts, division)
         keep_out_of_graphs(compiled.compile_safe)
         # Calls in other threads meet our hooks as soon as these are on, and wait until the rest is ready for them.
-        with self.gate.entered("entering"):
+        modules = [module for layout in layouts for _, module in layout.modules()]
+        stops = [
+            *(layout.outermost for layout in layouts),
+            *(block for unit in division.units for block in unit.called),
+        ]
+        with self.gate.entered("entering"), standstill(self.gate, modules, stops, self._enter_late):
             self._open(layouts, division)
         self.stats.enter_s = time.perf_counter() - started
 
@@ -687,8 +693,15 @@ class Streamer:
 
     # ---- what the hooks say
 
-    def enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A component's forward begins."""
+    def _enter_late(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call that began before there were hooks, and has waited until there are."""
+        if id(module) in self._attached.units_of:
+            self.enter_block(module, args, kwargs)
+        else:
+            self.enter_root(module, args, kwargs)
+
+    def enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """A component's forward begins. A hook that another thread takes off just then is called without kwargs."""
         name = self._attached.root_of.get(id(root))
         if name is None:
             return  # a copy of a component, which carries the hook along
@@ -710,7 +723,7 @@ class Streamer:
             self._calls.enter(root, is_root=True)
             if is_outermost:
                 try:
-                    self._begin(name, "", args, kwargs, is_grad)
+                    self._begin(name, "", args, kwargs or {}, is_grad)
                 except BaseException:
                     self._calls.leave(root)
                     self._go_out()
@@ -815,7 +828,7 @@ class Streamer:
         self._prefetch(held=[])
         self._guard()
 
-    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """A block is about to run: make its weights present, and start loading what follows."""
         units = self._attached.units_of.get(id(block))
         if units is None:
@@ -845,7 +858,7 @@ class Streamer:
                 try:
                     if not self._look_for_entrance(component):
                         self._called_alone.update(units)
-                    self._begin(component, self._units[units[0]].spec.stack or "", args, kwargs, is_grad)
+                    self._begin(component, self._units[units[0]].spec.stack or "", args, kwargs or {}, is_grad)
                 except BaseException:
                     self._calls.leave(block)
                     self._go_out()

@@ -384,6 +384,60 @@ def test_a_state_dict_waits_for_the_call(submit: Submit, expected: torch.Tensor,
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("path", ["transformer_blocks.1.attn", "proj_out", "pos_embed"])
+def test_entering_waits_for_a_resident_call_in_another_thread(
+    submit: Submit, expected: torch.Tensor, path: str
+) -> None:
+    """It goes on resident to its next block, and streams from there."""
+    pipe = build_tiny("sd3")
+    with Stop(pipe.transformer.get_submodule(path)) as stop:
+        one = submit(image, pipe)
+        assert stop.is_there.wait(TIMEOUT_S)
+        entering = submit(streamed(pipe).start)
+        time.sleep(0.1)
+        assert not entering.done()
+        assert not is_absent(pipe.transformer.proj_out.weight)
+        stop.go_on.set()
+        streamer = entering.result(TIMEOUT_S)
+        assert torch.equal(one.result(TIMEOUT_S), expected)
+        assert torch.equal(image(pipe), expected)
+        streamer.close()
+    assert torch.equal(image(pipe), expected)
+
+
+def test_entering_gives_up_after_the_timeout(submit: Submit, expected: torch.Tensor) -> None:
+    pipe = build_tiny("sd3")
+    with Stop(pipe.transformer.transformer_blocks[1].attn) as stop:
+        before = describe(pipe.transformer)
+        one = submit(image, pipe)
+        assert stop.is_there.wait(TIMEOUT_S)
+        with pytest.raises(layerstream.ConcurrentUseError, match="is in the middle of a call of this pipeline"):
+            streamed(pipe, call_timeout=0.05).start()
+        assert_restored(pipe.transformer, before)
+        stop.go_on.set()
+        assert torch.equal(one.result(TIMEOUT_S), expected)
+
+
+def test_entering_and_leaving_beside_calls_that_go_on(submit: Submit) -> None:
+    model = toy()
+    expected = run(twin(model))
+    end = threading.Event()
+
+    def call_on() -> int:
+        count = 0
+        while not end.is_set():
+            assert_equal(run(model), expected)
+            count += 1
+        return count
+
+    calls = submit(call_on)
+    for _ in range(40):
+        with layerstream.offload(model, vram_budget="min", device=adversary()):
+            assert_equal(run(model), expected)
+    end.set()
+    assert calls.result(TIMEOUT_S) > 0
+
+
 def test_a_deep_copy_waits_for_the_call(submit: Submit, expected: torch.Tensor) -> None:
     """What is present is plain while a call runs, and its slot has another unit's weights a moment later."""
     pipe = build_tiny("sd3")

@@ -43,6 +43,7 @@ RANKS = {
     "page_locks": 2,
     "summary": 2,
     "simulated": 2,
+    "standstill": 3,
     "binding": 3,
     "intercept": 3,
     "plan": 3,

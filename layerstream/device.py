@@ -23,10 +23,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from layerstream.allocator import PAGE_BYTES, GrowingSegments
+from layerstream.batched_copy import BatchedCopy
 from layerstream.errors import DeviceError, brief
 
 Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
+Copies = Any  # what `prepare` has made of pairs of device and host views
 
 COPY_BYTES = 2**25  # a tensor is copied in parts of this at most, so that copies by others get their turn
 _LINK_PROBES = 4  # the fastest counts: one of them may meet other traffic, and a quarter too little was seen
@@ -131,10 +133,17 @@ class Device(Protocol):
     def is_done(self, event: Event) -> bool:
         """Whether the device has passed the event."""
 
-    def copy(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event]) -> Event:
-        """Start copying (device view, host view) pairs on the copy stream once `after` have passed.
+    def prepare(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> Copies:
+        """What `copy` needs to copy (device view, host view) pairs, of `COPY_BYTES` at most; made once, used often.
 
-        Does not block the host when the host views are registered. Pieces are of `COPY_BYTES` at most.
+        Args:
+            is_locked: the host views are registered.
+        """
+
+    def copy(self, copies: Copies, after: Sequence[Event]) -> Event:
+        """Start copying on the copy stream once `after` have passed.
+
+        Does not block the host when the host views are registered.
 
         Returns: the event after the last piece.
         """
@@ -225,6 +234,35 @@ class Caps:
         return min(self._bytes.values(), default=None)
 
 
+class _Turn:
+    """Copies that are queued together.
+
+    Args:
+        pieces: (device, host) pairs.
+        is_locked: the host ones are page-locked.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], is_locked: bool) -> None:
+        self.pieces, self.is_locked = pieces, is_locked
+        self.targets = [target.data_ptr() for target, _ in pieces]
+        self.sources = [source.data_ptr() for _, source in pieces]
+        self.sizes = [target.numel() for target, _ in pieces]
+        self.num_bytes = sum(self.sizes)
+
+
+def _turns(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool) -> list[_Turn]:
+    """The pieces in turns of `COPY_BYTES` at most, in their order."""
+    turns: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    left_bytes = 0
+    for target, source in pieces:
+        if target.numel() > left_bytes:
+            turns.append([])
+            left_bytes = COPY_BYTES
+        turns[-1].append((target, source))
+        left_bytes -= target.numel()
+    return [_Turn(turn, is_locked) for turn in turns]
+
+
 class _CopyStreams:
     """Two streams that take turns with copies, each behind the one before: to the engine, one stream.
 
@@ -238,23 +276,30 @@ class _CopyStreams:
         self._streams = torch.cuda.Stream(torch_device), torch.cuda.Stream(torch_device)
         self._number = 0
         self._left_bytes = 0  # of the turn
+        self._batched = BatchedCopy.find()
 
     @property
     def now(self) -> torch.cuda.Stream:
         """Whose turn it is; what is issued on it comes after all copies so far."""
         return self._streams[self._number]
 
-    def copy(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Queue copies of (device, host) pairs, in their order."""
-        rest = list(pieces)
-        while rest:
-            if self._left_bytes <= 0:
+    def copy(self, turns: Sequence[_Turn]) -> None:
+        """Queue copies, a turn behind the other; small ones share a turn."""
+        for turn in turns:
+            if turn.num_bytes > self._left_bytes:
                 self._next_turn()
-            count = self._fitting(rest)
-            with torch.cuda.stream(self.now):
-                for target, source in rest[:count]:
-                    target.copy_(source, non_blocking=True)
-            del rest[:count]
+            self._left_bytes -= turn.num_bytes
+            self._issue(turn)
+
+    def _issue(self, turn: _Turn) -> None:
+        batched = self._batched
+        if batched is not None and turn.is_locked and not torch.cuda.is_current_stream_capturing():
+            if batched(turn.targets, turn.sources, turn.sizes, self.now.cuda_stream):
+                return
+            self._batched = None
+        with torch.cuda.stream(self.now):
+            for target, source in turn.pieces:
+                target.copy_(source, non_blocking=True)
 
     def _next_turn(self) -> None:
         done = torch.cuda.Event()
@@ -262,14 +307,6 @@ class _CopyStreams:
         self._number = 1 - self._number
         self.now.wait_event(done)
         self._left_bytes = COPY_BYTES
-
-    def _fitting(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
-        """How many of them belong to this turn; one at least."""
-        for number, (target, _) in enumerate(pieces):
-            if self._left_bytes <= 0:
-                return number
-            self._left_bytes -= target.numel()
-        return len(pieces)
 
 
 _CAPS: dict[int, Caps] = {}  # of the process, by GPU
@@ -389,10 +426,13 @@ class CudaDevice:
     def is_done(self, event: Any) -> bool:
         return bool(event.query())
 
-    def copy(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event]) -> torch.cuda.Event:
+    def prepare(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> list[_Turn]:
+        return _turns(pieces, is_locked=is_locked)
+
+    def copy(self, copies: list[_Turn], after: Sequence[Event]) -> torch.cuda.Event:
         for event in after:
             self._copies.now.wait_event(event)
-        self._copies.copy(pieces)
+        self._copies.copy(copies)
         return self.record_copies()
 
     def record_copies(self) -> torch.cuda.Event:

@@ -371,7 +371,12 @@ class SimulatedDevice:
                 _merge(clock, event.clock)
         return True
 
-    def copy(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any]) -> SimulatedEvent:
+    def prepare(
+        self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(pieces)
+
+    def copy(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any]) -> SimulatedEvent:
         self._step("copy")
         with self._lock, engine_tensors(), self._own_operations():
             clock = self._copy_clock
@@ -382,7 +387,7 @@ class SimulatedDevice:
             self._last_copy = queued = _Copy([])
             self._queue.append(queued)
             try:
-                for number, (target, source) in enumerate(pieces):
+                for number, (target, source) in enumerate(copies):
                     if number:
                         self._step("piece", progresses=False)  # what fails here leaves the pieces before on their way
                     self._check_overwrite(target)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from layerstream.binding import UnitBinding
-from layerstream.device import Device, Event, Stream, engine_tensors
+from layerstream.device import Copies, Device, Event, Stream, engine_tensors
 from layerstream.errors import TransferError
 from layerstream.host_store import StoredUnit
 from layerstream.profiling import Ranges
@@ -57,24 +57,24 @@ class Slot:
         self.after: list[Event] = [after]
         self.readers: list[Stream] = []
         self.views: dict[int, list[torch.Tensor]] = {}
-        self.pieces: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.copies: dict[int, Copies] = {}
         self._storage = buffer.untyped_storage()
         self._references = self._count_references()
 
-    def prepare(self, unit: int, stored: StoredUnit, binding: UnitBinding) -> None:
+    def prepare(self, unit: int, stored: StoredUnit, binding: UnitBinding, device: Device) -> None:
         """Make the views of `unit` in this slot, once: fixed addresses, and 15 µs instead of 150 to bind."""
         if unit in self.views:
             return
         before = self._count_references()
         self.views[unit] = stored.views(binding, self.buffer)
-        self.pieces[unit] = stored.pieces(self.buffer)
+        self.copies[unit] = device.prepare(stored.pieces(self.buffer))
         self._references += self._count_references() - before
 
     def forget(self, unit: int) -> None:
         """Drop the views of a unit that exists no more."""
         before = self._count_references()
         self.views.pop(unit, None)
-        self.pieces.pop(unit, None)
+        self.copies.pop(unit, None)
         self._references += self._count_references() - before
 
     def is_aliased(self, num_bound: int = 0) -> bool:
@@ -223,12 +223,12 @@ class TransferEngine:
         """
         if slot.unit is not None or unit in self._loaded:
             raise TransferError(f"unit {unit} loaded into a slot that holds unit {slot.unit}, or loaded twice")
-        slot.prepare(unit, self._stored[unit], self._units[unit].binding)
+        slot.prepare(unit, self._stored[unit], self._units[unit].binding, self._device)
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         try:
             with self.ranges("load", self._units[unit].spec.name):
-                slot.ready = self._copy(unit, slot.pieces[unit], slot.after)
+                slot.ready = self._copy(unit, slot)
         except BaseException:
             # Some of its segments may be on their way: what comes to lie in this memory next waits for them.
             slot.after = [*slot.after, self._device.record_copies()]
@@ -294,14 +294,14 @@ class TransferEngine:
             raise TransferError(f"unit {unit} is in no slot")
         return slot
 
-    def _copy(self, unit: int, pieces: list[tuple[torch.Tensor, torch.Tensor]], after: list[Event]) -> Event:
+    def _copy(self, unit: int, slot: Slot) -> Event:
         stored = self._stored[unit]
         if stored.is_pinned:
-            return self._device.copy(pieces, after)
+            return self._device.copy(slot.copies[unit], slot.after)
         if self._staging is None:
             self._staging = _StagingRing(self._device)
         pinned = [s.is_pinned for s in stored.segments for _ in s.parts()]
-        return self._staging.copy(list(zip(pieces, pinned, strict=True)), after)
+        return self._staging.copy(list(zip(stored.pieces(slot.buffer), pinned, strict=True)), slot.after)
 
     def _make_slot(self, num_bytes: int, *, is_extra: bool = False) -> Slot:
         with engine_tensors():
@@ -352,10 +352,10 @@ class _StagingRing:
 
     def copy(self, pieces: Sequence[tuple[tuple[torch.Tensor, torch.Tensor], bool]], after: Sequence[Event]) -> Event:
         """Like `Device.copy`, for pieces of which some are page-locked; blocks the host for the others."""
-        event = self._device.copy([], after)
+        event = self._copy([], after)
         for (target, source), is_pinned in pieces:
             if is_pinned or not self._buffers:
-                event = self._device.copy([(target, source)], [])
+                event = self._copy([(target, source)], [], is_locked=is_pinned)
                 continue
             for start in range(0, source.numel(), _STAGING_BYTES):
                 part = source[start : start + _STAGING_BYTES]
@@ -364,6 +364,11 @@ class _StagingRing:
                     self._device.synchronize_event(self._events[number])
                 staged = self._buffers[number][: part.numel()]
                 staged.copy_(part)
-                event = self._device.copy([(target[start : start + part.numel()], staged)], [])
+                event = self._copy([(target[start : start + part.numel()], staged)], [])
                 self._events[number] = event
         return event
+
+    def _copy(
+        self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, is_locked: bool = True
+    ) -> Event:
+        return self._device.copy(self._device.prepare(pieces, is_locked=is_locked), after)

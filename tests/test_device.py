@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from layerstream import batched_copy
 from layerstream import device as device_module
+from layerstream.batched_copy import BatchedCopy
 from layerstream.device import COPY_BYTES, CudaDevice, Device
 
 MIB = 2**20
@@ -283,6 +285,9 @@ class _FakeTensor:
     def numel(self) -> int:
         return self.num_bytes
 
+    def data_ptr(self) -> int:
+        return self.name
+
     def copy_(self, source: object, non_blocking: bool) -> None:
         assert non_blocking
         self.current.issued.append(("copies", self.name))
@@ -298,9 +303,9 @@ def test_copies_take_turns_on_two_streams_and_keep_their_order(monkeypatch: pyte
         monkeypatch.setattr(torch.cuda, name, fake)
     copies = device_module._CopyStreams(torch.device("cuda"))
     sizes = [COPY_BYTES, COPY_BYTES, 5, 7, COPY_BYTES, 3, COPY_BYTES // 2, COPY_BYTES // 2, 1]
-    pieces = [(_FakeTensor(number, size), None) for number, size in enumerate(sizes)]
-    copies.copy(pieces[:4])  # type: ignore[arg-type]
-    copies.copy(pieces[4:])  # type: ignore[arg-type]
+    pieces: Any = [(_FakeTensor(number, size), _FakeTensor(-number, size)) for number, size in enumerate(sizes)]
+    for part in (pieces[:4], pieces[4:]):
+        copies.copy(device_module._turns(part, is_locked=True))
     one, two = copies._streams
     seen: list[int] = []
 
@@ -322,5 +327,65 @@ def test_copies_take_turns_on_two_streams_and_keep_their_order(monkeypatch: pyte
     last = copies.now
     run(last, len(last.issued))  # type: ignore[attr-defined]
     assert seen == list(range(len(sizes)))
-    assert num_turns == 5
+    assert num_turns == 6
     assert min(per_stream) >= 3
+
+
+class _FakeRuntime:
+    """cuda.bindings.runtime, of which a batch is queued or refused."""
+
+    class cudaError_t:  # noqa: N801
+        cudaSuccess = SimpleNamespace(name="cudaSuccess")  # noqa: N815
+
+    class cudaMemcpySrcAccessOrder:  # noqa: N801
+        cudaMemcpySrcAccessOrderStream = "in stream order"  # noqa: N815
+
+    cudaMemcpyAttributes = SimpleNamespace  # noqa: N815
+
+    def __init__(self, *errors: str) -> None:
+        self.errors = list(errors)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def cudaMemcpyBatchAsync(self, *args: Any) -> tuple[Any, ...]:  # noqa: N802
+        self.calls.append(args)
+        name = self.errors.pop(0) if self.errors else "cudaSuccess"
+        return (self.cudaError_t.cudaSuccess if name == "cudaSuccess" else SimpleNamespace(name=name),)
+
+
+def test_a_batch_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = _FakeRuntime()
+    monkeypatch.setattr(batched_copy, "import_module", lambda name: runtime)
+    batched = BatchedCopy.find()
+    assert batched is not None
+    assert batched([1, 2], [3, 4], [5, 6], 7)
+    ((targets, sources, sizes, count, (attributes,), indices, num_attributes, stream),) = runtime.calls
+    assert (targets, sources, sizes, count, stream) == ([1, 2], [3, 4], [5, 6], 2, 7)
+    assert (attributes.srcAccessOrder, indices, num_attributes) == ("in stream order", [0], 1)
+
+
+def test_a_machine_without_batches_is_found_out_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = _FakeRuntime("cudaErrorInsufficientDriver")
+    monkeypatch.setattr(batched_copy, "import_module", lambda name: runtime)
+    batched = BatchedCopy.find()
+    assert batched is not None
+    assert not batched([1], [2], [3], 4)
+
+
+def test_a_batch_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = _FakeRuntime("cudaSuccess", "cudaErrorNotSupported", "cudaErrorIllegalAddress")
+    monkeypatch.setattr(batched_copy, "import_module", lambda name: runtime)
+    batched = BatchedCopy.find()
+    assert batched is not None
+    assert batched([1], [2], [3], 4)
+    for name in ("cudaErrorNotSupported", "cudaErrorIllegalAddress"):
+        with pytest.raises(RuntimeError, match=rf"1 copies to the device were not all queued \({name}\)"):
+            batched([1], [2], [3], 4)
+
+
+@pytest.mark.parametrize("error", [ImportError("none"), RuntimeError("no library")])
+def test_without_cuda_bindings_there_are_no_batches(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(batched_copy, "import_module", fail)
+    assert BatchedCopy.find() is None

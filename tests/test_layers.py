@@ -18,6 +18,7 @@ RANKS = {
     "_import_torch": 0,
     "_version": 0,
     "allocator": 0,
+    "batched_copy": 0,
     "host_memory": 0,
     "interrupts": 0,
     "blocks": 1,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -157,9 +156,6 @@ class Device(Protocol):
 
     def mark(self, stream: Stream) -> Any:
         """A point in time on a compute stream, after everything issued on it so far; does not block the host."""
-
-    def host_ms(self) -> float:
-        """The host's clock, in milliseconds."""
 
     def elapsed_ms(self, start: Any, end: Any) -> float | None:
         """Device time from one mark to a later one, or None while the device has not passed `end`; never blocks."""
@@ -451,9 +447,6 @@ class CudaDevice:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
-
-    def host_ms(self) -> float:
-        return 1e3 * time.perf_counter()
 
     def elapsed_ms(self, start: Any, end: Any) -> float | None:
         return float(start.elapsed_time(end)) if start.query() and end.query() else None

@@ -168,7 +168,6 @@ class SimulatedDevice:
         self.copies = copies
         self.is_poisoned = is_poisoned
         self.link_gb_per_s = link_gb_per_s
-        self.host_clock_ms = 0.0  # the host takes no time, unless a test says so
         self.refuses_pinning = refuses_pinning
         self.is_named_apart = is_named_apart
         self.buffer_bytes = 0  # of the engine's buffers
@@ -416,9 +415,6 @@ class SimulatedDevice:
 
     def mark(self, stream: Any) -> float:
         return float(stream.time_ms)
-
-    def host_ms(self) -> float:
-        return self.host_clock_ms
 
     def elapsed_ms(self, start: Any, end: Any) -> float | None:
         return float(end - start)

@@ -23,7 +23,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -53,7 +53,7 @@ from layerstream.report import predicted_line, slow_loop_line
 from layerstream.saying import warn
 from layerstream.standstill import standstill
 from layerstream.stats import PhaseStats, Stats
-from layerstream.timing import BlockTime, PassTimer
+from layerstream.timing import PassTimer
 from layerstream.transfer import Slot, TransferEngine
 from layerstream.units import ComponentLayout, Division, divide, whole_bytes
 
@@ -677,25 +677,11 @@ class Streamer:
         """What timed passes took, as far as the device is through with them."""
         for reserve, by_block in self._timer.take():
             times: dict[int, float] = {}
-            for units, elapsed in self._until_ended(by_block).items():
+            for units, elapsed in by_block.items():
                 sizes = [self._units[unit].spec.num_bytes for unit in units]
                 for unit, size in zip(units, sizes, strict=True):  # only the sum of a block's pieces means anything
                     times[unit] = elapsed * size / (sum(sizes) or 1)
             self._ledger.timed(reserve, times)
-
-    def _until_ended(self, times: Mapping[tuple[int, ...], BlockTime]) -> dict[tuple[int, ...], float]:
-        """What passes between the ends of two blocks: what the device takes, or the host, if that is longer.
-
-        Of the host the lower quartile counts, of blocks that are alike: some wait for the device meanwhile.
-        """
-        alike: dict[tuple[object, ...], list[float]] = {}
-        kinds = {}
-        for units, took in times.items():
-            specs = [self._units[unit].spec for unit in units]
-            kinds[units] = kind = (specs[0].component, specs[0].stack, sum(spec.num_bytes for spec in specs))
-            alike.setdefault(kind, []).append(took.host)
-        typical = {kind: sorted(found)[len(found) // 4] for kind, found in alike.items()}
-        return {units: max(took.device, typical[kinds[units]]) for units, took in times.items()}
 
     def _drop_times(self) -> None:
         for reserve in self._timer.drop():

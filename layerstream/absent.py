@@ -144,16 +144,16 @@ class _Absent:
                     size, dtype = args[0].size(), args[0].dtype
                     twin = torch.empty_strided(size, record.strides, dtype=dtype, device="meta")
                 return func(twin, *args[1:], **kwargs)
-        with _reading((args, kwargs)):
+        with reading((args, kwargs)):
             return func(*args, **kwargs)
 
     # Both would keep the absent class in the copy, since they ask for `type(self)` before they look at the bytes.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with _reading(self):
+        with reading(self):
             return self.__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with _reading(self):
+        with reading(self):
             return self.__reduce_ex__(protocol)
 
 
@@ -178,7 +178,7 @@ def _record_of(tensor: torch.Tensor) -> AbsentRecord | None:
     return None if classes is None else classes.records.get(id(tensor))
 
 
-def _reading(used: Any) -> AbstractContextManager[object]:
+def reading(used: Any) -> AbstractContextManager[object]:
     """Load the units of all absent tensors in `used`, together, so that none evicts another; nobody else does, either,
     before the `with` block is left."""
     units: dict[AbsentClasses, set[int]] = {}

@@ -113,8 +113,7 @@ class LayerStreamer:
                 "offload() without a pipeline is a decorator. Give it one: `with layerstream.offload(pipe):`."
             )
         while True:
-            self._wait_for_closing()
-            for owner in _touching(some_components_of(self._pipe)):
+            for owner in (self, *_touching(some_components_of(self._pipe))):
                 owner._wait_for_closing()
             with _ENTERING:
                 if not any(owner._is_closing for owner in (self, *_touching(some_components_of(self._pipe)))):
@@ -272,9 +271,18 @@ class LayerStreamer:
         return self._streamer is not None and self._streamer.gate.is_closing
 
     def _wait_for_closing(self) -> None:
-        """Where streaming is to end when a call ends, wait for that."""
+        """Where streaming is to end when a call ends, wait for that.
+
+        Raises:
+            StreamerStateError: it is this thread's own call.
+        """
         streamer = self._streamer
         if streamer is not None and streamer.gate.is_closing:
+            if streamer.gate.is_inside:
+                raise StreamerStateError(
+                    "streaming cannot begin in the middle of a call of this pipeline, at whose end it is to be closed: "
+                    "another thread has called close(). Begin when the call has returned."
+                )
             with streamer.gate.entered("entering again"):
                 pass
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -146,6 +146,22 @@ class UnitBinding:
             for bound, version, address in zip(self.tensors, self._versions, self._addresses, strict=True)
             if bound.tensor._version != version or bound.tensor.data_ptr() != address
         ]
+
+    def changed_while_absent(self) -> list[BoundTensor]:
+        """Tensors that were given other memory behind their absent class' back: `set_` asks no class."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return [
+                bound
+                for bound, cls, placeholder in zip(self.tensors, self._absent, self._placeholders, strict=True)
+                if type(bound.tensor) is not cls or bound.tensor.data_ptr() != placeholder.data_ptr()
+            ]
+
+    def absent_again(self, bounds: Collection[BoundTensor]) -> None:
+        """Let go of what such tensors were given."""
+        for bound, cls, placeholder in zip(self.tensors, self._absent, self._placeholders, strict=True):
+            if bound in bounds:
+                with torch._C.DisableTorchFunctionSubclass():
+                    make_absent([bound.tensor], [placeholder], [cls])
 
     def uncounted(self) -> list[BoundTensor]:
         """Running statistics of modules in training mode: whether they were written, only their bytes tell."""

@@ -49,6 +49,8 @@ class Ticket:
 
 
 _NUMBERS = itertools.count()
+_WAITING: dict[threading.Thread, Gate] = {}  # who waits at which gate
+_WAITING_MUTEX = threading.Lock()
 _INSIDE: ContextVar[tuple[Ticket, ...]] = ContextVar("layerstream_inside", default=())
 
 
@@ -218,16 +220,44 @@ class Gate:
     def _wait_for_turn(self, ticket: Ticket) -> None:
         started = time.monotonic()
         next_word = 0.0
-        while self._line[0] is not ticket or self._is_taken():
-            waited = time.monotonic() - started
-            if self.timeout_s is not None and waited >= self.timeout_s:
-                raise ConcurrentUseError(self._refusal(ticket, waited))
-            if waited >= next_word:
-                level = logging.WARNING if next_word else logging.INFO
-                _log.log(level, "thread %r waits%s: %s", ticket.thread.name, _since(waited), self._who())
-                next_word = _LONG_WAIT_S if next_word == 0.0 else 2 * next_word
-            left = _LOOK_S if self.timeout_s is None else min(_LOOK_S, self.timeout_s - waited)
-            self._changed.wait(max(left, 0.001))
+        try:
+            while self._line[0] is not ticket or self._is_taken():
+                self._refuse_circle(ticket)
+                next_word = self._wait_on(ticket, started, next_word)
+        finally:
+            with _WAITING_MUTEX:
+                _WAITING.pop(ticket.thread, None)
+
+    def _refuse_circle(self, ticket: Ticket) -> None:
+        """Raise if who is waited for waits, perhaps by way of others, for this thread."""
+        with _WAITING_MUTEX:
+            _WAITING[ticket.thread] = self
+            seen: set[threading.Thread] = set()
+            gate: Gate | None = self
+            while gate is not None and gate._ticket is not None and gate._ticket.thread not in seen:
+                thread = gate._ticket.thread
+                if thread is ticket.thread and gate is not self:
+                    del _WAITING[ticket.thread]  # whoever else is in the circle goes on
+                    raise ConcurrentUseError(
+                        f"thread {ticket.thread.name!r} cannot begin {ticket.what}: {self._who()}, which waits for a "
+                        "call that this thread is in the middle of. Each would wait for the other for ever. Where "
+                        "threads call one pipeline inside another's call, let them take turns by a lock around both."
+                    )
+                seen.add(thread)
+                gate = _WAITING.get(thread)
+
+    def _wait_on(self, ticket: Ticket, started: float, next_word: float) -> float:
+        """Wait a little; returns after how many seconds of waiting the next word is due."""
+        waited = time.monotonic() - started
+        if self.timeout_s is not None and waited >= self.timeout_s:
+            raise ConcurrentUseError(self._refusal(ticket, waited))
+        if waited >= next_word:
+            level = logging.WARNING if next_word else logging.INFO
+            _log.log(level, "thread %r waits%s: %s", ticket.thread.name, _since(waited), self._who())
+            next_word = _LONG_WAIT_S if next_word == 0.0 else 2 * next_word
+        left = _LOOK_S if self.timeout_s is None else min(_LOOK_S, self.timeout_s - waited)
+        self._changed.wait(max(left, 0.001))
+        return next_word
 
     def _who(self) -> str:
         running = self._ticket

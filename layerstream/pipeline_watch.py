@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from layerstream.absent import at_home
+from layerstream.absent import at_home, reading
 from layerstream.changes import CHANGING_METHODS, READING_METHODS
 from layerstream.compiled import uncompiled
 from layerstream.intercept import RIVAL_HOOKS
@@ -156,6 +156,7 @@ class PipelineWatch:
                 self.watch_class(cls)
             self._patch(base, "register_modules", _around_register_modules)
         self._refuse_rivals()
+        self._patch(torch.utils, "swap_tensors", _around_swap)
         # Blocks share addresses by turns, which a file of weights takes for weights that are tied: it is made of the
         # bytes at home. These read all tensors, also for whoever has imported the functions around them before.
         saving = sys.modules.get("safetensors.torch")
@@ -330,6 +331,16 @@ def _around_add_hook(original: Any) -> Any:
         return original(module, hook, append)
 
     return add_hook_to_module
+
+
+def _around_swap(original: Any) -> Any:
+    @functools.wraps(original)
+    def swap_tensors(t1: torch.Tensor, t2: torch.Tensor) -> Any:
+        # Of weights that are absent it would exchange classes and placeholders, which nobody asks about.
+        with reading((t1, t2)):
+            return original(t1, t2)
+
+    return swap_tensors
 
 
 def _around_flatten(original: Any) -> Any:

@@ -372,7 +372,9 @@ class Streamer:
             self._discard(self.edits.settle(is_new_use=True))
         for index in [i for a in attachments for i in a.units]:
             binding = self._units[index].binding
-            if binding.is_present and self._transfer.slot_of(index) is not None:
+            if not binding.is_present:
+                self._take_in(index)
+            elif self._transfer.slot_of(index) is not None:
                 self._write_back(index, may_replace=True)
                 # Graphs may hold what they saved of weights that stayed resident, too.
                 binding.forbid_backward()
@@ -714,7 +716,7 @@ class Streamer:
                 return
             is_outermost = self._is_outermost(root)
             if is_outermost:
-                self._catch_up()
+                self._catch_up(name)
                 if id(root) not in self._attached.root_of:  # it was dropped, and is nobody's to stream
                     self._go_out()
                     return
@@ -757,7 +759,7 @@ class Streamer:
             if not self._is_outermost():
                 return False
             try:
-                self._catch_up()
+                self._catch_up(component)
                 if id(root) not in self._attached.entrances.modules:
                     self._go_out()
                     return False
@@ -849,7 +851,7 @@ class Streamer:
                 return
             is_outermost = self._is_outermost(block)
             if is_outermost:
-                self._catch_up()
+                self._catch_up(component)
                 if id(block) not in self._attached.units_of:
                     self._go_out()
                     return
@@ -938,13 +940,51 @@ class Streamer:
         self._changed_inside.add(component)
         return contextlib.nullcontext()
 
-    def _catch_up(self) -> None:
-        """Between two calls: what was cast, reshaped or exchanged is laid out anew, what was dropped is let go of."""
+    def _catch_up(self, component: str | None = None) -> None:
+        """Between two calls: what was cast, reshaped or exchanged is laid out anew, what was dropped is let go of.
+
+        Args:
+            component: is about to be entered.
+        """
         self._let_go()
-        for component in self._components_of_another_form():
-            with self.paused(component):
-                pass
+        taken: set[str] = set()
+        is_new_use = self.gate.running is not self._last_use
+        for index in list(self._units) if is_new_use else self._attached.units_of_component(component or ""):
+            unit = self._units[index]
+            if not unit.binding.is_present and not self._take_in(index):
+                taken.add(unit.spec.component)
+        for name in taken | self._components_of_another_form():
+            if name in self._attached.of_component:  # it may share weights with one before it
+                with self.paused(name):
+                    pass
         self._changed_inside.clear()
+
+    def _take_in(self, unit: int) -> bool:
+        """Bring home what the weights of an absent unit were given meanwhile; returns whether it can go on so."""
+        binding = self._units[unit].binding
+        changed = binding.changed_while_absent()
+        if not changed:
+            return True
+        can_go_on = True
+        with engine_tensors():
+            for bound in changed:
+                with torch._C.DisableTorchFunctionSubclass():
+                    now = bound.tensor.data
+                if bound.has_form_of(now) and not self.edits.has_entry(bound):
+                    self._keep_at_home(bound, now)
+                else:
+                    bound.home, bound.is_exact, can_go_on = now.to(bound.home_device), True, False
+            binding.absent_again(changed)
+            self.edits.pointed_elsewhere(changed)
+            self._discard([unit])
+        return can_go_on
+
+    def _keep_at_home(self, bound: BoundTensor, now: torch.Tensor) -> None:
+        """What was written to a weight is what the next load reads."""
+        self._device.copy_back(bound.master, now)
+        if bound.home is not bound.master:
+            bound.home.copy_(bound.master)
+        self.stats.num_written_back += 1
 
     def _components_of_another_form(self) -> set[str]:
         """Components that must be laid out anew, since a weight has another dtype, shape or strides, or since whoever
@@ -1164,10 +1204,7 @@ class Streamer:
             now = bound.tensor.data
             is_entry = bound in replaced and self.edits.has_entry(bound)
             if bound.has_form_of(now) and not (is_entry and may_replace):
-                self._device.copy_back(bound.master, now)
-                if bound.home is not bound.master:
-                    bound.home.copy_(bound.master)
-                self.stats.num_written_back += 1
+                self._keep_at_home(bound, now)
             elif may_replace:
                 # What the user made of it is what the user gets: a cast, other strides.
                 bound.home, bound.is_exact = now.to(bound.home_device), True

@@ -438,6 +438,50 @@ def test_entering_and_leaving_beside_calls_that_go_on(submit: Submit) -> None:
     assert calls.result(TIMEOUT_S) > 0
 
 
+def test_two_pipelines_called_inside_each_other_in_opposite_order(submit: Submit, expected: torch.Tensor) -> None:
+    """Each would wait for the other for ever: one is told so, and the other goes on."""
+    pipes = [build_tiny("sd3"), build_tiny("sd3")]
+    both = threading.Barrier(2)
+
+    def outer(number: int) -> torch.Tensor:
+        def call_other(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if step == 0:
+                both.wait(TIMEOUT_S)
+                assert torch.equal(image(pipes[1 - number]), expected)
+            return kwargs
+
+        return image(pipes[number], callback_on_step_end=call_other)
+
+    with streamed(pipes[0]), streamed(pipes[1]):
+        calls = [submit(outer, number) for number in (0, 1)]
+        errors = [call.exception(TIMEOUT_S) for call in calls]
+        (refused,) = [error for error in errors if error is not None]
+        assert isinstance(refused, layerstream.ConcurrentUseError)
+        assert "Each would wait for the other for ever" in str(refused)
+        assert torch.equal(calls[errors.index(None)].result(), expected)
+        for pipe in pipes:
+            assert torch.equal(image(pipe), expected)
+
+
+@pytest.mark.parametrize("which", ["the same", "another"])
+def test_beginning_inside_a_call_that_is_to_be_closed_is_refused(
+    submit: Submit, expected: torch.Tensor, which: str
+) -> None:
+    pipe = build_tiny("sd3")
+    streamer = streamed(pipe).start()
+
+    def close_and_start(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            submit(streamer.close).result(TIMEOUT_S)
+            with pytest.raises(layerstream.StreamerStateError, match="at whose end it is to be closed"):
+                (streamer if which == "the same" else streamed(pipe)).start()
+        return kwargs
+
+    assert torch.equal(image(pipe, callback_on_step_end=close_and_start), expected)
+    assert layerstream.active(pipe) is None
+    assert torch.equal(image(pipe), expected)
+
+
 def test_a_deep_copy_waits_for_the_call(submit: Submit, expected: torch.Tensor) -> None:
     """What is present is plain while a call runs, and its slot has another unit's weights a moment later."""
     pipe = build_tiny("sd3")

@@ -79,6 +79,16 @@ def by_set(t: torch.Tensor) -> None:
         t.set_(add(t.data.clone()))
 
 
+def by_set_unread(t: torch.Tensor) -> None:
+    with torch.no_grad():
+        t.set_(torch.full(t.shape, 0.5, dtype=t.dtype))
+
+
+def by_swap(t: torch.Tensor) -> None:
+    other = torch.full(t.shape, t.numel() % 7 / 8, dtype=t.dtype)
+    torch.utils.swap_tensors(t, nn.Parameter(other, requires_grad=t.requires_grad) if t.requires_grad else other)
+
+
 def by_other_strides(t: torch.Tensor) -> None:
     order = range(t.ndim)
     strides = torch.empty(t.shape[::-1], device="meta").permute(*reversed(order)).stride()
@@ -103,6 +113,8 @@ EDITS: dict[str, Edit] = {
     "its storage": _each(by_storage),
     "dlpack": _each(lambda t: by_dlpack(t) if t.dtype is not torch.bool else by_counted(t)),
     "weight.set_(other)": _each(by_set),
+    "weight.set_(other), which was not read": _each(by_set_unread),
+    "swap_tensors": _each(by_swap),
     "weight.data = other, of other strides": _each(by_other_strides),
     "three weights' data exchanged": exchange,
     "every weight of the model": lambda m: [p.data.mul_(1.5) for p in m.parameters() if p.numel()],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -77,19 +77,21 @@ class Case:
 
 
 _DENOISER = Repeated("pass", "transformer", "transformer")
+_NEXTSTEP = Case(
+    "batched",
+    "nextstep_b",
+    forms=("pipeline",),
+    is_autoregressive=True,
+    steps="num_sampling_steps",
+    short={"num_tokens": 8},
+    repeated=(Repeated("token", "model.layers.0", "model.layers.-1"),),
+)
 _CASES: Mapping[str, Case] = {
     "sd35m": Case("batched", "sd35m", is_shared=True),
     "ovis": Case("single", "ovis", is_shared=True),
     "longcat": Case("single", "longcat", is_shared=True),
-    "nextstep": Case(
-        "batched",
-        "nextstep_b",
-        forms=("pipeline",),
-        is_autoregressive=True,
-        steps="num_sampling_steps",
-        short={"num_tokens": 8},
-        repeated=(Repeated("token", "model.layers.0", "model.layers.-1"),),
-    ),
+    "nextstep": _NEXTSTEP,  # the code whose layers run by `forward`, with a DynamicCache
+    "nextstep-static": replace(_NEXTSTEP, model="nextstep_a"),  # the first one: `forward_model`, with a StaticCache
     "mammoth": Case(
         "single",
         "mammoth",

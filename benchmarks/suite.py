@@ -40,6 +40,7 @@ _PRELOADED_FOR = {
     "longcat": ("diffusers.pipelines.longcat_image.pipeline_longcat_image",),
     "longcat-rewrite": ("diffusers.pipelines.longcat_image.pipeline_longcat_image",),
     "nextstep": ("layerstream.standins.repository.autoregressive.nextstep.build",),
+    "nextstep-static": ("layerstream.standins.repository.autoregressive.nextstep.build",),
     "mammoth": ("layerstream.standins.repository.autoregressive.mammoth.build",),
     "glm": (
         "diffusers.pipelines.glm_image.pipeline_glm_image",
@@ -56,6 +57,7 @@ _PIPELINE_SWEEP = ("6GiB", "10GiB", "auto")  # whole calls take long; `-sweep` h
 _PEER_BUDGETS = {"sd35m": ("2GiB",), "ovis": ("5GiB", "10GiB"), "longcat": ("4GiB", "10GiB")}
 # Suites of what takes long and has no peers here: resident once, and the budgets that say most.
 _OURS: Mapping[str, tuple[str, Form, Sequence[str]]] = {
+    "nextstep-static-tokens": ("nextstep-static", "pipeline", ("6GiB", "16GiB", "auto")),
     "nextstep-tokens": ("nextstep", "pipeline", ("6GiB", "16GiB", "24GiB", "auto")),
     "mammoth-call": ("mammoth", "pipeline", ("12GiB", "24GiB")),
     "glm-call": ("glm", "pipeline", ("12GiB", "24GiB")),

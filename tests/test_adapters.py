@@ -253,6 +253,36 @@ def test_a_cascade_is_foreseen_and_equal() -> None:
     assert not report.findings
 
 
+MINIMAX = {
+    "latent_channels": 4,
+    "block_out_channels": (4, 4, 4, 4, 4, 4),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "decoder_num_layers": 4,
+    "decoder_num_attention_heads": 2,
+    "decoder_attention_head_dim": 16,
+}
+
+
+def test_an_autoencoder_that_decodes_by_a_large_transformer() -> None:
+    model = diffusion_model("AutoencoderKLMiniMaxH3", **MINIMAX)
+    assert "decoder.transformer_blocks" in adapter_for(model).find_stacks(model)
+    assert not adapter_for(model).find_repeated(model)
+    assert {"encode", "decode"} <= set(adapter_for(model).layout("vae", model).entry_points)
+
+
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_an_autoencoder_that_decodes_by_a_large_transformer_is_foreseen_and_equal(is_tiled: bool) -> None:
+    torch.manual_seed(0)
+    model = pytest.importorskip("diffusers").AutoencoderKLMiniMaxH3(**MINIMAX).eval()
+    randomise(model)
+    if is_tiled:
+        model.enable_tiling(32, 32, 16, 16)  # sides of tiles and of what two share: 9 tiles
+    latents = torch.randn(1, 4, 7, 4, 4, generator=torch.Generator().manual_seed(1))
+    report = check_adapter(model, lambda model: model.decode(latents).sample)
+    assert not report.findings
+
+
 def randomise(module: nn.Module) -> None:
     """Also what starts as zeros, behind which nothing would be seen."""
     with torch.no_grad():

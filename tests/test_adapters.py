@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from layerstream.adapters.named import NAMED
 from layerstream.adapters.registry import adapter_for, register_adapter
 from layerstream.components import layouts_of
 from layerstream.errors import AdapterError, brief
+from layerstream.testing import check_adapter
 from layerstream.units import divide
 
 
@@ -156,6 +158,136 @@ def test_blocks_of_sdxl_are_a_small_part_of_it() -> None:
     total = sum(p.numel() for p in model.parameters())
     largest, name = max((sum(p.numel() for p in m.parameters()), n) for s in layout.stacks for n, m in s.blocks)
     assert largest <= 0.2 * total, f"{name} is {largest / total:.0%} of the model"
+
+
+CASCADE = {
+    "conditioning_dim": 16,
+    "block_out_channels": (8, 16),
+    "num_attention_heads": (-1, 2),
+    "down_num_layers_per_block": (2, 3),
+    "up_num_layers_per_block": (3, 2),
+    "block_types_per_layer": (
+        ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+        ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+    ),
+    "clip_text_pooled_in_channels": 8,
+}
+
+
+def test_blocks_of_several_classes_that_take_turns() -> None:
+    cascade = diffusion_model("StableCascadeUNet", **CASCADE)
+    assert found(cascade) == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"]
+    assert [len(s.blocks) for s in GenericAdapter().layout("prior", cascade).stacks] == [4, 9, 9, 4]
+
+
+def test_blocks_of_wuerstchen() -> None:
+    pipeline = pytest.importorskip("diffusers").WuerstchenPriorPipeline  # whose module is not always in the same place
+    cls = vars(importlib.import_module(pipeline.__module__))["WuerstchenPrior"]
+    with torch.device("meta"):
+        model = cls(c_in=4, c=32, c_cond=16, c_r=8, depth=3, nhead=2)
+    assert found(model) == ["blocks"]
+    assert len(block_names(model)) == 9
+
+
+NETS = {
+    "ControlNetModel": {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 8,
+        "conditioning_embedding_out_channels": (4, 8),
+    },
+    "SD3ControlNetModel": SD3,
+    "FluxControlNetModel": FLUX,
+    "T2IAdapter": {"channels": [32, 32], "num_res_blocks": 2},
+}
+
+
+def several(name: str, nets: Sequence[nn.Module]) -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    multi = {
+        "ControlNetModel": lambda: importlib.import_module("diffusers.models.controlnets").MultiControlNetModel,
+        "SD3ControlNetModel": lambda: diffusers.SD3MultiControlNetModel,
+        "FluxControlNetModel": lambda: diffusers.FluxMultiControlNetModel,
+        "T2IAdapter": lambda: diffusers.MultiAdapter,
+    }
+    return multi[name]()(nets)
+
+
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed.*:FutureWarning")  # diffusers', of a class of its own
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_nets_of_a_multi_control_net_are_divided_as_each_by_itself(name: str, count: int) -> None:
+    nets = [diffusion_model(name, **NETS[name]) for _ in range(count)]
+    multi = several(name, nets)
+    (container,) = (child for child, _ in multi.named_children())
+    assert found(nets[0])
+    assert found(multi) == [f"{container}.{number}.{stack}" for number in range(count) for stack in found(nets[0])]
+
+
+def test_a_multi_control_net_is_foreseen_and_equal() -> None:
+    torch.manual_seed(0)
+    name = "ControlNetModel"
+    cls = getattr(pytest.importorskip("diffusers"), name)
+    nets = several(name, [cls(**NETS[name]).eval() for _ in range(2)])
+    randomise(nets)
+    images = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def call(nets: Any) -> Any:
+        return nets(torch.ones(1, 4, 8, 8), 5, torch.ones(1, 3, 8), list(images), [1.0, 0.5], return_dict=False)
+
+    report = check_adapter(nets, call)
+    assert not report.findings
+
+
+def test_a_cascade_is_foreseen_and_equal() -> None:
+    torch.manual_seed(0)
+    model = pytest.importorskip("diffusers").StableCascadeUNet(**CASCADE).eval()
+    randomise(model)
+
+    def call(model: Any) -> Any:
+        return model(torch.ones(1, 16, 8, 8), torch.ones(1), torch.ones(1, 1, 8), return_dict=False)
+
+    report = check_adapter(model, call)
+    assert not report.findings
+
+
+MINIMAX = {
+    "latent_channels": 4,
+    "block_out_channels": (4, 4, 4, 4, 4, 4),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "decoder_num_layers": 4,
+    "decoder_num_attention_heads": 2,
+    "decoder_attention_head_dim": 16,
+}
+
+
+def test_an_autoencoder_that_decodes_by_a_large_transformer() -> None:
+    model = diffusion_model("AutoencoderKLMiniMaxH3", **MINIMAX)
+    assert "decoder.transformer_blocks" in adapter_for(model).find_stacks(model)
+    assert not adapter_for(model).find_repeated(model)
+    assert {"encode", "decode"} <= set(adapter_for(model).layout("vae", model).entry_points)
+
+
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_an_autoencoder_that_decodes_by_a_large_transformer_is_foreseen_and_equal(is_tiled: bool) -> None:
+    torch.manual_seed(0)
+    model = pytest.importorskip("diffusers").AutoencoderKLMiniMaxH3(**MINIMAX).eval()
+    randomise(model)
+    if is_tiled:
+        model.enable_tiling(32, 32, 16, 16)  # sides of tiles and of what two share: 9 tiles
+    latents = torch.randn(1, 4, 7, 4, 4, generator=torch.Generator().manual_seed(1))
+    report = check_adapter(model, lambda model: model.decode(latents).sample)
+    assert not report.findings
+
+
+def randomise(module: nn.Module) -> None:
+    """Also what starts as zeros, behind which nothing would be seen."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.1)
 
 
 def text_encoder(name: str, config: str, **options: Any) -> Any:
@@ -313,6 +445,30 @@ def test_odd_declarations_of_blocks_do_no_harm(declared: Any) -> None:
     outer = cls()
     outer.inner = root
     assert found(outer) == ["inner.blocks"]
+
+
+def test_blocks_that_take_turns_are_a_stack_where_none_is_inside() -> None:
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4)])
+    assert found(net(layers=layers)) == ["layers"]
+    assert found(net(layers=layers[:3])) == [], "one of a class is a layer, as in a feed-forward"
+    assert found(net(layers=nn.ModuleList([*layers, *blocks(2)]))) == ["layers.5.inner", "layers.6.inner"]
+    never_called = nn.ModuleList([*layers, nn.ModuleList([nn.Linear(4, 4)]), nn.ModuleList([nn.Linear(4, 4)])])
+    assert found(net(layers=never_called)) == []
+
+
+def test_models_in_a_list_beside_other_weights_are_blocks() -> None:
+    class Part(Block):
+        def save_pretrained(self) -> None: ...
+
+    assert found(net(models=blocks(2, Part))) == ["models.0.inner", "models.1.inner"]
+    assert found(net(models=blocks(2, Part), head=nn.Linear(4, 4))) == ["models"]
+    assert found(net(models=blocks(2))) == ["models"]
+    first, second = Part(), Part()
+    assert found(net(models=nn.ModuleList([first, first, second]))) == ["models.0.inner", "models.2.inner"]
+    second.inner[1] = first.inner[1]
+    sharing = net(models=nn.ModuleList([first, second]))
+    assert found(sharing) == ["models"]
+    assert len(divide([GenericAdapter().layout("net", sharing)]).units) == 3
 
 
 def test_a_single_child_is_no_stack() -> None:

@@ -83,8 +83,8 @@ OF_DENOISERS = {
         "motion_adapter": "up_blocks.*.motion_modules:6",
     },
     "stable_cascade": {
-        # Its blocks are lists of three kinds of layers in turns, which are not taken for stacks.
-        "prior_prior": "",
+        # Lists of three kinds of blocks in turns; in the decoder each is there once, so that they pass for layers.
+        "prior_prior": "down_blocks.*:6 up_blocks.*:6",
         "decoder": "down_downscalers:3 up_upscalers:3 up_repeat_mappers.*:4",
     },
     "aura_flow": {"transformer": "joint_transformer_blocks:4 single_transformer_blocks:4"},
@@ -104,7 +104,6 @@ OF_DENOISERS = {
 }
 # Less than six tenths of these are in blocks. The ControlNet of true size has more layers in each list.
 MOSTLY_BASE = {
-    ("stable_cascade", "prior_prior"),
     ("stable_cascade", "decoder"),
     ("sd15_controlnet", "controlnet"),
     ("audioldm2", "projection_model"),

@@ -3,7 +3,9 @@
 A stack is a list of modules of one class that can be called (`nn.ModuleList` of blocks), taken as far out as
 possible: what is inside a block belongs to the block. Classes that a model itself calls its blocks
 (`_repeated_blocks` in diffusers, `_no_split_modules` in both libraries) may be mixed in one list. A list of
-unlike children, or of parts that hold repeated blocks, as in a UNet, is looked into.
+unlike children, of parts that hold repeated blocks, as in a UNet, or of the whole models that a component is a wrapper
+of, as in a multi-ControlNet, is looked into. Where there is no stack inside, and children of several classes take turns
+(Stable Cascade), it is a stack after all.
 
 A layer with *experts*, of which tokens of text run one and tokens of images another (`mlp` and `gen_mlp` of
 MammothModa2, `mlp` and `mlp_moe_gen` of Bagel), is divided: its attention and each expert are blocks by themselves, so
@@ -12,6 +14,7 @@ that what a token does not run is not loaded for it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -66,7 +69,8 @@ def stacks_in(component: nn.Module) -> Sequence[str]:
     """Dotted names of the stacks in a component, whatever kind of component it is."""
     declared = _declared(component, "_repeated_blocks", "_no_split_modules")
     repeated = _declared(component, "_repeated_blocks")
-    found = [(name, _mean_block_bytes(module)) for name, module in _stacks(component, "", declared, repeated)]
+    models = _models_in(component)
+    found = [(name, _mean_block_bytes(module)) for name, module in _stacks(component, "", declared, repeated, models)]
     largest = max((size for _, size in found), default=0)
     return [name for name, size in found if size and size >= _LEAST_SHARE_OF_LARGEST * largest]
 
@@ -118,17 +122,42 @@ def _declared(component: nn.Module, *attributes: str) -> frozenset[str]:
     return frozenset(names)
 
 
+def _models_in(component: nn.Module) -> nn.ModuleList | None:
+    """The list of models that a component is no more than a wrapper of: the nets of a multi-ControlNet."""
+    num_bytes = _num_bytes(component)
+    lists = [m for m in component.children() if isinstance(m, nn.ModuleList) and _num_bytes(m) == num_bytes > 0]
+    if not lists or not all(callable(getattr(m, "save_pretrained", None)) and stacks_in(m) for m in lists[0]):
+        return None
+    apart = sum(len(list(m.modules())) for m in lists[0].children())
+    # Else a block may stand in the stacks of two; what whole nets share goes to the base.
+    return lists[0] if apart == len(list(lists[0].modules())) - 1 else None
+
+
 def _stacks(
-    module: nn.Module, path: str, declared: frozenset[str], repeated: frozenset[str]
+    module: nn.Module,
+    path: str,
+    declared: frozenset[str],
+    repeated: frozenset[str],
+    models: nn.ModuleList | None,
 ) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         if _is_opaque(child):
             continue
-        if isinstance(child, nn.ModuleList) and _is_stack(child, declared, repeated):
+        if isinstance(child, nn.ModuleList) and child is not models and _is_stack(child, declared, repeated):
             yield child_path, child
-        else:
-            yield from _stacks(child, child_path, declared, repeated)
+            continue
+        inner = list(_stacks(child, child_path, declared, repeated, models))
+        if not inner and isinstance(child, nn.ModuleList) and _is_mixed(child):
+            yield child_path, child
+        yield from inner
+
+
+def _is_mixed(modules: nn.ModuleList) -> bool:
+    """Whether blocks of several classes take turns in a list. Layers do not: in a feed-forward each is there once."""
+    children = [m for m in modules if m is not None and next(m.parameters(), None) is not None]
+    counts = Counter(type(m) for m in children)
+    return sum(count >= 2 for count in counts.values()) >= 2 and all(map(_is_callable, children))
 
 
 def _is_stack(modules: nn.ModuleList, declared: frozenset[str], repeated: frozenset[str]) -> bool:

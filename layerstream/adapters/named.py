@@ -83,6 +83,8 @@ NAMED: Mapping[str, NamedAdapter] = MappingProxyType(
         ),
         # Its tokenizer: two vision transformers of 0.3 B each, and used for edits only.
         "VisualDiscreteTokenizer": StreamedTokenizer(children=("encoder",)),
+        # diffusers' video autoencoder with a transformer of 36 layers, 4.5 GiB of 4.9, for a decoder.
+        "AutoencoderKLMiniMaxH3": StreamedTokenizer(children=("encoder", "decoder")),
         # deepseek-ai/Janus: no forward, and no pipeline around it. What takes turns for a token is one phase, so that
         # the projectors do not drive the language model out.
         "MultiModalityCausalLM": NamedAdapter(

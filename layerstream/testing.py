@@ -40,6 +40,7 @@ from layerstream.errors import LayerstreamWarning
 from layerstream.simulated import SimulatedDevice
 from layerstream.streamer import Streamer
 from layerstream.tables import Page, Table
+from layerstream.unit import StreamedUnit
 from layerstream.units import ComponentLayout
 
 __all__ = [
@@ -352,14 +353,14 @@ class _Check:
             f'whole block is loaded. Name it in resident ("{block}"), or read them inside the forward',
         )
 
-    def not_foreseen(self, engine: Streamer, unit: int) -> None:
+    def not_foreseen(self, unit: StreamedUnit) -> None:
         """A block is needed that was not expected, in a call that should be settled."""
         why = (
             "although blocks run in the same order in each call. This is a fault of layerstream"
             if self.has_one_order
             else "since blocks run in another order in each call; if what runs depends on the input, so it must be"
         )
-        self.add("slow", f"`{engine._units[unit].spec.whole}` was not foreseen from call {_SETTLED} on, {why}")
+        self.add("slow", f"`{unit.spec.whole}` was not foreseen from call {_SETTLED} on, {why}")
 
     def found_entrance(self, component: str, entrance: str) -> None:
         _note(self.entrances, component, entrance)
@@ -480,23 +481,23 @@ class _Watch:
         ):
             vars(owner).pop(name, None)
 
-    def _noting_room(self, unit: int, held: Any) -> Any:
+    def _noting_room(self, unit: StreamedUnit, held: Any) -> Any:
         """A unit that is not there is needed now; the counters say why."""
         stats = self._engine.stats
         counts = stats.num_demand_loads, stats.num_touch_loads
         is_read = counts[1] > self._counts[1]
         if self.is_settled and self.streams_all and not is_read and counts[0] > self._counts[0]:
-            self._check.not_foreseen(self._engine, unit)
+            self._check.not_foreseen(unit)
         self._counts = counts
         return self._make_room(unit, held)
 
-    def _noting_reading(self, units: Sequence[int], is_grad: bool) -> None:
+    def _noting_reading(self, indices: Sequence[int], is_grad: bool) -> None:
         """Something looks at weights that are not bound to the device, be they on their way or not."""
         if self.is_settled:
-            for unit in units:
-                if not self._engine._units[unit].binding.is_present:
+            for unit in indices:
+                if not self._engine._units[unit].is_present:
                     self._check.read_outside(self._engine, unit)
-        self._make_present(units, is_grad)
+        self._make_present(indices, is_grad)
 
     def _noting_search(self, component: str) -> bool:
         if self.is_settled:

@@ -204,6 +204,7 @@ class TransferEngine:
 
         Records on each reading stream an event that covers whatever was issued up to now.
         """
+        unit.expect(UnitState.LOADED)
         slot = unit.holding()
         records = [self._device.record(stream) for stream in slot.readers]
         # What nobody waited for may still be on its way.

@@ -460,11 +460,11 @@ class _Watch:
         self.is_settled = False
         self.streams_all = streams_all  # else blocks that come back when their phase begins may be waited for
         self._engine, self._check = engine, check
-        self._make_room, self._make_present = engine._make_room, engine._make_present
+        self._make_room, self._make_present = engine._residency.make_room, engine._make_present
         self._look = engine._look_for_entrance
         self._watch_entrance = engine._attached.watch_entrance
         self._counts = (0, 0)
-        engine._make_room = self._noting_room  # type: ignore[method-assign]
+        engine._residency.make_room = self._noting_room  # type: ignore[method-assign]
         engine._make_present = self._noting_reading  # type: ignore[method-assign]
         engine._look_for_entrance = self._noting_search  # type: ignore[method-assign]
         engine._attached.watch_entrance = self._noting_entrance  # type: ignore[method-assign]
@@ -472,9 +472,11 @@ class _Watch:
     def remove(self) -> None:
         """The engine is as it was."""
         engine = self._engine
-        self._check.used |= {engine._units[unit].spec.whole for unit in engine._order.seen if unit in engine._units}
+        self._check.used |= {
+            engine._units[unit].spec.whole for unit in engine._residency.order.seen if unit in engine._units
+        }
         for owner, name in (
-            (engine, "_make_room"),
+            (engine._residency, "make_room"),
             (engine, "_make_present"),
             (engine, "_look_for_entrance"),
             (engine._attached, "watch_entrance"),

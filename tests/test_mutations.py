@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import binding, host_store, intercept, streamer, transfer
+from layerstream import binding, host_store, intercept, residency, streamer, transfer
 from layerstream.errors import TransferError
 from layerstream.host_memory import PAGE_BYTES
 from layerstream.simulated import RaceError, SimulatedDevice
@@ -112,19 +112,19 @@ def release_too_early(patch: pytest.MonkeyPatch) -> None:
 
 def slot_reused_early(patch: pytest.MonkeyPatch) -> None:
     """A slot is loaded with another unit while its own is bound and about to run."""
-    original = streamer.Streamer._use
+    original = residency.Residency.use
 
     def use(self: Any, units: Any, **kwargs: Any) -> None:
         original(self, units, **kwargs)
         transfer = self._transfer
         slot = units[-1].slot if len(units) == 1 else None
-        others = [unit for unit in self._ahead(6) if unit.slot is None and unit.own is None]
+        others = [unit for unit in self.ahead(6) if unit.slot is None and unit.own is None]
         if slot in transfer.ring and others:
             units[-1]._is_bound = False  # or it would be refused
             transfer.vacate(units[-1])
             transfer.load(others[0], slot)
 
-    patch.setattr(streamer.Streamer, "_use", use)
+    patch.setattr(residency.Residency, "use", use)
 
 
 def evicted_without_absent(patch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def device_memory_left(patch: pytest.MonkeyPatch) -> None:
 
 
 def nobody_is_noticed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(streamer.Streamer, "_guard", lambda self: None)
+    patch.setattr(residency.Residency, "guard", lambda self: None)
 
 
 def what_is_lent_is_forgotten(patch: pytest.MonkeyPatch) -> None:

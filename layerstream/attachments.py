@@ -20,11 +20,12 @@ from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.device import Device
 from layerstream.entrances import Entrance, EntranceFinder
-from layerstream.host_store import HostStore, StoredUnit, Stretches
+from layerstream.host_store import HostStore, Stretches
 from layerstream.intercept import Interception, Listener
 from layerstream.progress import Progress
 from layerstream.saying import warn
-from layerstream.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
+from layerstream.unit import StreamedUnit
+from layerstream.units import ComponentLayout, Division, TensorPlace, connected, part_of
 
 
 @dataclass(eq=False)
@@ -41,7 +42,7 @@ class Attachment:
     division: Division
     store: HostStore
     interception: Interception = field(default_factory=Interception)
-    units: list[int] = field(default_factory=list)
+    units: list[StreamedUnit] = field(default_factory=list)
     moved_others: list[tuple[TensorPlace, torch.Tensor]] = field(default_factory=list)
     is_whole: bool = False
     whole_bytes: int = 0
@@ -56,7 +57,7 @@ class Attachments:
 
     Attributes:
         all: in the order of attaching.
-        units, stored: by unit index.
+        units: by index.
         units_of: by the id of their block.
         root_of: component by the id of its root, and of its compiled form.
         of_component: by the component's name.
@@ -69,11 +70,12 @@ class Attachments:
         number: of the streamer's gate.
     """
 
-    def __init__(self, device: Device, reading: Reading, bring_home: Callable[[int], object], number: int) -> None:
+    def __init__(
+        self, device: Device, reading: Reading, bring_home: Callable[[StreamedUnit], object], number: int
+    ) -> None:
         self.all: list[Attachment] = []
-        self.units: dict[int, Unit] = {}
-        self.stored: dict[int, StoredUnit] = {}
-        self.units_of: dict[int, tuple[int, ...]] = {}
+        self.units: dict[int, StreamedUnit] = {}
+        self.units_of: dict[int, tuple[StreamedUnit, ...]] = {}
         self.root_of: dict[int, str] = {}
         self.of_component: dict[str, Attachment] = {}
         self.entrances = EntranceFinder()
@@ -81,14 +83,14 @@ class Attachments:
         self._bring_home = bring_home
         self._classes = AbsentClasses(reading, number, self._stand_in)
         self.records = self._classes.records
-        self._uses: dict[str, list[int]] = {}  # units by component, and by the name of a part of one
+        self._uses: dict[str, list[StreamedUnit]] = {}  # units by component, and by the name of a part of one
         self._told: set[tuple[tuple[str, ...], int]] = set()
         self._told_eager: set[str] = set()
         self._indices: dict[str, int] = {}  # by name; a unit keeps its index when it is laid out anew
 
     def specs(self) -> list[UnitSpec]:
         """Of all units, component by component."""
-        return [self.units[index].spec for a in self.all for index in a.units]
+        return [unit.spec for a in self.all for unit in a.units]
 
     def attach(
         self,
@@ -114,14 +116,14 @@ class Attachments:
                 getattr(place.module, place.kind)[place.name] = stand_in
             for unit in part.units:
                 unit.spec = replace(unit.spec, index=self._indices.setdefault(unit.spec.name, len(self._indices)))
-                index = unit.spec.index
-                attachment.units.append(index)
-                self.units[index] = unit
-                self.stored[index] = attachment.store.add(unit.binding)
+                streamed = StreamedUnit(unit.spec, unit.binding, unit.called)
+                attachment.units.append(streamed)  # first: what fails half-way is handed back
+                self.units[streamed.index] = streamed
+                streamed.stored = attachment.store.add(unit.binding)
                 progress.add(unit.spec.num_bytes)
-                unit.binding.prepare(index, nans, self._classes)
+                unit.binding.prepare(streamed.index, nans, self._classes)
                 for module in unit.called:
-                    self.units_of[id(module)] = (*self.units_of.get(id(module), ()), index)
+                    self.units_of[id(module)] = (*self.units_of.get(id(module), ()), streamed)
             attachment.store.pin(progress.add)
             for unit in part.units:
                 unit.binding.absent()
@@ -132,7 +134,7 @@ class Attachments:
     def detach(
         self,
         attachments: Sequence[Attachment],
-        forget_slots: Callable[[int], None],
+        forget_slots: Callable[[StreamedUnit], None],
         attempt: Callable[[Callable[[], object], str], None],
     ) -> None:
         """Let go of components whose hooks are off and whose written tensors are home. The device must be idle.
@@ -147,10 +149,10 @@ class Attachments:
             attachment.moved_others = []
             self._device.count_whole(-attachment.whole_bytes)
             attachment.whole_bytes = 0
-            for index in attachment.units:
+            for unit in attachment.units:
                 with self._device.homes():
-                    self.units[index].binding.restore()
-                attempt(functools.partial(forget_slots, index), "free device memory")
+                    unit.hand_back()
+                attempt(functools.partial(forget_slots, unit), "free device memory")
             for place, stand_in in attachment.division.stand_ins:
                 if getattr(place.module, place.kind).get(place.name) is stand_in:
                     getattr(place.module, place.kind)[place.name] = place.tensor
@@ -163,44 +165,42 @@ class Attachments:
                 self.entrances.forget(layout.name)
             attempt(attachment.store.close, "release page locks")
         self._uses.clear()
-        gone = {index for attachment in attachments for index in attachment.units}
+        gone = {unit for attachment in attachments for unit in attachment.units}
         self.units_of = {block: units for block, units in self.units_of.items() if not gone.intersection(units)}
-        for index in gone:
-            self.units.pop(index, None)
-            self.stored.pop(index, None)
+        for unit in gone:
+            self.units.pop(unit.index, None)
 
     def stop_listening(self, block: nn.Module) -> None:
         """Take the hooks off a block that stays as it is for now."""
         self._interception_of(block).stop_listening(block)
 
-    def listen_again(self, unit: int) -> None:
+    def listen_again(self, unit: StreamedUnit) -> None:
         """Put the hooks of a unit's block back."""
-        for block in self.units[unit].called:
+        for block in unit.called:
             self._interception_of(block).listen_again(block)
 
     def _interception_of(self, block: nn.Module) -> Interception:
-        component = self.units[self.units_of[id(block)][0]].spec.component
-        return self.of_component[component].interception
+        return self.of_component[self.units_of[id(block)][0].spec.component].interception
 
     def watch_entrance(self, entrance: Entrance, component: str, listener: Listener) -> None:
         """Tell the listener when this method is called from now on."""
         self.of_component[component].interception.watch_method(listener, entrance.owner, entrance.name)
 
-    def units_of_component(self, component: str) -> Sequence[int]:
+    def units_of_component(self, component: str) -> Sequence[StreamedUnit]:
         """Units that a component uses, its own and those of others."""
         found = self._uses.get(component)
         if found is None:
-            found = [i for i, unit in self.units.items() if component in (unit.spec.component, *unit.spec.also)]
+            found = [u for u in self.units.values() if component in (u.spec.component, *u.spec.also)]
             self._uses[component] = found
         return found
 
-    def units_below(self, owner: nn.Module) -> Sequence[int]:
+    def units_below(self, owner: nn.Module) -> Sequence[StreamedUnit]:
         """Units of the modules in and below one, and of what its component has outside blocks."""
         component, path = self.entrances.modules[id(owner)]
         found = self._uses.get(f"{component}.{path}")
         if found is None:
             below = {unit for module in owner.modules() for unit in self.units_of.get(id(module), ())}
-            found = [i for i in self.units_of_component(component) if i in below or not self.units[i].spec.is_block]
+            found = [u for u in self.units_of_component(component) if u in below or not u.spec.is_block]
             self._uses[f"{component}.{path}"] = found
         return found
 
@@ -210,7 +210,7 @@ class Attachments:
         blocks: dict[nn.Module, nn.Module] = {}
         roots = []
         for layout in attachment.layouts:
-            own = [self.units[i] for i in attachment.units if self.units[i].spec.component == layout.name]
+            own = [unit for unit in attachment.units if unit.spec.component == layout.name]
             streamed = [module for unit in own for module in unit.called]
             if compiled.describe_compiled(layout.outermost) is not None and streamed:
                 warn(
@@ -255,12 +255,12 @@ class Attachments:
         if record is None:
             return None
         unit = self.units.get(record.unit)
-        bound = next((b for b in unit.binding.tensors if b.tensor is tensor), None) if unit is not None else None
-        if bound is None:
+        bound = None if unit is None else next((b for b in unit.binding.tensors if b.tensor is tensor), None)
+        if unit is None or bound is None:
             return None
         stand_in = bound.stand_in() if bound.stand_in is not None else None
         if stand_in is None:
-            self._bring_home(record.unit)
+            self._bring_home(unit)
             # What is gathered lies in one storage with tensors of other types, which cannot be pickled.
             home = bound.home if bound.is_exact else bound.home.clone()
             is_parameter = isinstance(tensor, nn.Parameter)

@@ -28,7 +28,7 @@ from layerstream.host_memory import bytes_of
 from layerstream.references import is_held, use_count
 from layerstream.saying import warn
 from layerstream.stats import Stats
-from layerstream.units import Unit
+from layerstream.unit import StreamedUnit
 
 _COMPARED_BYTES = 2**23  # at once: so much of home is on the device meanwhile
 # Kept views and entries of more than this are compared once a use of the pipeline, not at each pass of a component.
@@ -71,26 +71,30 @@ class Edits:
     """
 
     device: Device
-    units: Mapping[int, Unit]
+    units: Mapping[int, StreamedUnit]
     unit_of: Mapping[int, Any]
     stats: Stats
-    lent: set[int] = field(default_factory=set)
     _kept: list[_KeptView] = field(default_factory=list)
     _entries: list[_Entry] = field(default_factory=list)
     _has_told: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.lent or self._kept or self._entries)
+        return bool(self._kept or self._entries or any(unit.is_lent for unit in self.units.values()))
+
+    @property
+    def lent(self) -> list[StreamedUnit]:
+        """Units that code outside has looked at while no call ran."""
+        return [unit for unit in self.units.values() if unit.is_lent]
 
     # ---- what is remembered
 
-    def keep(self, unit: int, views: Sequence[torch.Tensor], but: Collection[BoundTensor] = ()) -> None:
+    def keep(self, unit: StreamedUnit, views: Sequence[torch.Tensor], but: Collection[BoundTensor] = ()) -> None:
         """Somebody still looks at memory that the unit has left; `views` are where its weights were.
 
         Args:
             but: weights that were pointed elsewhere: what is written to their old memory is nothing to them.
         """
-        for bound, view in zip(self.units[unit].binding.tensors, views, strict=True):
+        for bound, view in zip(unit.binding.tensors, views, strict=True):
             if view.numel() and bound not in but:
                 self._kept.append(_KeptView(bound.tensor, view))
 
@@ -121,14 +125,14 @@ class Edits:
 
     # ---- what is found
 
-    def written(self, unit: int) -> list[BoundTensor]:
+    def written(self, unit: StreamedUnit) -> list[BoundTensor]:
         """Weights of a present unit whose bytes on the device are newer than those at home."""
-        binding = self.units[unit].binding
+        binding = unit.binding
         found = binding.written()
-        suspects = binding.tensors if unit in self.lent else binding.uncounted()
+        suspects = binding.tensors if unit.is_lent else binding.uncounted()
         return [*found, *(b for b in suspects if b not in found and self._differ(b.tensor.data, b.master))]
 
-    def settle(self, *, is_new_use: bool) -> set[int]:
+    def settle(self, *, is_new_use: bool) -> set[StreamedUnit]:
         """Bring home what was edited elsewhere than in the present units; returns those whose device bytes are stale.
 
         Lent units are left to whoever writes units back.
@@ -160,9 +164,8 @@ class Edits:
                 if kept.tensor is bound.tensor and _fits(kept.view, bound):
                     kept.view.copy_(bound.master)
 
-    def after_pause(self, units: Collection[int]) -> None:
-        """Weights of these units may have changed at home, and belong to other units now."""
-        self.lent = {unit for unit in self.lent if unit in self.units and unit not in units}
+    def after_pause(self) -> None:
+        """Weights may have changed at home, and belong to other units now."""
         self._kept = [kept for kept in self._kept if self._bound_of(kept.tensor) is not None]
         self.came_home([bound for kept in self._kept if (bound := self._bound_of(kept.tensor)) is not None])
         for each in self._entries:
@@ -180,38 +183,39 @@ class Edits:
                 "somebody writes to them. Let them go to save that time.",
             )
 
-    def _by_version(self) -> set[int]:
+    def _by_version(self) -> set[StreamedUnit]:
         found = set()
         for each in self._entries:
             bound = self._bound_of(each.tensor)
             if bound is not None and each.entry._version != each.version:
                 each.version = each.entry._version
                 self._take(each.entry, bound)
-                found.add(self.unit_of[id(each.tensor)].unit)
+                found.add(self._unit_of(each.tensor))
         return found
 
-    def _of_kept(self) -> set[int]:
+    def _of_kept(self) -> set[StreamedUnit]:
         found = set()
         for kept in self._kept:
             bound = self._bound_of(kept.tensor)
             if bound is not None and _fits(kept.view, bound) and self._differ(kept.view, bound.master):
                 self._take(kept.view, bound)
-                found.add(self.unit_of[id(kept.tensor)].unit)
+                found.add(self._unit_of(kept.tensor))
         return found
 
-    def _of_entries(self, but: set[int]) -> set[int]:
+    def _of_entries(self, but: set[StreamedUnit]) -> set[StreamedUnit]:
         found = set()
         for each in self._entries:
             entry, bound = each.entry, self._bound_of(each.tensor)
             if bound is None or not _fits(entry, bound):
                 continue
-            unit = self.unit_of[id(each.tensor)].unit
+            unit = self._unit_of(each.tensor)
             if entry.data_ptr() != bound.master.data_ptr():
                 if not _same_bytes(entry, bound.master):
                     self._take(entry, bound)
                     found.add(unit)
             elif (
-                unit not in but | found | self.lent
+                unit not in but | found
+                and not unit.is_lent
                 and self._is_on_device(unit, bound)
                 and self._differ(bound.tensor.data, bound.master)
             ):
@@ -234,9 +238,11 @@ class Edits:
         unit = self.units.get(record.unit) if record is not None else None
         return next((b for b in unit.binding.tensors if b.tensor is tensor), None) if unit is not None else None
 
-    def _is_on_device(self, unit: int, bound: BoundTensor) -> bool:
-        binding = self.units[unit].binding
-        return binding.is_present and not binding.is_guarded and bound.tensor.data_ptr() != bound.master.data_ptr()
+    def _unit_of(self, tensor: torch.Tensor) -> StreamedUnit:
+        return self.units[self.unit_of[id(tensor)].unit]
+
+    def _is_on_device(self, unit: StreamedUnit, bound: BoundTensor) -> bool:
+        return unit.is_present and not unit.binding.is_guarded and bound.tensor.data_ptr() != bound.master.data_ptr()
 
     def _differ(self, there: torch.Tensor, home: torch.Tensor) -> bool:
         """Whether a tensor on the device differs from the bytes at home; waits for the device."""

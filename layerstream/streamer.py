@@ -1,15 +1,7 @@
 """The engine between start and close: the one owner of what state each unit is in.
 
-    unit                   bytes on the host       bytes on the device         its parameters are
-    ---------------------  ----------------------  --------------------------  ---------------------------
-    absent                 home                    none                        absent: one NaN, loads if touched
-    loading                home                    a copy into a slot queued   absent
-    present                home                    a slot                      bound to the slot
-
-`_use` is the way up (load, wait, bind), `_evict` the way down (write back, absent, vacate). The slot is the unit's own
-where the plan makes it resident, and one of the ring's where it streams. A unit that is present stays so until its slot
-is needed, so that hooks that users put on a block still see its weights after ours have run; it is *held*, and never
-evicted, while its block runs.
+What is true of a unit is in `unit.py`. `residency.py` brings units to the device and takes them away,
+`phase_changes.py` lays out the slots that a plan asks for. Here is when: what hooks say, phases, pauses, leaving.
 
 `_begin` is where phases change: a component is entered, what it takes beside the weights is looked up or measured, and
 the plan for that is applied: units that give up their room are evicted, slots are laid out, its base is loaded.
@@ -25,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +25,6 @@ from torch import nn
 from layerstream import compiled
 from layerstream.absent import keep_out_of_graphs
 from layerstream.attachments import Attachment, Attachments, is_hookable
-from layerstream.binding import BoundTensor
 from layerstream.blocks import Placement
 from layerstream.calls import RunningCalls, shapes_of
 from layerstream.device import Device, engine_tensors
@@ -45,20 +35,20 @@ from layerstream.interrupts import twice_if_interrupted
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
 from layerstream.outputs import refuse_backward, without_aliases
+from layerstream.phase_changes import PhaseChanges
 from layerstream.phases import READ, Reserve
 from layerstream.plan import PhasePlan, Plan
 from layerstream.profiling import Ranges
 from layerstream.progress import Progress
 from layerstream.report import predicted_line, slow_loop_line
+from layerstream.residency import Residency
 from layerstream.saying import warn
 from layerstream.standstill import standstill
 from layerstream.stats import PhaseStats, Stats
 from layerstream.timing import PassTimer
-from layerstream.transfer import Slot, TransferEngine
+from layerstream.transfer import TransferEngine
+from layerstream.unit import StreamedUnit
 from layerstream.units import ComponentLayout, Division, divide, whole_bytes
-
-# Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
-_OWN_AHEAD = 8
 
 Describe = Callable[[], Sequence[ComponentLayout]]
 
@@ -102,14 +92,32 @@ class Streamer:
         self._attached = Attachments(device, self.reading, self._unit_home, self.gate.number)
         self._units = self._attached.units
         self._ranges = Ranges()
-        self._transfer = TransferEngine(device, self._attached.stored, self._units, self.stats, self._ranges)
+        self._transfer = TransferEngine(device, self._units, self.stats, self._ranges)
         self.edits = Edits(device, self._units, self._attached.records, self.stats)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._calls = RunningCalls()
         self._stacks: list[tuple[list[int], bool]] = []
-        self._order = OrderLearner([])
-        self._applied: PhasePlan | None = None
-        self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing under this plan
+        self._residency = Residency(
+            device,
+            self._attached,
+            self._transfer,
+            self.edits,
+            self._ledger,
+            self._calls,
+            self.stats,
+            self._is_outermost,
+        )
+        self._phase_changes = PhaseChanges(
+            device,
+            self._attached,
+            self._transfer,
+            self._residency,
+            self._ledger,
+            self._ranges,
+            self._count_placements,
+        )
+        self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing in this epoch
+        self._epoch = 0  # of the residency
         self._told: set[str] = set()  # phases whose predicted time is in the log
         self._num_tokens: dict[str, int] = {}  # by phase, in the last use
         self._num_tokens_before: dict[str, int] = {}  # when it ended, in all
@@ -117,16 +125,8 @@ class Streamer:
         self._ticket: Ticket | None = None  # of a bare component that runs, or of a weight that is read
         self._last_use: Ticket | None = None
         self._handled: BaseException | None = None  # what the caller was handling when the running call began
-        self._stream_number: int | None = None  # of the stream that all present units were waited for on
         self._timer = PassTimer(device)
-        self._cloned: set[int] = set()  # units that were read between calls, and are in memory of their own
-        self._quiet: set[int] = set()  # units whose blocks have no hooks, since they stay where they are
-        self._quiet_for: PhasePlan | None = None  # under which there are no more of these
-        self._called_alone: set[int] = set()  # units whose blocks were called from outside of all that is watched
-        self._with_autocast: set[str] = set()  # components in whose blocks autocast was on
         self._changed_inside: set[str] = set()  # components of which a running call has cast something
-        # Units whose weights autograd may have saved; it must find out that they are gone.
-        self._seen_grad: set[int] = set()
         # Touches may come from any thread, hooks from one; both end here.
         self._mutex = threading.RLock()
 
@@ -259,7 +259,7 @@ class Streamer:
             except BaseException:
                 twice_if_interrupted(self.close)
                 raise
-            self._forget_plan()
+            self._residency.forget_plan()
             self.is_paused = True
             return {name for a in taken for name in a.names}
 
@@ -274,7 +274,7 @@ class Streamer:
             self._move_others()
             self._load_fixed()
             with engine_tensors():
-                self.edits.after_pause([i for i, unit in self._units.items() if unit.spec.component in names])
+                self.edits.after_pause()
             self.stats.num_relaid += len(layouts)
         except BaseException:
             twice_if_interrupted(self.close)
@@ -319,9 +319,11 @@ class Streamer:
         }
         stacks = [(blocks[c.name], c.is_repeated) for c in layouts if blocks[c.name]]
         if stacks != self._stacks:  # what was only cast is used in the same order
-            self._stacks, self._order = stacks, OrderLearner(stacks)
+            self._stacks, self._residency.order = stacks, OrderLearner(stacks)
         whole = [spec for a in self._attached.all for spec in a.division.whole()]
-        self._ledger.components([(c.name, c.is_repeated) for c in layouts], specs, whole, changed, self._order)
+        self._ledger.components(
+            [(c.name, c.is_repeated) for c in layouts], specs, whole, changed, self._residency.order
+        )
         self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attached.all)
         self.stats.pin_s = sum(a.store.pin_s for a in self._attached.all)
         self._count_placements()
@@ -329,7 +331,7 @@ class Streamer:
     def _move_others(self) -> None:
         """Bring to the device what cannot stream."""
         with engine_tensors():
-            self._attached.move_others(self._allocating)
+            self._attached.move_others(self._residency.allocating)
         self._transfer.whole_bytes = self.stats.whole_bytes = self._attached.whole_bytes
         self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, self._transfer.weights_bytes)
 
@@ -340,8 +342,8 @@ class Streamer:
                 for layout in attachment.layouts:
                     if not is_hookable(layout):
                         for unit in attachment.units:
-                            self._allocating(functools.partial(self._transfer.give_own, unit))
-                        self._use(attachment.units, is_touch=False, is_grad=False)
+                            self._residency.allocating(functools.partial(self._transfer.give_own, unit))
+                        self._residency.use(attachment.units, is_touch=False, is_grad=False)
 
     def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
         """Let go of components: hooks off, written tensors home, everything as it was found."""
@@ -353,43 +355,39 @@ class Streamer:
         attempt(self._device.synchronize, "wait for the device")
         self._attached.detach(taken, self._forget_slots, attempt)
 
-    def _forget_slots(self, unit: int) -> None:
+    def _forget_slots(self, unit: StreamedUnit) -> None:
         """A unit that is let go of leaves its slot; its tensors are at home already."""
-        if self._transfer.slot_of(unit) is not None:
+        if unit.slot is not None:
             self._transfer.vacate(unit)
-        if unit in self._transfer.own:
-            self._transfer.drop_own(unit)
-        self._transfer.forget([unit])
-        self._seen_grad.discard(unit)
-        if unit in self._quiet:
-            self._quiet.discard(unit)
-            self._order.take_in([unit])
+        self._transfer.drop_own(unit)
+        self._transfer.forget(unit)
+        if unit.is_quiet:
+            unit.is_quiet = False
+            self._residency.order.take_in([unit.index])
 
     def _bring_home(self, attachments: Sequence[Attachment]) -> None:
         """What was written on the device, or edited elsewhere, goes where it is handed back from."""
-        self._unguard(self._transfer.loaded)
+        self._residency.unguard(self._transfer.loaded)
         if self.edits:
-            self._discard(self.edits.settle(is_new_use=True))
-        for index in [i for a in attachments for i in a.units]:
-            binding = self._units[index].binding
-            if not binding.is_present:
-                self._take_in(index)
-            elif self._transfer.slot_of(index) is not None:
-                self._write_back(index, may_replace=True)
+            self._residency.discard(self.edits.settle(is_new_use=True))
+        for unit in [unit for a in attachments for unit in a.units]:
+            if not unit.is_present:
+                self._residency.take_in(unit)
+            else:
+                self._residency.write_back(unit, may_replace=True)
                 # Graphs may hold what they saved of weights that stayed resident, too.
-                binding.forbid_backward()
+                unit.binding.forbid_backward()
 
-    def _unit_home(self, unit: int) -> None:
+    def _unit_home(self, unit: StreamedUnit) -> None:
         """Copy home what was written to a unit on the device, which stays as it is."""
         with self._mutex, engine_tensors():
-            binding = self._units[unit].binding
-            if binding.is_present and self._transfer.slot_of(unit) is not None:
-                is_guarded = binding.is_guarded
+            if unit.is_present:
+                is_guarded = unit.binding.is_guarded
                 if is_guarded:
-                    binding.unguard()
-                self._write_back(unit, may_replace=False)
+                    unit.binding.unguard()
+                self._residency.write_back(unit, may_replace=False)
                 if is_guarded:
-                    binding.guard()
+                    unit.binding.guard()
 
     # ---- phases
 
@@ -420,7 +418,7 @@ class Streamer:
         kwargs: dict[str, Any],
         is_grad: bool,
         *,
-        reads: Collection[int] | None = None,
+        reads: Collection[StreamedUnit] | None = None,
     ) -> None:
         """A component is entered from outside: make its phase the current one, and its base present.
 
@@ -429,8 +427,8 @@ class Streamer:
         """
         self._handled = sys.exc_info()[1]
         self._ranges.ask()
-        self._unguard(self._attached.units_of_component(component) if reads is None else reads)
-        self._wait_on_this_stream()
+        self._residency.unguard(self._attached.units_of_component(component) if reads is None else reads)
+        self._residency.wait_on_this_stream()
         if self.edits:
             self._settle_edits()
         if self._last_use is not self.gate.running:
@@ -440,24 +438,23 @@ class Streamer:
                     self._num_tokens[name] = counted.num_tokens - self._num_tokens_before.get(name, 0)
                     self._num_tokens_before[name] = counted.num_tokens
             self._ledger.begin_use(is_call=self.gate.is_inside_call)
-        if self._transfer.extra or self._cloned:  # what the plan has no room for
+        cloned = [unit for unit in self._units.values() if unit.is_cloned]
+        if self._transfer.extra or cloned:  # what the plan has no room for
             with engine_tensors():
-                self._drop_extra_slots(held=[])
-                for unit in list(self._cloned):
-                    slot = self._transfer.slot_of(unit)
-                    if slot is not None:
-                        self._evict(slot)
-                self._cloned.clear()
-        if self._quiet and self._is_autocast():
-            self._with_autocast.add(component)
-            self._listen_to(list(self._quiet))
+                self._residency.drop_extra_slots(held=[])
+                for unit in cloned:
+                    if unit.is_cloned:
+                        self._residency.evict(unit)
+        if self._residency.is_autocast() and (quiet := self._residency.quiet()):
+            self._residency.with_autocast.add(component)
+            self._residency.listen_to(quiet)
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         self._timer.end()
-        known = self._begun.get(begun)
+        known = self._begun_before().get(begun)
         if known is not None and not self._timer.is_ready and self._ledger.again(known, self._transfer.weights_bytes):
-            if self._applied is not None:
-                self._mark_whole(self._applied)  # the pass before has loaded its blocks
-                self._quieten(self._applied)
+            if self._residency.applied is not None:
+                self._phase_changes.mark_whole(self._residency.applied)  # the pass before has loaded its blocks
+                self._phase_changes.quieten(self._residency.applied)
             return
         replaced = self._find_replaced()
         if replaced is not None:
@@ -467,21 +464,29 @@ class Streamer:
             )
         with engine_tensors():
             self._read_times()
-            self._begun.pop(begun, None)  # until it has worked
+            self._begun_before().pop(begun, None)  # until it has worked
             phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
             self._tell_prediction(phase_plan)
             self._transfer.phase = self._ledger.phase_stats
-            self._apply(phase_plan)
-            bases = [u for u in sorted(phase_plan.resident) if not self._units[u].spec.is_block]
-            self._use(bases, is_touch=False, is_grad=is_grad)
+            self._phase_changes.apply(phase_plan)
+            residents = [self._units[index] for index in sorted(phase_plan.resident)]
+            bases = [unit for unit in residents if not unit.spec.is_block]
+            self._residency.use(bases, is_touch=False, is_grad=is_grad)
             self._ledger.start_interval(self._transfer.weights_bytes)
-        self._begun[begun] = self._ledger.reserve
-        self._mark_whole(phase_plan)
+        self._begun_before()[begun] = self._ledger.reserve
+        self._phase_changes.mark_whole(phase_plan)
         if self._ledger.wants_times and entry != READ:  # then no block runs
-            self._listen_to(list(self._quiet))
+            self._residency.listen_to(self._residency.quiet())
             self._timer.begin(self._ledger.starts_timing())
         elif self._ledger.is_settled:
-            self._quieten(phase_plan)
+            self._phase_changes.quieten(phase_plan)
+
+    def _begun_before(self) -> dict[tuple[object, ...], Reserve]:
+        """How calls entered since all is as it is now, and the key of each."""
+        if self._epoch != self._residency.epoch:
+            self._epoch = self._residency.epoch
+            self._begun.clear()
+        return self._begun
 
     def _tell_prediction(self, phase_plan: PhasePlan) -> None:
         """Once a phase: how long its passes will take."""
@@ -495,11 +500,11 @@ class Streamer:
             if slow is not None:
                 _log.warning("%s", slow)
 
-    def _begin_by_touch(self, units: Sequence[int], is_grad: bool) -> None:
+    def _begin_by_touch(self, units: Sequence[StreamedUnit], is_grad: bool) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
         its phase, because a VAE and a denoiser may not fit beside each other."""
-        for component in dict.fromkeys(self._units[unit].spec.component for unit in units):
-            if self._applied is None or component not in self._applied.phase.components:
+        for component in dict.fromkeys(unit.spec.component for unit in units):
+            if self._residency.applied is None or component not in self._residency.applied.phase.components:
                 self._begin(component, READ, (), {}, is_grad)
 
     def _settle_edits(self) -> None:
@@ -507,173 +512,20 @@ class Streamer:
         is_new_use = self.gate.running is not self._last_use
         num_ooms = self._device.num_ooms()
         with engine_tensors():
-            self._discard(self.edits.settle(is_new_use=is_new_use))
+            self._residency.discard(self.edits.settle(is_new_use=is_new_use))
             # Discarded only once all are at home: one's weight may have been pointed at another's memory.
-            stale: list[int] = []
-            for unit in list(self.edits.lent):
-                slot = self._transfer.slot_of(unit)
-                if slot is None or not self._units[unit].binding.is_present:
-                    self.edits.lent.discard(unit)
-                elif unit in self._cloned:
-                    self._evict(slot)
-                elif self._write_back(unit, may_replace=False):
+            stale: list[StreamedUnit] = []
+            for unit in self.edits.lent:
+                if not unit.is_present:
+                    unit.is_lent = False
+                elif unit.is_cloned:
+                    self._residency.evict(unit)
+                elif self._residency.write_back(unit, may_replace=False):
                     stale.append(unit)
-                elif not slot.is_aliased(num_bound=len(self._units[unit].binding.tensors)):
-                    self.edits.lent.discard(unit)
-            self._discard(stale)
+                elif not unit.holding().is_aliased(num_bound=len(unit.binding.tensors)):
+                    unit.is_lent = False
+            self._residency.discard(stale)
         self._ledger.forgive(self._device.num_ooms() - num_ooms)
-
-    def _wait_on_this_stream(self) -> None:
-        """Units that are present were waited for on the streams that used them; this thread's may be another one."""
-        number = self._device.stream_number()
-        if number != self._stream_number:
-            for unit in self._transfer.loaded:
-                if self._units[unit].binding.is_present:
-                    self._transfer.wait(unit)
-            self._stream_number = number
-
-    def _guard(self) -> None:
-        """No call runs: who looks at weights that are present is noticed from now on."""
-        for unit in self._transfer.loaded:
-            binding = self._units[unit].binding
-            if binding.is_present and not binding.is_guarded and unit not in self.edits.lent:
-                binding.guard()
-
-    def _unguard(self, units: Collection[int]) -> None:
-        for unit in units:
-            binding = self._units[unit].binding
-            if binding.is_guarded:
-                binding.unguard()
-
-    def _apply(self, phase_plan: PhasePlan) -> None:
-        """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
-        if phase_plan is self._applied:
-            return
-        with self._ranges("phase", phase_plan.phase.name):
-            self._lay_out(phase_plan)
-
-    def _forget_plan(self) -> None:
-        """What is on the device is no longer what a plan said: the next call lays out anew."""
-        self._applied = None
-        self._begun.clear()
-
-    def _lay_out(self, phase_plan: PhasePlan) -> None:
-        self._forget_plan()
-        transfer = self._transfer
-        wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
-        is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
-        has_freed = self._make_way(phase_plan, is_new_ring)
-        missing = [unit for unit in sorted(phase_plan.resident) if unit not in transfer.own]
-        if has_freed or is_new_ring or missing:
-            # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
-            self._device.empty_cache()
-        if is_new_ring:
-            self._allocating(functools.partial(transfer.lay_ring, *wanted))
-        for unit in missing:
-            self._allocating(functools.partial(transfer.give_own, unit))
-        if self._ledger.link_gb_per_s is None:
-            self._ledger.link_gb_per_s = transfer.measure_link()
-        self._applied = phase_plan
-        self._count_placements()
-
-    def _make_way(self, phase_plan: PhasePlan, is_new_ring: bool) -> bool:
-        """Free what the plan has no room for; returns whether there was any. No slot is held here afterwards: memory
-        goes back with the last reference to it."""
-        transfer = self._transfer
-        given_up = [unit for unit in transfer.own if unit not in phase_plan.resident | phase_plan.kept]
-        for unit in given_up:
-            self._give_up(unit)
-        for slot in transfer.ring:
-            # What is to stay goes to a slot of its own.
-            if slot.unit is not None and (is_new_ring or slot.unit in phase_plan.resident):
-                self._evict(slot)
-        if is_new_ring:
-            transfer.drop_ring()
-        return bool(given_up)
-
-    def _allocating(self, allocate: Callable[[], Any]) -> Any:
-        """Run `allocate`; where the budget has no room, say so with numbers."""
-        try:
-            return allocate()
-        except torch.OutOfMemoryError as exc:
-            raise self.explain(exc, is_for_weights=True) from exc
-
-    def _give_up(self, unit: int) -> None:
-        """Take a resident unit's room from it."""
-        slot = self._transfer.slot_of(unit)
-        if slot is not None:
-            self._evict(slot)
-            self.stats.num_evicted += 1
-        if unit in self._transfer.own:
-            self._transfer.drop_own(unit)
-        attachment = self._attached.of_component.get(self._units[unit].spec.component)
-        if attachment is not None:
-            attachment.is_whole = False
-
-    def _mark_whole(self, phase_plan: PhasePlan) -> None:
-        """Where all blocks are planned to stay, and have arrived, their hooks have nothing more to do."""
-        if phase_plan.num_slots:
-            return
-        for component in phase_plan.phase.components:
-            attachment = self._attached.of_component[component]
-            if not attachment.is_whole:
-                attachment.is_whole = all(
-                    unit in self._transfer.own
-                    and self._units[unit].binding.is_present
-                    and self._transfer.own[unit].unit == unit
-                    for unit in attachment.units
-                )
-
-    def _quieten(self, phase_plan: PhasePlan) -> None:
-        """Blocks that stay, and have arrived, need no hooks until they are to go; and what runs 300 times for a token
-        has no time for any. Reads of them on streams that nobody has told us of are covered when they go."""
-        if self._quiet_for is phase_plan or compiled.is_in_use() or not self._ledger.knows_uses(phase_plan):
-            return
-        if self._with_autocast.intersection(phase_plan.phase.components):
-            return  # each block's end lets go of what autocast keeps of it
-        transfer, is_all = self._transfer, True
-        found: list[int] = []
-        needed = self._called_alone | self._behind_streamed(phase_plan)
-        self._listen_to(list(needed & self._quiet))
-        for unit in phase_plan.resident - self._quiet - needed:
-            blocks = self._units[unit].called
-            units = {u for block in blocks for u in self._attached.units_of[id(block)]}
-            if not blocks or not units <= phase_plan.resident or any(_is_encoder_layer(block) for block in blocks):
-                continue
-            slots = [transfer.own.get(u) for u in units]
-            if all(
-                slot is not None and slot.unit == u and self._units[u].binding.is_present
-                for u, slot in zip(units, slots, strict=True)
-            ) and all(slot is not None and self._device.is_done(slot.ready) for slot in slots):
-                for block in blocks:
-                    self._attached.stop_listening(block)
-                found += [u for u in units if u not in self._quiet]
-                self._quiet |= units
-            else:
-                is_all = False
-        if found:
-            self._order.leave_out(found)
-        if is_all:
-            self._quiet_for = phase_plan
-
-    def _behind_streamed(self, phase_plan: PhasePlan) -> set[int]:
-        """Units behind one that streams: when their block begins its slot is free, and the next load can."""
-        blocks: dict[str, list[int]] = {}  # with their pieces
-        for spec in self._attached.specs():
-            if spec.is_block and spec.component in phase_plan.phase.components:
-                blocks.setdefault(spec.whole, []).append(spec.index)
-        streams = {name: not phase_plan.resident.issuperset(units) for name, units in blocks.items()}
-        return {unit for before, name in pairwise(blocks) if streams[before] for unit in blocks[name]}
-
-    def _listen_to(self, units: Sequence[int]) -> None:
-        """Put hooks back on the blocks of those that had none."""
-        again = [unit for unit in units if unit in self._quiet]
-        for unit in again:
-            self._attached.listen_again(unit)
-        self._quiet.difference_update(again)
-        self._quiet_for = None
-        if again:
-            self._order.take_in(again)
 
     def _read_times(self) -> None:
         """What timed passes took, as far as the device is through with them."""
@@ -721,7 +573,7 @@ class Streamer:
                     self._go_out()
                     return
             else:
-                self._unguard(self._attached.units_of_component(name))
+                self._residency.unguard(self._attached.units_of_component(name))
             self._calls.enter(root, is_root=True)
             if is_outermost:
                 try:
@@ -730,7 +582,7 @@ class Streamer:
                     self._calls.leave(root)
                     self._go_out()
                     raise
-            self._order.begin_pass()
+            self._residency.order.begin_pass()
 
     def leave_root(self, root: nn.Module) -> None:
         """A component's forward ended; the slots of its last blocks are free for what comes next."""
@@ -768,7 +620,7 @@ class Streamer:
                 self._in_method = id(root)
                 entry = " ".join([entry, *ways])
                 self._begin(component, entry, args, kwargs, is_grad, reads=self._attached.units_below(root))
-                self._order.begin_pass()
+                self._residency.order.begin_pass()
             except BaseException:
                 self._in_method = None
                 self._go_out()
@@ -823,22 +675,22 @@ class Streamer:
             if add_note is not None:
                 add_note(f"layerstream: {self.explain(error)}")
             self._ledger.did_not_fit()
-            self._forget_plan()
+            self._residency.forget_plan()
         elif error is None:
             self._ledger.check_operators()
-        self._forget_autocast()
-        self._prefetch(held=[])
-        self._guard()
+        self._residency.forget_autocast()
+        self._residency.prefetch(held=[])
+        self._residency.guard()
 
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """A block is about to run: make its weights present, and start loading what follows."""
         units = self._attached.units_of.get(id(block))
         if units is None:
             return  # a copy of a block, which carries the hook along
-        component = self._units[units[0]].spec.component
+        component = units[0].spec.component
         is_inside = self._calls.is_running_here or self._in_method is not None
         is_whole = self._attached.of_component[component].is_whole and is_inside
-        if is_whole and self._device.stream_number() == self._stream_number:
+        if is_whole and self._device.stream_number() == self._residency.stream_number:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         self._come_in(f"a block of `{component}`")
@@ -847,7 +699,7 @@ class Streamer:
                 self._go_out()
                 return
             if is_whole:
-                self._wait_on_this_stream()
+                self._residency.wait_on_this_stream()
                 return
             is_outermost = self._is_outermost(block)
             if is_outermost:
@@ -859,35 +711,35 @@ class Streamer:
             if is_outermost:  # by a method that nobody watches
                 try:
                     if not self._look_for_entrance(component):
-                        self._called_alone.update(units)
-                    self._begin(component, self._units[units[0]].spec.stack or "", args, kwargs or {}, is_grad)
+                        for unit in units:
+                            unit.is_called_alone = True
+                    self._begin(component, units[0].spec.stack or "", args, kwargs or {}, is_grad)
                 except BaseException:
                     self._calls.leave(block)
                     self._go_out()
                     raise
             with engine_tensors():
-                self._use(units, is_touch=False, is_grad=is_grad)
-            self._timer.enter_block(units)
+                self._residency.use(units, is_touch=False, is_grad=is_grad)
+            self._timer.enter_block(tuple(unit.index for unit in units))
 
     def leave_block(self, block: nn.Module, output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
         units = self._attached.units_of.get(id(block))
         if units is None:
             return None
-        self._forget_autocast(self._units[units[0]].spec.component)
+        self._residency.forget_autocast(units[0].spec.component)
         if not self._calls.is_running(block):
             return None  # all of its component is here to stay: entering it did nothing
         with self.gate.reading_lock, self._mutex:
             if not self._calls.leave(block):
                 return None
-            self._timer.leave_block(units)
+            self._timer.leave_block(tuple(unit.index for unit in units))
             replaced = output
             for unit in units:
-                slot = self._transfer.slot_of(unit)
-                if slot is not None:
-                    replaced = without_aliases(replaced, slot.buffer)
-            if self._seen_grad.intersection(units):
-                refuse_backward(replaced, self._units[units[0]].spec.whole)
+                if unit.slot is not None:
+                    replaced = without_aliases(replaced, unit.slot.buffer)
+            if any(unit.may_be_saved for unit in units):
+                refuse_backward(replaced, units[0].spec.whole)
             if self._calls.is_empty and self._in_method is None:
                 try:
                     self._ended()
@@ -904,29 +756,31 @@ class Streamer:
             self._make_present(units, is_grad)
             yield
 
-    def _make_present(self, units: Sequence[int], is_grad: bool) -> None:
+    def _make_present(self, indices: Sequence[int], is_grad: bool) -> None:
         with self._mutex:
-            units = [unit for unit in units if unit in self._units]  # else streaming ended meanwhile, and all is plain
+            # Else streaming ended meanwhile, and all is plain.
+            units = [self._units[index] for index in indices if index in self._units]
             self._calls.check_thread()
             if not self._is_outermost():
-                self._unguard(units)
+                self._residency.unguard(units)
                 with engine_tensors():
-                    self._use(units, is_touch=True, is_grad=is_grad)
+                    self._residency.use(units, is_touch=True, is_grad=is_grad)
                 return
             if self.gate.is_inside_call:
-                for component in {self._units[unit].spec.component for unit in units}:
+                for component in {unit.spec.component for unit in units}:
                     self._look_for_entrance(component)
-            if not all(self._units[unit].binding.is_present for unit in units) and self.gate.is_inside:
+            if not all(unit.is_present for unit in units) and self.gate.is_inside:
                 self._catch_up()  # not in another thread's pause, which that thread may be about to end
-                units = [unit for unit in units if unit in self._units]
-            self._unguard(units)
-            missing = [unit for unit in units if not self._units[unit].binding.is_present]
+                units = [self._units[index] for index in indices if index in self._units]
+            self._residency.unguard(units)
+            missing = [unit for unit in units if not unit.is_present]
             if missing:
                 self._begin_by_touch(missing, is_grad)
                 with engine_tensors():
-                    self._use(missing, is_touch=True, is_grad=is_grad)
-            self.edits.lent.update(units)
-            self._guard()
+                    self._residency.use(missing, is_touch=True, is_grad=is_grad)
+            for unit in units:
+                unit.is_lent = True
+            self._residency.guard()
 
     def changing(self, component: str) -> contextlib.AbstractContextManager[None]:
         """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards.
@@ -949,9 +803,9 @@ class Streamer:
         self._let_go()
         taken: set[str] = set()
         is_new_use = self.gate.running is not self._last_use
-        for index in list(self._units) if is_new_use else self._attached.units_of_component(component or ""):
-            unit = self._units[index]
-            if not unit.binding.is_present and not self._take_in(index):
+        units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
+        for unit in list(units):
+            if not unit.is_present and not self._residency.take_in(unit):
                 taken.add(unit.spec.component)
         for name in taken | self._components_of_another_form():
             if name in self._attached.of_component:  # it may share weights with one before it
@@ -959,260 +813,24 @@ class Streamer:
                     pass
         self._changed_inside.clear()
 
-    def _take_in(self, unit: int) -> bool:
-        """Bring home what the weights of an absent unit were given meanwhile; returns whether it can go on so."""
-        binding = self._units[unit].binding
-        changed = binding.changed_while_absent()
-        if not changed:
-            return True
-        can_go_on = True
-        with engine_tensors():
-            for bound in changed:
-                with torch._C.DisableTorchFunctionSubclass():
-                    now = bound.tensor.data
-                if bound.has_form_of(now) and not self.edits.has_entry(bound):
-                    self._keep_at_home(bound, now)
-                else:
-                    bound.home, bound.is_exact, can_go_on = now.to(bound.home_device), True, False
-            binding.absent_again(changed)
-            self.edits.pointed_elsewhere(changed)
-            self._discard([unit])
-        return can_go_on
-
-    def _keep_at_home(self, bound: BoundTensor, now: torch.Tensor) -> None:
-        """What was written to a weight is what the next load reads."""
-        self._device.copy_back(bound.master, now)
-        if bound.home is not bound.master:
-            bound.home.copy_(bound.master)
-        self.stats.num_written_back += 1
-
     def _components_of_another_form(self) -> set[str]:
         """Components that must be laid out anew, since a weight has another dtype, shape or strides, or since whoever
         pointed it at other memory has an entry of a `state_dict` that is its memory at home."""
-        units = {u for name in self._changed_inside for u in self._attached.of_component[name].units}
+        units: set[StreamedUnit] = set()
+        for name in self._changed_inside:
+            units.update(self._attached.of_component[name].units)
         found = set()
-        for unit in units | self.edits.lent:
-            binding = self._units[unit].binding
-            if not binding.is_present:
+        for unit in units.union(self.edits.lent):
+            if not unit.is_present:
                 continue
+            binding = unit.binding
             has_other_form = not all(bound.has_form_of(bound.tensor) for bound in binding.tensors)
             replaced = () if binding.is_guarded else binding.replaced()  # guarded, nobody has looked at them
             if has_other_form or any(map(self.edits.has_entry, replaced)):
-                found.add(self._units[unit].spec.component)
+                found.add(unit.spec.component)
         return found
 
     # ---- up and down
-
-    def _use(self, units: Sequence[int], *, is_touch: bool, is_grad: bool) -> None:
-        """Load what is missing, start loading what is expected next, wait, and bind."""
-        if self._device.stream_number() != self._stream_number:
-            self._stream_number = None  # what is bound now is waited for on this thread's stream alone
-        held = [*units, *self._held()]
-        self._drop_extra_slots(held)
-        for unit in units:
-            is_hit = self._units[unit].spec.is_block and self._order.observe(unit)
-            if self._transfer.slot_of(unit) is None:
-                # A block's later pieces may have to wait, foreseen or not, until the block before gives up its slots.
-                is_foreseen = is_hit and unit != units[0]
-                self.stats.num_demand_loads += self._units[unit].spec.is_block and not is_foreseen
-                self.stats.num_touch_loads += is_touch
-                self._transfer.load(unit, self._make_room(unit, held))
-        # Before compute is told to wait: what is recorded on its stream after the wait, such as the last block's
-        # release, happens after the wait, and the next load would start a round trip after this one ends.
-        self._prefetch(held)
-        for unit in units:
-            views = self._transfer.wait(unit)
-            if not self._units[unit].binding.is_present:
-                # Code outside a call may keep, save or pickle what it sees (`state_dict`), which wants weights in
-                # storages of their own, as a resident model has them. Inside a call the slot is what is there for it.
-                if is_touch and self._is_outermost():
-                    views = self._cloned_views(unit, views)
-                self._units[unit].binding.present(views)
-            elif not is_touch and self._units[unit].binding.is_guarded:
-                self._units[unit].binding.unguard()
-            if is_grad and not is_touch:
-                self._seen_grad.add(unit)
-
-    def _cloned_views(self, unit: int, views: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of a unit's weights; where there is no room for them, the weights in the slot."""
-        num_ooms = self._device.num_ooms()
-        try:
-            cloned = [view.clone() for view in views]
-        except torch.OutOfMemoryError:
-            self._ledger.forgive(self._device.num_ooms() - num_ooms)
-            return views
-        self._cloned.add(unit)
-        return cloned
-
-    def _held(self) -> list[int]:
-        """Units that compute is reading, or may read without asking again."""
-        loaded = [s.unit for s in [*self._transfer.ring, *self._transfer.extra] if s.unit is not None]
-        return [u for u in loaded if any(self._calls.is_running(m) for m in self._units[u].called)]
-
-    def _prefetch(self, held: Sequence[int]) -> None:
-        """Start loading the units expected next, in their order, as far as there are slots that nobody holds."""
-        transfer = self._transfer
-        wanted = [u for u in dict.fromkeys(held) if transfer.slot_of(u) is not transfer.own.get(u)]
-        num_slots = len(transfer.ring)
-        with engine_tensors():
-            for unit in self._order.predict(2 * num_slots + _OWN_AHEAD):
-                if transfer.slot_of(unit) is not None:
-                    if unit not in transfer.own and unit not in wanted:
-                        wanted.append(unit)
-                    continue
-                if unit not in transfer.own:
-                    if unit not in wanted:
-                        wanted.append(unit)
-                    if len(wanted) > num_slots or self._attached.stored[unit].num_bytes > transfer.slot_bytes:
-                        return  # no room; what comes after must not get ahead of it on the bus
-                try:
-                    slot = transfer.empty_slot(unit) or self._evict_one(keep=wanted)
-                except BudgetError:
-                    return  # somebody keeps the slot's memory; the unit that needs it will say so
-                if slot is None:
-                    return
-                transfer.load(unit, slot)
-
-    def _make_room(self, unit: int, held: Sequence[int]) -> Slot:
-        """A slot for a unit needed now. What is expected next is evicted only where nothing else can be, and what
-        is held never: then there are more units in use at once than the plan has slots, and one is added."""
-        slot = self._transfer.empty_slot(unit)
-        if slot is None and self._attached.stored[unit].num_bytes <= self._transfer.slot_bytes:
-            ahead = self._order.predict(len(self._transfer.ring))
-            slot = self._evict_one(keep=[*held, *ahead[:1]]) or self._evict_one(keep=held)
-        return slot or self._add_extra(unit, held)
-
-    def _add_extra(self, unit: int, held: Sequence[int]) -> Slot:
-        """A slot beyond the plan. Residents pay for it, since activations were given what the plan leaves: first those
-        of other phases, then what is needed last."""
-        transfer, phase = self._transfer, self._applied
-        if phase is not None and self.stats.budget_bytes:
-            taken = transfer.slots_bytes + self._device.rounded_bytes(self._attached.stored[unit].num_bytes)
-            ahead = self._order.predict(len(self._units))
-            soon = {unit: position for position, unit in reversed(list(enumerate(ahead)))}
-            payers = [u for u in transfer.own if u not in held and u != unit]
-            payers.sort(key=lambda u: (u in phase.resident, self._units[u].spec.is_block, -soon.get(u, len(ahead))))
-            for payer in payers:
-                if taken <= phase.weights_bytes:
-                    break
-                if payer in phase.resident and not self._units[payer].spec.is_block:
-                    continue  # the base of what runs
-                taken -= self._device.rounded_bytes(self._attached.stored[payer].num_bytes)
-                self._give_up(payer)
-                self._forget_plan()  # the next call lays out anew
-        slot: Slot = self._allocating(functools.partial(transfer.add_extra, unit))
-        return slot
-
-    def _evict_one(self, keep: Sequence[int]) -> Slot | None:
-        """Free the slot of the ring whose unit is needed last; None if all are to be kept."""
-        candidates = [s for s in self._transfer.ring if s.unit is not None and s.unit not in keep]
-        if len(candidates) < 2:
-            return self._evict(candidates[0]) if candidates else None
-        ahead = self._order.predict(4 * len(self._transfer.ring) + _OWN_AHEAD)
-        soon = {unit: position for position, unit in reversed(list(enumerate(ahead)))}
-        slot = max(candidates, key=lambda s: soon.get(s.unit if s.unit is not None else -1, len(ahead)))
-        return self._evict(slot)
-
-    def _evict(self, slot: Slot) -> Slot:
-        """Take a slot from its unit. Order matters: see the note in `device.py`."""
-        assert slot.unit is not None
-        return self._empty(slot, self._unbind(slot.unit, writes_back=True))
-
-    def _unbind(self, unit: int, *, writes_back: bool) -> list[BoundTensor]:
-        """Make a unit absent; what was written goes home. Returns weights that had been pointed elsewhere."""
-        if unit in self._quiet:
-            self._listen_to([unit])
-            self._device.synchronize()  # streams that read it are not all known
-        binding = self._units[unit].binding
-        if not binding.is_present:
-            return []
-        if binding.is_guarded:
-            binding.unguard()
-        if writes_back:
-            self._write_back(unit, may_replace=False)
-        replaced = binding.replaced()
-        is_cloned = unit in self._cloned
-        self.edits.keep_held(
-            b
-            for b in (binding.tensors if is_cloned else replaced)
-            if b not in replaced or not self._transfer.is_in_slot(b.tensor)
-        )
-        self._cloned.discard(unit)
-        if unit in self._seen_grad or unit in self._transfer.own:
-            binding.forbid_backward()
-        self._forget_autocast()
-        binding.absent()
-        return replaced
-
-    def _empty(self, slot: Slot, replaced: Sequence[BoundTensor]) -> Slot:
-        """Free the slot of a unit that is absent."""
-        unit = slot.unit
-        assert unit is not None
-        # A unit whose hooks had nothing to do was seen by nobody: its graphs are refused as well.
-        is_own = slot is self._transfer.own.get(unit)
-        was_grad = unit in self._seen_grad or is_own
-        is_lent = unit in self.edits.lent
-        self.edits.lent.discard(unit)
-        if slot.readers and (is_lent or not was_grad) and slot.is_aliased():
-            # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes. (Graphs hold
-            # the weights they saved, too; their backward is refused. What else a forward keeps of its weights under
-            # grad cannot be told from that.)
-            self.edits.keep(unit, slot.views[unit], but=replaced)
-            if not is_own or replaced:  # one's own may stay: it gets what is there, and is held, once more
-                self._allocating(functools.partial(self._transfer.abandon, unit))
-                slot = self._transfer.slot_of(unit) or slot
-        elif was_grad:
-            slot.accept_references()
-        self._seen_grad.discard(unit)
-        self._transfer.vacate(unit)
-        return slot
-
-    def _discard(self, units: Collection[int]) -> None:
-        """What the device has of these units is not what is at home: they are loaded anew when they are used."""
-        # All are made absent first: a weight of one may have been pointed at the slot of another.
-        replaced = {unit: self._unbind(unit, writes_back=False) for unit in units if self._transfer.slot_of(unit)}
-        for unit, elsewhere in replaced.items():
-            slot = self._transfer.slot_of(unit)
-            if slot is not None:
-                self._empty(slot, elsewhere)
-                self._begun.clear()
-                self._attached.of_component[self._units[unit].spec.component].is_whole = False
-
-    def _drop_extra_slots(self, held: Sequence[int]) -> None:
-        """Extra slots go as soon as nobody holds their unit; they are memory beyond the plan."""
-        for slot in [s for s in self._transfer.extra if s.unit not in held]:
-            if slot.unit is None:
-                self._transfer.drop_extra(slot)
-            else:
-                self._evict(slot)
-
-    def _forget_autocast(self, component: str | None = None) -> None:
-        """Autocast keeps a cast copy of every parameter until the region ends: the model would pile up."""
-        if self._is_autocast():
-            torch.clear_autocast_cache()
-            if component is not None:
-                self._with_autocast.add(component)
-
-    def _is_autocast(self) -> bool:
-        return torch.is_autocast_cache_enabled() and torch.is_autocast_enabled(self._device.torch_device.type)
-
-    def _write_back(self, unit: int, *, may_replace: bool) -> list[BoundTensor]:
-        """Keep what was written into the unit's tensors: the host bytes are what the next load reads."""
-        written = self.edits.written(unit)
-        replaced = self._units[unit].binding.replaced()
-        for bound in written:
-            now = bound.tensor.data
-            is_entry = bound in replaced and self.edits.has_entry(bound)
-            if bound.has_form_of(now) and not (is_entry and may_replace):
-                self._keep_at_home(bound, now)
-            elif may_replace:
-                # What the user made of it is what the user gets: a cast, other strides.
-                bound.home, bound.is_exact = now.to(bound.home_device), True
-            else:
-                raise StreamerStateError(_changed(bound, now))
-        self.edits.pointed_elsewhere(replaced)
-        self.edits.came_home(written)
-        return written
 
 
 def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what: str) -> None:
@@ -1227,11 +845,6 @@ def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what:
         afterwards.callback(_raise, exc)
 
 
-def _is_encoder_layer(block: nn.Module) -> bool:
-    """Of these the forward asks whether its weights are ordinary before it looks at them."""
-    return isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-
-
 def _refuse_compiled_wholes(layouts: Sequence[ComponentLayout]) -> None:
     for layout in layouts:
         if any(stack.blocks for stack in layout.stacks):
@@ -1240,13 +853,6 @@ def _refuse_compiled_wholes(layouts: Sequence[ComponentLayout]) -> None:
 
 def _raise(error: BaseException) -> None:
     raise error
-
-
-def _changed(bound: BoundTensor, now: torch.Tensor) -> str:
-    return (
-        f"`{bound.name}` was changed from {bound.dtype} {list(bound.shape)} to {now.dtype} {list(now.shape)} while it "
-        "streams. Leave the offload context, change it, and enter again."
-    )
 
 
 def _is_grad_enabled() -> bool:

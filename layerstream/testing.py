@@ -40,6 +40,7 @@ from layerstream.errors import LayerstreamWarning
 from layerstream.simulated import SimulatedDevice
 from layerstream.streamer import Streamer
 from layerstream.tables import Page, Table
+from layerstream.unit import StreamedUnit
 from layerstream.units import ComponentLayout
 
 __all__ = [
@@ -352,14 +353,14 @@ class _Check:
             f'whole block is loaded. Name it in resident ("{block}"), or read them inside the forward',
         )
 
-    def not_foreseen(self, engine: Streamer, unit: int) -> None:
+    def not_foreseen(self, unit: StreamedUnit) -> None:
         """A block is needed that was not expected, in a call that should be settled."""
         why = (
             "although blocks run in the same order in each call. This is a fault of layerstream"
             if self.has_one_order
             else "since blocks run in another order in each call; if what runs depends on the input, so it must be"
         )
-        self.add("slow", f"`{engine._units[unit].spec.whole}` was not foreseen from call {_SETTLED} on, {why}")
+        self.add("slow", f"`{unit.spec.whole}` was not foreseen from call {_SETTLED} on, {why}")
 
     def found_entrance(self, component: str, entrance: str) -> None:
         _note(self.entrances, component, entrance)
@@ -459,11 +460,11 @@ class _Watch:
         self.is_settled = False
         self.streams_all = streams_all  # else blocks that come back when their phase begins may be waited for
         self._engine, self._check = engine, check
-        self._make_room, self._make_present = engine._make_room, engine._make_present
+        self._make_room, self._make_present = engine._residency.make_room, engine._make_present
         self._look = engine._look_for_entrance
         self._watch_entrance = engine._attached.watch_entrance
         self._counts = (0, 0)
-        engine._make_room = self._noting_room  # type: ignore[method-assign]
+        engine._residency.make_room = self._noting_room  # type: ignore[method-assign]
         engine._make_present = self._noting_reading  # type: ignore[method-assign]
         engine._look_for_entrance = self._noting_search  # type: ignore[method-assign]
         engine._attached.watch_entrance = self._noting_entrance  # type: ignore[method-assign]
@@ -471,32 +472,34 @@ class _Watch:
     def remove(self) -> None:
         """The engine is as it was."""
         engine = self._engine
-        self._check.used |= {engine._units[unit].spec.whole for unit in engine._order.seen if unit in engine._units}
+        self._check.used |= {
+            engine._units[unit].spec.whole for unit in engine._residency.order.seen if unit in engine._units
+        }
         for owner, name in (
-            (engine, "_make_room"),
+            (engine._residency, "make_room"),
             (engine, "_make_present"),
             (engine, "_look_for_entrance"),
             (engine._attached, "watch_entrance"),
         ):
             vars(owner).pop(name, None)
 
-    def _noting_room(self, unit: int, held: Any) -> Any:
+    def _noting_room(self, unit: StreamedUnit, held: Any) -> Any:
         """A unit that is not there is needed now; the counters say why."""
         stats = self._engine.stats
         counts = stats.num_demand_loads, stats.num_touch_loads
         is_read = counts[1] > self._counts[1]
         if self.is_settled and self.streams_all and not is_read and counts[0] > self._counts[0]:
-            self._check.not_foreseen(self._engine, unit)
+            self._check.not_foreseen(unit)
         self._counts = counts
         return self._make_room(unit, held)
 
-    def _noting_reading(self, units: Sequence[int], is_grad: bool) -> None:
+    def _noting_reading(self, indices: Sequence[int], is_grad: bool) -> None:
         """Something looks at weights that are not bound to the device, be they on their way or not."""
         if self.is_settled:
-            for unit in units:
-                if not self._engine._units[unit].binding.is_present:
+            for unit in indices:
+                if not self._engine._units[unit].is_present:
                     self._check.read_outside(self._engine, unit)
-        self._make_present(units, is_grad)
+        self._make_present(indices, is_grad)
 
     def _noting_search(self, component: str) -> bool:
         if self.is_settled:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import binding, host_store, intercept, streamer, transfer
+from layerstream import binding, host_store, intercept, residency, streamer, transfer
 from layerstream.errors import TransferError
 from layerstream.host_memory import PAGE_BYTES
 from layerstream.simulated import RaceError, SimulatedDevice
+from layerstream.unit import Slot
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 
@@ -78,14 +79,13 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def missing_wait(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(transfer.TransferEngine, "wait", lambda self, unit: self.slot_of(unit).views[unit])
+    patch.setattr(transfer.TransferEngine, "wait", lambda self, unit: unit.slot.views[unit])
 
 
 def no_release_event(patch: pytest.MonkeyPatch) -> None:
-    def vacate(self: Any, unit: int) -> None:
-        slot = self.slot_of(unit)
-        slot.unit, slot.after = None, []
-        del self._loaded[unit]
+    def vacate(self: Any, unit: Any) -> None:
+        slot = unit.left()
+        slot.after = []
         if slot.is_extra:
             self.drop_extra(slot)
 
@@ -96,13 +96,13 @@ def release_too_early(patch: pytest.MonkeyPatch) -> None:
     """The event is recorded when the block starts, not when its slot is taken."""
     wait, vacate = transfer.TransferEngine.wait, transfer.TransferEngine.vacate
 
-    def early(self: Any, unit: int) -> Any:
+    def early(self: Any, unit: Any) -> Any:
         views = wait(self, unit)
-        self.slot_of(unit).early = self._device.record(self._device.compute_stream())
+        unit.slot.early = self._device.record(self._device.compute_stream())
         return views
 
-    def late(self: Any, unit: int) -> None:
-        slot = self.slot_of(unit)
+    def late(self: Any, unit: Any) -> None:
+        slot = unit.slot
         vacate(self, unit)
         slot.after = [slot.early] if hasattr(slot, "early") else slot.after
 
@@ -112,23 +112,24 @@ def release_too_early(patch: pytest.MonkeyPatch) -> None:
 
 def slot_reused_early(patch: pytest.MonkeyPatch) -> None:
     """A slot is loaded with another unit while its own is bound and about to run."""
-    original = streamer.Streamer._use
+    original = residency.Residency.use
 
     def use(self: Any, units: Any, **kwargs: Any) -> None:
         original(self, units, **kwargs)
         transfer = self._transfer
-        slot = transfer.slot_of(units[-1]) if len(units) == 1 else None
-        others = [u for u in self._order.predict(6) if transfer.slot_of(u) is None and u not in transfer.own]
+        slot = units[-1].slot if len(units) == 1 else None
+        others = [unit for unit in self.ahead(6) if unit.slot is None and unit.own is None]
         if slot in transfer.ring and others:
+            units[-1]._is_bound = False  # or it would be refused
             transfer.vacate(units[-1])
             transfer.load(others[0], slot)
 
-    patch.setattr(streamer.Streamer, "_use", use)
+    patch.setattr(residency.Residency, "use", use)
 
 
 def evicted_without_absent(patch: pytest.MonkeyPatch) -> None:
     """Parameters still point at a slot that is being loaded with another block, and nobody notices the alias."""
-    patch.setattr(transfer.Slot, "is_aliased", lambda self, num_bound=0: False)
+    patch.setattr(Slot, "is_aliased", lambda self, num_bound=0: False)
     absent_at_first = binding.UnitBinding.absent
 
     def absent(self: Any) -> None:
@@ -207,11 +208,15 @@ def device_memory_left(patch: pytest.MonkeyPatch) -> None:
 
 
 def nobody_is_noticed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(streamer.Streamer, "_guard", lambda self: None)
+    patch.setattr(residency.Residency, "guard", lambda self: None)
 
 
 def what_is_lent_is_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(streamer.Streamer, "_settle_edits", lambda self: self.edits.lent.clear())
+    def forget(self: Any) -> None:
+        for unit in self.edits.lent:
+            unit.is_lent = False
+
+    patch.setattr(streamer.Streamer, "_settle_edits", forget)
 
 
 def a_use_without_end(patch: pytest.MonkeyPatch) -> None:
@@ -284,7 +289,7 @@ def test_ignored_aliases_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy()
     truth = model.blocks[1].scale.detach().clone()
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(transfer.Slot, "is_aliased", lambda self, num_bound=0: False)
+        patch.setattr(Slot, "is_aliased", lambda self, num_bound=0: False)
         kept: list[torch.Tensor] = []
         handle = model.blocks[1].register_forward_hook(lambda m, a, o: kept.append(m.scale.detach()))
         with layerstream.offload(model, vram_budget="min", device=adversary()):

@@ -92,11 +92,11 @@ def test_looking_at_one_weight_binds_its_piece_alone() -> None:
         engine = engine_of(streamer)
         cut = next(u for u in engine._units.values() if u.spec.block is not None)
         siblings = [u for u in engine._units.values() if u.spec.block == cut.spec.block and u is not cut]
-        assert not cut.binding.is_present
+        assert not cut.is_present
         assert torch.isfinite(cut.binding.tensors[-1].tensor.double()).all()
-        assert cut.binding.is_present
+        assert cut.is_present
         assert siblings
-        assert not any(u.binding.is_present for u in siblings)
+        assert not any(u.is_present for u in siblings)
 
 
 def test_what_is_kept_of_a_piece_keeps_its_bytes() -> None:

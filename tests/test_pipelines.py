@@ -221,7 +221,7 @@ def test_two_denoisers_share_the_slots() -> None:
         run_tiny(pipe, "wan22")
         run_tiny(pipe, "wan22")
         assert streamer.stats().num_extra_slots == 0
-        used = {streamer._streamer._units[u].spec.component for u in streamer._streamer._order._history}
+        used = {streamer._streamer._units[u].spec.component for u in streamer._streamer._residency.order._history}
         assert used == {"text_encoder", "transformer", "transformer_2"}
 
 

@@ -181,13 +181,13 @@ def test_copies_overlap_compute() -> None:
             torch.cuda._sleep(400_000_000)  # some 200 ms of "compute"
             end = torch.cuda.Event()
             end.record()
-            others = [s for s in transfer.ring if s.unit is not None and s.views and s.unit != unit_of[module]]
+            others = [s for s in transfer.ring if s.unit is not None and s.views and s.unit is not unit_of[module]]
             while not end.query() and not all(s.ready.query() for s in others):
                 time.sleep(0.001)
             overlapped.append(not end.query() and bool(others))
 
         units = streamer._streamer._units
-        unit_of = {u.module.up: u.spec.index for u in units.values() if u.module is not None}
+        unit_of = {block.up: unit for unit in units.values() for block in unit.called}
         handles = [block.up.register_forward_hook(watch) for block in list(model.blocks)[:-1]]
         model(x)
         for handle in handles:

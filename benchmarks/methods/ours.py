@@ -50,9 +50,8 @@ def _counters(streamer: layerstream.LayerStreamer) -> Counters:
 
     def held_bytes(module: nn.Module) -> int:
         # What stays of other components is of no use to this one.
-        units, transfer = engine()._units, engine()._transfer
-        name = component_of(module)
-        others = (slot for unit, slot in transfer.own.items() if units[unit].spec.component != name)
+        transfer, name = engine()._transfer, component_of(module)
+        others = (unit.own for unit in transfer.with_own if unit.spec.component != name)
         held: int = transfer.weights_bytes - sum(slot.buffer.numel() for slot in others)
         return held
 

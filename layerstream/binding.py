@@ -149,6 +149,8 @@ class UnitBinding:
 
     def changed_while_absent(self) -> list[BoundTensor]:
         """Tensors that were given other memory behind their absent class' back: `set_` asks no class."""
+        if self._classes is None:  # it is not streamed yet, or no longer
+            return []
         with torch._C.DisableTorchFunctionSubclass():
             return [
                 bound

@@ -51,6 +51,7 @@ class TransferEngine:
         self.ring: list[Slot] = []
         self.slot_bytes = 0  # of each slot of the ring
         self.extra: list[Slot] = []
+        self._slots: dict[Slot, None] = {}  # all that there are, also of units that could not be let go of in order
         self.slots_bytes = 0  # what all slots take on the device
         self.whole_bytes = 0  # of weights that are there as they are
         self.phase = PhaseStats()  # whose loads and stalls these are
@@ -91,11 +92,6 @@ class TransferEngine:
         """The units that have a slot of their own, loaded or not."""
         return [unit for unit in self._units.values() if unit.own is not None]
 
-    @property
-    def slots(self) -> list[Slot]:
-        """All of them."""
-        return [*self.ring, *(unit.own for unit in self._units.values() if unit.own is not None), *self.extra]
-
     def add_extra(self, unit: StreamedUnit) -> Slot:
         """A slot for one use of `unit`, when more units are in use at once than there is room for."""
         slot = self._make_slot(unit.stored.num_bytes, is_extra=True)
@@ -115,8 +111,8 @@ class TransferEngine:
 
     def close(self) -> None:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
-        slots = self.slots
-        self.ring, self.extra, self._staging = [], [], None
+        slots = list(self._slots)
+        self._slots, self.ring, self.extra, self._staging = {}, [], [], None
         for unit in self._units.values():
             unit.slot = unit.own = None
         self.slots_bytes = self.slot_bytes = 0
@@ -126,7 +122,7 @@ class TransferEngine:
 
     def measure_link(self) -> float | None:
         """GB/s from host to device, by copying a part of some unit into an empty slot; blocks the host for 6 ms."""
-        for slot in self.slots:
+        for slot in self._slots:
             if slot.unit is not None:
                 continue
             for unit in self._units.values():
@@ -147,7 +143,7 @@ class TransferEngine:
     def is_in_slot(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of some slot."""
         address = tensor.untyped_storage().data_ptr()
-        return any(slot.buffer.untyped_storage().data_ptr() == address for slot in self.slots)
+        return any(slot.buffer.untyped_storage().data_ptr() == address for slot in self._slots)
 
     def empty_slot(self, unit: StreamedUnit) -> Slot | None:
         """Where `unit` can go without making room: its own slot, or one of the ring that is empty and large enough."""
@@ -246,7 +242,9 @@ class TransferEngine:
             buffer = self._device.allocate(num_bytes)
         self.slots_bytes += self._device.rounded_bytes(num_bytes)
         self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self.weights_bytes)
-        return Slot(buffer, stream, issued, is_extra=is_extra)
+        slot = Slot(buffer, stream, issued, is_extra=is_extra)
+        self._slots[slot] = None
+        return slot
 
     def _free(self, slot: Slot) -> None:
         # The memory goes back to the stream it was allocated on: what follows there must not meet a copy or a reader.
@@ -254,6 +252,7 @@ class TransferEngine:
             for event in slot.after:
                 self._device.wait(slot.stream, event)
         finally:
+            self._slots.pop(slot, None)
             self.slots_bytes -= self._device.rounded_bytes(slot.buffer.numel())
             self._device.free(slot.buffer)
 

@@ -63,7 +63,7 @@ def test_equal_restored_and_whole_after_an_exception(named: tuple[Any, str]) -> 
         streamed = {unit.spec.component for unit in engine._units.values() if unit.spec.is_block}
         assert any(component.startswith(("text_encoder", "prior_text", "vision_lang")) for component in streamed)
         assert {"transformer", "unet", "decoder"} & streamed
-        denoiser = next(u.module for u in engine._units.values() if u.spec.is_block and u.spec.is_repeated)
+        denoiser = next(u.called[0] for u in engine._units.values() if u.spec.is_block and u.spec.is_repeated)
         assert denoiser is not None
         handle = denoiser.register_forward_hook(stop)
         with pytest.raises(StopError):
@@ -104,7 +104,7 @@ def test_an_interrupt_leaves_the_context(named: tuple[Any, str]) -> None:
         engine = streamer._streamer
         assert engine is not None
         # Not the first: the encoders of a ControlNet pipeline may run once only.
-        block = [u.module for u in engine._units.values() if u.spec.is_block and u.spec.is_repeated][1]
+        block = [u.called[0] for u in engine._units.values() if u.spec.is_block and u.spec.is_repeated][1]
         assert block is not None
         handle = block.register_forward_pre_hook(interrupt)
         run_tiny(pipe, name)

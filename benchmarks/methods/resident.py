@@ -9,9 +9,10 @@ from benchmarks.records import tensors_of
 def _apply(setup: Setup) -> None:
     move(tensors_of(list(setup.work.modules.values())), setup)
     pipe = setup.work.pipe
-    if isinstance(getattr(pipe, "__dict__", {}).get("device"), torch.device):  # it remembers where it was made
-        setup.undo.callback(setattr, pipe, "device", pipe.device)
-        pipe.device = setup.device
+    for name, value in list(getattr(pipe, "__dict__", {}).items()):
+        if isinstance(value, torch.device):  # it remembers where it was made, perhaps by a name of its own
+            setup.undo.callback(setattr, pipe, name, value)
+            setattr(pipe, name, setup.device)
 
 
 RESIDENT = Method("resident", _apply)

@@ -234,8 +234,9 @@ class Gate:
             _WAITING[ticket.thread] = self
             seen: set[threading.Thread] = set()
             gate: Gate | None = self
-            while gate is not None and gate._ticket is not None and gate._ticket.thread not in seen:
-                thread = gate._ticket.thread
+            # Other gates' turns may end meanwhile: each is looked at once.
+            while gate is not None and (turn := gate._ticket) is not None and turn.thread not in seen:
+                thread = turn.thread
                 if thread is ticket.thread and gate is not self:
                     del _WAITING[ticket.thread]  # whoever else is in the circle goes on
                     raise ConcurrentUseError(

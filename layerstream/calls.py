@@ -150,6 +150,11 @@ def shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Hash
     return tuple((t.dtype, t.shape) for t in _tensors((*args, *kwargs.values())))
 
 
+def require_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor that is passed requires grad, those in lists and dicts included."""
+    return any(t.requires_grad for t in _tensors((*args, *kwargs.values())))
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):

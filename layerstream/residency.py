@@ -39,6 +39,7 @@ class Residency:
         applied: the plan that slots were laid out by; None: what is on the device is not what a plan said.
         epoch: another number whenever something is no longer as it was when the last call began.
         stream_number: of the stream that all present units were waited for on.
+        makes_graphs: something that the running call computes with requires grad.
         with_autocast: components in whose blocks autocast was on.
         quiet_for: the plan under which there are no more units to take hooks off.
 
@@ -62,6 +63,7 @@ class Residency:
         self.applied: PhasePlan | None = None
         self.epoch = 0
         self.stream_number: int | None = None
+        self.makes_graphs = True
         self.with_autocast: set[str] = set()
         self.quiet_for: PhasePlan | None = None
         self._device = device
@@ -103,6 +105,7 @@ class Residency:
                 unit.binding.unguard()
             if is_grad and not is_touch:
                 unit.may_be_saved = True
+                unit.may_be_in_graph |= self.makes_graphs
 
     def _cloned_views(self, unit: StreamedUnit, views: list[torch.Tensor]) -> list[torch.Tensor]:
         """Copies of a unit's weights; where there is no room for them, the weights in the slot."""
@@ -218,15 +221,17 @@ class Residency:
         """Free the slot of a unit that is absent."""
         slot = unit.holding()
         is_own = slot is unit.own
-        was_grad = unit.may_be_saved or is_own
+        was_grad = unit.may_be_in_graph or is_own
         if slot.readers and (unit.is_lent or not was_grad) and slot.is_aliased():
             # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes. (Graphs hold
             # the weights they saved, too; their backward is refused. What else a forward keeps of its weights under
             # grad cannot be told from that.)
-            self._edits.keep(unit, slot.views[unit], but=replaced)
+            views = slot.views[unit]
             if not is_own or replaced:  # one's own may stay: it gets what is there, and is held, once more
                 self.allocating(functools.partial(self._transfer.abandon, unit))
                 slot = unit.holding()
+            # Only now: where there is no memory to leave it to them, another unit comes to lie there.
+            self._edits.keep(unit, views, but=replaced)
         elif was_grad:
             slot.accept_references()
         self._transfer.vacate(unit)

@@ -26,7 +26,7 @@ from layerstream import compiled
 from layerstream.absent import keep_out_of_graphs
 from layerstream.attachments import Attachment, Attachments, is_hookable
 from layerstream.blocks import Placement
-from layerstream.calls import RunningCalls, shapes_of
+from layerstream.calls import RunningCalls, require_grad, shapes_of
 from layerstream.device import Device, engine_tensors
 from layerstream.edits import Edits
 from layerstream.errors import BudgetError, StreamerStateError
@@ -427,7 +427,11 @@ class Streamer:
         """
         self._handled = sys.exc_info()[1]
         self._ranges.ask()
-        self._residency.unguard(self._attached.units_of_component(component) if reads is None else reads)
+        used = self._attached.units_of_component(component)
+        self._residency.makes_graphs = is_grad and (
+            require_grad(args, kwargs) or any(b.requires_grad for unit in used for b in unit.binding.tensors)
+        )
+        self._residency.unguard(used if reads is None else reads)
         self._residency.wait_on_this_stream()
         if self.edits:
             self._settle_edits()

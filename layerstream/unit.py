@@ -106,6 +106,7 @@ class StreamedUnit:
         is_lent: code outside looked at its weights while no call ran, and may have written to them.
         is_cloned: its weights were read between calls, and are in memory of their own.
         may_be_saved: autograd may have saved its weights, and must find out that they are gone.
+        may_be_in_graph: what looks at its slot may be what autograd has saved; where nothing requires grad, it is not.
         is_quiet: its blocks have no hooks, since it stays where it is.
         is_called_alone: its block was called from outside of all that is watched.
     """
@@ -116,7 +117,8 @@ class StreamedUnit:
         self.spec, self.binding, self.called = spec, binding, called
         self.slot: Slot | None = None
         self.own: Slot | None = None
-        self.is_lent = self.is_cloned = self.may_be_saved = self.is_quiet = self.is_called_alone = False
+        self.is_lent = self.is_cloned = self.is_quiet = self.is_called_alone = False
+        self.may_be_saved = self.may_be_in_graph = False
         self._is_bound = False
 
     def __repr__(self) -> str:
@@ -181,7 +183,7 @@ class StreamedUnit:
         self.expect(UnitState.LOADED)
         slot = self.holding()
         self.slot = slot.unit = None
-        self.may_be_saved = self.is_lent = False
+        self.may_be_saved = self.may_be_in_graph = self.is_lent = False
         return slot
 
     def expect(self, *states: UnitState) -> None:

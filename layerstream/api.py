@@ -256,9 +256,9 @@ class LayerStreamer:
         finally:
             # An interrupt, or a warning that is an error, leaves `close` after all is given back.
             if streamer.is_closed:
-                self._streamer = None
                 self._unwatch()
                 self._let_go_of_pipelines()
+                self._streamer = None  # last: interrupted before, all of it is done once more
 
     def _let_go_of_pipelines(self) -> None:
         self._pipelines.remove()

@@ -149,17 +149,17 @@ class UnitBinding:
 
     def changed_while_absent(self) -> list[BoundTensor]:
         """Tensors that were given other memory behind their absent class' back: `set_` asks no class."""
-        if self._classes is None:  # it is not streamed yet, or no longer
+        if len(self._placeholders) != len(self.tensors):  # it is not streamed yet, or no longer
             return []
         with torch._C.DisableTorchFunctionSubclass():
             return [
                 bound
-                for bound, cls, placeholder in zip(self.tensors, self._absent, self._placeholders, strict=True)
-                if type(bound.tensor) is not cls or bound.tensor.data_ptr() != placeholder.data_ptr()
+                for bound, placeholder in zip(self.tensors, self._placeholders, strict=True)
+                if bound.tensor.data_ptr() != placeholder.data_ptr()
             ]
 
     def absent_again(self, bounds: Collection[BoundTensor]) -> None:
-        """Let go of what such tensors were given."""
+        """Let go of what these were given, be they absent, present, or neither after an interrupt."""
         for bound, cls, placeholder in zip(self.tensors, self._absent, self._placeholders, strict=True):
             if bound in bounds:
                 with torch._C.DisableTorchFunctionSubclass():

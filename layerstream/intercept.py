@@ -205,9 +205,10 @@ class Interception:
 
 
 def _call_all(undo: list[Callable[[], Any]]) -> None:
-    """Undo the latest first."""
+    """Undo the latest first. Each is forgotten only once it is undone: an interrupt may come between the two."""
     while undo:
-        undo.pop()()
+        undo[-1]()
+        undo.pop()
 
 
 _NOT_THERE = object()

@@ -107,11 +107,13 @@ class _Patches:
                 setattr(target, name, patch.replacement)
                 self._patches[target, name] = patch
             patch.count += 1
-        return functools.partial(self._remove, target, name)
+        return functools.partial(self._remove, target, name, [patch])
 
-    def _remove(self, target: Any, name: str) -> None:
+    def _remove(self, target: Any, name: str, held: list[_Patch]) -> None:
         with self._mutex:
-            patch = self._patches[target, name]
+            if not held:  # undone before
+                return
+            patch = held.pop()
             patch.count -= 1
             if patch.count:
                 return
@@ -220,8 +222,9 @@ def _is_no_use(name: str, function: Any) -> bool:
 
 
 def _take_back(undo: list[Callable[[], None]]) -> None:
-    while undo:
-        undo.pop()()
+    while undo:  # each is forgotten only once it is undone: an interrupt may come between the two
+        undo[-1]()
+        undo.pop()
 
 
 def _with_subclasses(cls: type) -> Iterator[type]:

@@ -164,14 +164,22 @@ class StreamedUnit:
     def bind(self, views: Sequence[torch.Tensor]) -> None:
         """Point its tensors at `views`, which compute is queued behind: LOADED to PRESENT."""
         self.expect(UnitState.LOADED)
-        self.binding.present(views)
+        try:
+            self.binding.present(views)
+        except BaseException:  # an interrupt: none may stay bound to a slot that holds another unit next
+            self.binding.absent_again(self.binding.tensors)
+            raise
         self._is_bound = True
 
     def unbind(self) -> None:
         """Make its tensors absent: PRESENT to LOADED."""
         self.expect(UnitState.PRESENT)
-        self._is_bound = self.is_cloned = False  # first: interrupted half-way, it is bound anew at its next use
-        self.binding.absent()
+        self._is_bound = self.is_cloned = False
+        try:
+            self.binding.absent()
+        except BaseException:
+            self.binding.absent_again(self.binding.tensors)
+            raise
 
     def hand_back(self) -> None:
         """Give its tensors the bytes at home for good: from any state, to ABSENT or LOADED."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import layerstream
 from layerstream.adapters import registry
 from layerstream.adapters.base import Adapter
 from layerstream.adapters.generic import GenericAdapter
@@ -19,6 +20,7 @@ from layerstream.components import layouts_of
 from layerstream.errors import AdapterError, brief
 from layerstream.testing import check_adapter
 from layerstream.units import divide
+from tests.fakes import adversary
 
 
 @pytest.fixture(autouse=True)
@@ -901,3 +903,63 @@ def test_an_entry_point_that_is_found_and_does_not_exist() -> None:
 def test_a_generator_of_names_is_read_once() -> None:
     layout = Says(stacks=(name for name in ("first", "second"))).layout("net", Model())
     assert [stack.name for stack in layout.stacks] == ["first", "second"]
+
+
+# ---- what structure finds twice, and names that are none
+
+
+class _Shared(nn.Module):
+    """An expert that all layers share, and a block in two lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        expert = nn.Linear(64, 64)
+        self.layers = nn.ModuleList()
+        for _ in range(4):
+            layer = nn.Module()
+            layer.attn, layer.mlp, layer.gen_mlp = nn.Linear(64, 64), nn.Linear(64, 64), expert
+            self.layers.append(layer)
+        self.down = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.up = nn.ModuleList([nn.Linear(64, 64), self.down[0]])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer.gen_mlp(x) + layer.mlp(layer.attn(x))
+        for block in [*self.down, *self.up]:
+            x = torch.tanh(block(x))
+        return x
+
+
+@pytest.mark.parametrize("budget", ["min", "auto"])
+def test_a_module_that_runs_in_several_places_is_one_block(budget: str) -> None:
+    model, x = _Shared().eval(), torch.randn(2, 64)
+    expected = model(x)
+    names = block_names(model)
+    assert len(names) == len(set(names))
+    with layerstream.offload(model, vram_budget=budget, device=adversary()), torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("method", ["layers", "state_dict", "named_modules", "to"])
+def test_a_child_and_what_every_module_has_are_no_entry_points(method: str) -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    with pytest.raises(AdapterError, match=f"has no method {method} to enter by"):
+        Adapter(stacks=["layers"], entry_points=[method]).layout("net", model)
+
+
+def test_whether_it_is_repeated_is_true_or_false() -> None:
+    with pytest.raises(AdapterError, match=r"is_repeated=...\): 'no' is neither True nor False"):
+        Adapter(is_repeated="no")  # type: ignore[arg-type]
+
+
+def test_inner_blocks_that_do_not_exist() -> None:
+    class Divided(Adapter):
+        def find_inner(self, block: nn.Module) -> list[str]:
+            return ["nope"]
+
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    with pytest.raises(AdapterError, match=r"find_inner\(\) of Sequential names nope, which `layers.0` does not have"):
+        Divided(stacks=["layers"]).layout("net", model)

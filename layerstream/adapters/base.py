@@ -50,6 +50,8 @@ class Adapter:
             if not isinstance(value, Sequence):  # it is asked again and again, and in an order
                 raise AdapterError(f"{what}: {brief(value)} is no list of names.")
             names_in(value, what, is_once=argument == "stacks")
+        if not isinstance(self.is_repeated, bool):
+            raise AdapterError(f"Adapter(is_repeated=...): {brief(self.is_repeated)} is neither True nor False.")
 
     def find_parts(self, component: nn.Module) -> Sequence[str]:
         """Names of the children that are components themselves; none: the module is one."""
@@ -123,6 +125,13 @@ class Adapter:
     def _blocks_of(self, path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """A block, or those inside that are blocks in its place, by their names in the component."""
         inner = self._found("find_inner", block)
+        missing = [child for child in inner if not _has_module(block, child)]
+        if missing:
+            children = ", ".join(name for name, _ in block.named_children()) or "none"
+            raise AdapterError(
+                f"{type(self).__name__}.find_inner() of {type(block).__name__} names {', '.join(missing)}, which "
+                f"`{path}` does not have. Its children are: {children}."
+            )
         if not inner:
             yield path, block
         for child in inner:
@@ -160,6 +169,10 @@ def names_in(value: object, what: str, *, is_once: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _has_module(owner: nn.Module, dotted: str) -> bool:
+    return any(name == dotted for name, _ in owner.named_modules())
+
+
 def has_method(component: nn.Module, dotted: str) -> bool:
     """Whether a component has a method of this dotted name. The forward of a module that has none is no method."""
     path, _, method = dotted.rpartition(".")
@@ -169,7 +182,10 @@ def has_method(component: nn.Module, dotted: str) -> bool:
         return False
     if method == "forward" and type(owner).forward is nn.Module.forward:
         return "forward" in vars(owner)
-    return callable(getattr(owner, method, None))
+    found = getattr(owner, method, None)
+    # What every module has moves, casts or describes it, and is no way to enter it.
+    is_of_all = method != "forward" and hasattr(nn.Module, method)
+    return callable(found) and not isinstance(found, nn.Module) and not is_of_all
 
 
 def _with_large_leaves(

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from layerstream.adapters.base import Adapter
 from layerstream.compiled import describe_compiled
+from layerstream.units import ComponentLayout, StackLayout
 
 # Lists of far smaller modules than the largest (a projection per block, say) are not worth a copy each.
 _LEAST_SHARE_OF_LARGEST = 0.02
@@ -34,6 +36,10 @@ _MARKS_OF_EXPERTS = {_MARK_OF_IMAGES, "und", "moe"}
 
 class GenericAdapter(Adapter):
     """For every component that nothing else is registered for."""
+
+    def layout(self, name: str, component: nn.Module) -> ComponentLayout:
+        found = super().layout(name, component)
+        return replace(found, stacks=_each_once(found.stacks))
 
     def find_parts(self, component: nn.Module) -> Sequence[str]:
         """A module without a forward is never called, and one that has an autoencoder beside another model is a whole
@@ -187,3 +193,20 @@ def _mean_block_bytes(stack: nn.Module) -> float:
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _each_once(stacks: Sequence[StackLayout]) -> tuple[StackLayout, ...]:
+    """The stacks with each block where it comes first: a model may run one module in several places (an expert that all
+    layers share, a block in two lists). What is inside another block is part of that one."""
+    modules = {id(module): module for stack in stacks for _, module in stack.blocks}
+    inside = {id(part) for module in modules.values() for part in list(module.modules())[1:]}
+    seen: set[int] = set(inside)
+    settled = []
+    for stack in stacks:
+        blocks = []
+        for name, module in stack.blocks:
+            if id(module) not in seen:
+                seen.add(id(module))
+                blocks.append((name, module))
+        settled.append(StackLayout(stack.name, tuple(blocks)))
+    return tuple(settled)

@@ -304,7 +304,8 @@ class Search:
         shapes = [s for s in self._shapes if s.bytes_with(self._counts[0]) <= high]
         if len(shapes) > _MOST_SHAPES:
             shapes = [shapes[i * (len(shapes) - 1) // (_MOST_SHAPES - 1)] for i in range(_MOST_SHAPES)]
-        target = floor(log(self._bound(high)[0] / self._pace.total_ms, _STRETCH)) if self._pace.total_ms else 0
+        bound_ms = self._bound(high)[0]  # rounded: 0 of what takes less than a nanosecond
+        target = floor(log(bound_ms / self._pace.total_ms, _STRETCH)) if bound_ms and self._pace.total_ms else 0
         for shape in shapes:
             for slots in self._counts:
                 # What the residents among the others may take.

@@ -30,7 +30,8 @@ Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
 Copies = Any  # what `prepare` has made of pairs of device and host views
 
-COPY_BYTES = 2**25  # a tensor is copied in parts of this at most, so that copies by others get their turn
+# A tensor is copied in parts of this at most, which run at full speed, so that copies by others get their turn.
+COPY_BYTES = 2**25
 _LINK_PROBES = 4  # the fastest counts: one of them may meet other traffic, and a quarter too little was seen
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU of the process
 _SEGMENT_BYTES = 2**21  # CUDA's caching allocator takes memory for requests of 10 MiB and more in steps of this

@@ -77,14 +77,22 @@ class Edits:
     _kept: list[_KeptView] = field(default_factory=list)
     _entries: list[_Entry] = field(default_factory=list)
     _has_told: bool = False
+    _has_lent: bool = False  # asked at each call, where going through all units would take longer
 
     def __bool__(self) -> bool:
-        return bool(self._kept or self._entries or any(unit.is_lent for unit in self.units.values()))
+        return bool(self._has_lent or self._kept or self._entries)
+
+    def lend(self, units: Iterable[StreamedUnit]) -> None:
+        """Code outside looks at these units while no call runs."""
+        for unit in units:
+            unit.is_lent = self._has_lent = True
 
     @property
     def lent(self) -> list[StreamedUnit]:
         """Units that code outside has looked at while no call ran."""
-        return [unit for unit in self.units.values() if unit.is_lent]
+        found = [unit for unit in self.units.values() if unit.is_lent] if self._has_lent else []
+        self._has_lent = bool(found)
+        return found
 
     # ---- what is remembered
 
@@ -107,9 +115,10 @@ class Edits:
 
     def pointed_elsewhere(self, bounds: Sequence[BoundTensor]) -> None:
         """`weight.data = other`: memory that these weights had before is no longer theirs."""
-        for bound in bounds:
-            self._kept = [kept for kept in self._kept if kept.tensor is not bound.tensor]
-            self._entries = [each for each in self._entries if each.tensor is not bound.tensor]
+        if bounds:
+            gone = {id(bound.tensor) for bound in bounds}
+            self._kept = [kept for kept in self._kept if id(kept.tensor) not in gone]
+            self._entries = [each for each in self._entries if id(each.tensor) not in gone]
 
     def has_entry(self, bound: BoundTensor) -> bool:
         """Whether somebody has the weight's memory at home as an entry of a `state_dict`."""

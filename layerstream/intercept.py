@@ -21,6 +21,7 @@ from torch import nn
 
 from layerstream import compiled
 from layerstream.errors import AlreadyOffloadedError, MovedWhileStreamingError
+from layerstream.interrupts import undo_all
 
 # Names under which diffusers keeps its offloading hooks in `module._diffusers_hook`.
 RIVAL_HOOKS = frozenset({"group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading"})
@@ -54,12 +55,12 @@ class Interception:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
         self._compile_undo: list[Callable[[], object]] = []
-        self._eager_undo: list[Callable[[], None]] = []  # holds no module, and must be called even if this is dropped
+        self._eager_undo: list[Callable[[], object]] = []  # holds no module, and must be called even if this is dropped
         self._hooked: list[nn.Module] = []
         self._handles: dict[int, list[Any]] = {}  # of hooks, by the id of the module that has them
         self._block_hooks: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.eager: list[str] = []  # methods that run uncompiled meanwhile
-        weakref.finalize(self, _call_all, self._eager_undo).atexit = False
+        weakref.finalize(self, undo_all, self._eager_undo).atexit = False
 
     def install(self, listener: Listener, roots: Iterable[nn.Module], blocks: Mapping[nn.Module, nn.Module]) -> None:
         """Hook the blocks and the roots of their components.
@@ -196,19 +197,12 @@ class Interception:
             handle.remove()
             _HOOKS.discard(handle.id)
         self._handles = {}
-        _call_all(self._undo)
+        undo_all(self._undo)
         # While the whole is still out of the way: what was compiled for it stays, and is used again.
         compiled.drop_dynamo_caches(self._hooked)
         self._hooked = []
-        _call_all(self._eager_undo)
-        _call_all(self._compile_undo)
-
-
-def _call_all(undo: list[Callable[[], Any]]) -> None:
-    """Undo the latest first. Each is forgotten only once it is undone: an interrupt may come between the two."""
-    while undo:
-        undo[-1]()
-        undo.pop()
+        undo_all(self._eager_undo)
+        undo_all(self._compile_undo)
 
 
 _NOT_THERE = object()

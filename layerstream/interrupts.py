@@ -17,3 +17,17 @@ def twice_if_interrupted(step: Callable[[], object]) -> None:
     except BaseException:
         step()
         raise
+
+
+def undo_all(undo: list[Callable[[], object]]) -> None:
+    """Run steps that take something back, the latest first; each may be run again.
+
+    A step is forgotten only once it is done, since an interrupt may come between the two; one that fails is, too.
+    """
+    while undo:
+        try:
+            undo[-1]()
+        except Exception:
+            undo.pop()
+            raise
+        undo.pop()

@@ -24,6 +24,7 @@ from layerstream.absent import at_home, reading
 from layerstream.changes import CHANGING_METHODS, READING_METHODS
 from layerstream.compiled import uncompiled
 from layerstream.intercept import RIVAL_HOOKS
+from layerstream.interrupts import undo_all
 
 _LIBRARIES = ("builtins", "torch", "transformers", "diffusers", "accelerate", "huggingface_hub")
 # Methods of pipelines and models by which other offloaders are switched on.
@@ -136,9 +137,9 @@ class PipelineWatch:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._classes: set[type] = set()
-        weakref.finalize(self, _take_back, self._undo)
+        weakref.finalize(self, undo_all, self._undo)
 
     def install(self, pipe: object, plain: Iterable[type] = ()) -> None:
         """Watch the class of `pipe`, and of all pipelines that may have the same components.
@@ -193,7 +194,7 @@ class PipelineWatch:
 
     def remove(self) -> None:
         """Take everything back; idempotent."""
-        _take_back(self._undo)
+        undo_all(self._undo)
         self._classes.clear()
 
     def _refuse_rivals(self) -> None:
@@ -219,12 +220,6 @@ def _is_no_use(name: str, function: Any) -> bool:
     """Whether a method is told apart otherwise, or moves things rather than computing, or runs on after it returned."""
     is_known = name in (*CHANGING_METHODS, *RIVAL_METHODS, *READING_METHODS) or hasattr(nn.Module, name)
     return is_known or inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function)
-
-
-def _take_back(undo: list[Callable[[], None]]) -> None:
-    while undo:  # each is forgotten only once it is undone: an interrupt may come between the two
-        undo[-1]()
-        undo.pop()
 
 
 def _with_subclasses(cls: type) -> Iterator[type]:

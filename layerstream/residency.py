@@ -288,6 +288,7 @@ class Residency:
             self.order.take_in([unit.index for unit in again])
 
     def quiet(self) -> list[StreamedUnit]:
+        """Units whose blocks have no hooks now."""
         return [unit for unit in self._units.values() if unit.is_quiet]
 
     def wait_on_this_stream(self) -> None:
@@ -315,15 +316,11 @@ class Residency:
         written = self._edits.written(unit)
         replaced = unit.binding.replaced() if written else []
         for bound in written:
-            now = bound.tensor.data
-            is_entry = bound in replaced and self._edits.has_entry(bound)
-            if bound.has_form_of(now) and not (is_entry and may_replace):
+            now, is_replaced = bound.tensor.data, bound in replaced
+            if not (may_replace and self._takes_new_home(bound, now, is_replaced=is_replaced)):
+                if not bound.has_form_of(now):
+                    raise StreamerStateError(_changed(bound, now))
                 self._keep_at_home(bound, now)
-            elif may_replace:
-                # What the user made of it is what the user gets: a cast, other strides.
-                bound.home, bound.is_exact = now.to(bound.home_device), True
-            else:
-                raise StreamerStateError(_changed(bound, now))
         self._edits.pointed_elsewhere(replaced)
         self._edits.came_home(written)
         return written
@@ -335,6 +332,14 @@ class Residency:
             bound.home.copy_(bound.master)
         self._stats.num_written_back += 1
 
+    def _takes_new_home(self, bound: BoundTensor, now: torch.Tensor, *, is_replaced: bool) -> bool:
+        """Make what the user made of a weight its home, where the memory at home is not for it: that has another form,
+        or is somebody's entry of a `state_dict`, which the weight was pointed away from. Returns whether it did."""
+        is_meant = not bound.has_form_of(now) or (is_replaced and self._edits.has_entry(bound))
+        if is_meant:
+            bound.home, bound.is_exact = now.to(bound.home_device), True
+        return is_meant
+
     def take_in(self, unit: StreamedUnit) -> bool:
         """Bring home what the weights of an absent unit were given meanwhile; returns whether it can go on so."""
         changed = unit.binding.changed_while_absent()
@@ -345,10 +350,10 @@ class Residency:
             for bound in changed:
                 with torch._C.DisableTorchFunctionSubclass():
                     now = bound.tensor.data
-                if bound.has_form_of(now) and not self._edits.has_entry(bound):
-                    self._keep_at_home(bound, now)
+                if self._takes_new_home(bound, now, is_replaced=True):
+                    can_go_on = False
                 else:
-                    bound.home, bound.is_exact, can_go_on = now.to(bound.home_device), True, False
+                    self._keep_at_home(bound, now)
             unit.binding.absent_again(changed)
             self._edits.pointed_elsewhere(changed)
             self.discard([unit])

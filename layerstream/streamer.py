@@ -442,13 +442,9 @@ class Streamer:
                     self._num_tokens[name] = counted.num_tokens - self._num_tokens_before.get(name, 0)
                     self._num_tokens_before[name] = counted.num_tokens
             self._ledger.begin_use(is_call=self.gate.is_inside_call)
-        cloned = [unit for unit in self._units.values() if unit.is_cloned]
-        if self._transfer.extra or cloned:  # what the plan has no room for
+        if self._transfer.extra:  # what the plan has no room for
             with engine_tensors():
                 self._residency.drop_extra_slots(held=[])
-                for unit in cloned:
-                    if unit.is_cloned:
-                        self._residency.evict(unit)
         if self._residency.is_autocast() and (quiet := self._residency.quiet()):
             self._residency.with_autocast.add(component)
             self._residency.listen_to(quiet)
@@ -780,10 +776,10 @@ class Streamer:
             missing = [unit for unit in units if not unit.is_present]
             if missing:
                 self._begin_by_touch(missing, is_grad)
+            self.edits.lend(units)  # first: what is cloned is lent, and goes when the next call begins
+            if missing:
                 with engine_tensors():
                     self._residency.use(missing, is_touch=True, is_grad=is_grad)
-            for unit in units:
-                unit.is_lent = True
             self._residency.guard()
 
     def changing(self, component: str) -> contextlib.AbstractContextManager[None]:

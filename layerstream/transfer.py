@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 
-from layerstream.device import Device, Event, engine_tensors
+from layerstream.device import COPY_BYTES, Device, Event, engine_tensors
 from layerstream.errors import TransferError
 from layerstream.profiling import Ranges
 from layerstream.stats import PhaseStats, Stats
 from layerstream.unit import Slot, StreamedUnit, UnitState
 
 _STAGING_BUFFERS = 3
-_STAGING_BYTES = 2**25  # copies of 32 MiB run at full speed
 _PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
 
 
@@ -279,27 +278,28 @@ class _StagingRing:
     def __init__(self, device: Device) -> None:
         self._device = device
         with engine_tensors():
-            buffers = [device.pinned_staging(_STAGING_BYTES) for _ in range(_STAGING_BUFFERS)]
+            buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
         self._buffers = [b for b in buffers if b is not None]
         self._events: list[Event] = [None] * len(self._buffers)
         self._next = 0
 
     def copy(self, pieces: Sequence[tuple[tuple[torch.Tensor, torch.Tensor], bool]], after: Sequence[Event]) -> Event:
-        """Like `Device.copy`, for pieces of which some are page-locked; blocks the host for the others."""
+        """Like `Device.copy`, for pieces of which some are page-locked; blocks the host for the others.
+
+        Args:
+            pieces: of `COPY_BYTES` at most, each with whether it is page-locked.
+        """
         event = self._copy([], after)
         for (target, source), is_pinned in pieces:
             if is_pinned or not self._buffers:
                 event = self._copy([(target, source)], [], is_locked=is_pinned)
                 continue
-            for start in range(0, source.numel(), _STAGING_BYTES):
-                part = source[start : start + _STAGING_BYTES]
-                number, self._next = self._next, (self._next + 1) % len(self._buffers)
-                if self._events[number] is not None:
-                    self._device.synchronize_event(self._events[number])
-                staged = self._buffers[number][: part.numel()]
-                staged.copy_(part)
-                event = self._copy([(target[start : start + part.numel()], staged)], [])
-                self._events[number] = event
+            number, self._next = self._next, (self._next + 1) % len(self._buffers)
+            if self._events[number] is not None:
+                self._device.synchronize_event(self._events[number])
+            staged = self._buffers[number][: source.numel()]
+            staged.copy_(source)
+            self._events[number] = event = self._copy([(target, staged)], [])
         return event
 
     def _copy(

@@ -191,16 +191,15 @@ class StreamedUnit:
         self.expect(UnitState.LOADED)
         slot = self.holding()
         self.slot = slot.unit = None
-        self.may_be_saved = self.may_be_in_graph = self.is_lent = False
+        self.may_be_saved = self.may_be_in_graph = self.is_lent = self.is_cloned = False
         return slot
 
-    def expect(self, *states: UnitState) -> None:
-        """Raise unless it is in one of these states.
+    def expect(self, wanted: UnitState) -> None:
+        """Raise unless it is in this state.
 
         Raises:
             TransferError: names the unit and both states.
         """
         state = self.state
-        if state not in states:
-            wanted = " or ".join(s.name for s in states)
-            raise TransferError(f"unit `{self.spec.name}` is {state.name}, where it should be {wanted}")
+        if state is not wanted:
+            raise TransferError(f"unit `{self.spec.name}` is {state.name}, where it should be {wanted.name}")

@@ -7,6 +7,7 @@ import gc
 import linecache
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.interrupts import twice_if_interrupted
+from layerstream.interrupts import twice_if_interrupted, undo_all
 from layerstream.pipeline_watch import ACTIVE
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
@@ -144,3 +145,21 @@ def test_a_step_that_fails_is_not_run_again() -> None:
     with pytest.raises(ValueError, match="mine"):
         twice_if_interrupted(step)
     assert done == [0]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_takes_back_goes_on_where_it_was_kept_from(error: type[BaseException]) -> None:
+    """A step that was interrupted is run again; one that fails is not, or all before it would never be."""
+    done: list[str] = []
+
+    def kept_from_it_once() -> None:
+        done.append("second")
+        if done.count("second") == 1:
+            raise error
+
+    undo: list[Callable[[], object]] = [lambda: done.append("first"), kept_from_it_once, lambda: done.append("third")]
+    with pytest.raises(error):
+        undo_all(undo)
+    undo_all(undo)
+    assert done == ["third", "second", *["second"] * (error is KeyboardInterrupt), "first"]
+    assert not undo

@@ -129,7 +129,7 @@ class LayerStreamer:
         self.close()  # of what ended by itself
         called = some_components_of(self._pipe)
         components = {name: uncompiled(module) for name, module in called.items()}
-        _refuse_active(components)
+        refuse_active(components)
         refuse_rivals(self._pipe, components)
         refuse_scripted(components)
         device = self._make_device()
@@ -749,7 +749,12 @@ def _touching(components: Mapping[str, nn.Module]) -> list[LayerStreamer]:
     return list(found.values())
 
 
-def _refuse_active(components: Mapping[str, nn.Module]) -> None:
+def refuse_active(components: Mapping[str, nn.Module]) -> None:
+    """Raise if one of these, or a part of one, streams already.
+
+    Raises:
+        AlreadyOffloadedError: names it and its streamer.
+    """
     for name, component in components.items():
         for owner in _touching({name: component}):
             raise AlreadyOffloadedError(

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from layerstream.errors import ConcurrentUseError
-from layerstream.interrupts import twice_if_interrupted
+from layerstream.interrupts import surely, twice_if_interrupted
 
 _log = logging.getLogger("layerstream.gate")
 
@@ -140,14 +140,16 @@ class Gate:
     def entered(self, what: str, *, is_pause: bool = False) -> Iterator[None]:
         """A use as long as the `with` block runs."""
         is_inside = self.is_inside and not self._is_left_behind()
-        ticket = None if is_inside else Ticket(what, is_pause=is_pause)
-        try:
-            if ticket is not None:
+        with contextlib.ExitStack() as undo:
+            if not is_inside:
+                ticket = Ticket(what, is_pause=is_pause)
+                surely(undo, functools.partial(self._end_pause if is_pause else self.leave, ticket))
                 self._admit(ticket)
             yield
-        finally:
-            with self.reading_lock if is_pause else contextlib.nullcontext():
-                self.leave(ticket)
+
+    def _end_pause(self, ticket: Ticket) -> None:
+        with self.reading_lock:  # weights that are being read are read first
+            self.leave(ticket)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 
@@ -31,3 +32,9 @@ def undo_all(undo: list[Callable[[], object]]) -> None:
             undo.pop()
             raise
         undo.pop()
+
+
+def surely(undo: contextlib.ExitStack, step: Callable[[], object]) -> None:
+    """Run a step when `undo` is left, although an interrupt may come before its first line: it may be run again."""
+    undo.callback(step)
+    undo.callback(step)

@@ -40,7 +40,7 @@ class Residency:
         epoch: another number whenever something is no longer as it was when the last call began.
         stream_number: of the stream that all present units were waited for on.
         makes_graphs: something that the running call computes with requires grad.
-        with_autocast: components in whose blocks autocast was on.
+        with_autocast: components of whose weights autocast has kept casts.
         quiet_for: the plan under which there are no more units to take hooks off.
 
     Args:
@@ -213,7 +213,7 @@ class Residency:
         # A unit whose hooks had nothing to do was seen by nobody: its graphs are refused as well.
         if unit.may_be_saved or unit.own is not None:
             binding.forbid_backward()
-        self.forget_autocast()
+        self.forget_autocast([unit])
         unit.unbind()
         return replaced
 
@@ -359,15 +359,27 @@ class Residency:
             self.discard([unit])
         return can_go_on
 
-    def forget_autocast(self, component: str | None = None) -> None:
-        """Autocast keeps a cast copy of every parameter until the region ends: the model would pile up."""
-        if self.is_autocast():
+    def forget_autocast(self, units: Iterable[StreamedUnit]) -> None:
+        """Autocast keeps a cast copy of weights until the region ends: the model would pile up."""
+        kept = self.kept_by_autocast(units)
+        if kept:
             torch.clear_autocast_cache()
-            if component is not None:
-                self.with_autocast.add(component)
+            self.with_autocast.update(unit.spec.component for unit in kept)
 
-    def is_autocast(self) -> bool:
-        return torch.is_autocast_cache_enabled() and torch.is_autocast_enabled(self._device.torch_device.type)
+    def listen_under_autocast(self) -> None:
+        """Put hooks back on blocks whose end is to let go of what autocast keeps of them."""
+        kept = self.kept_by_autocast(unit for unit in self._units.values() if unit.is_quiet)
+        if kept:
+            components = {unit.spec.component for unit in kept}
+            self.with_autocast |= components
+            self.listen_to([unit for unit in self.quiet() if unit.spec.component in components])
+
+    def kept_by_autocast(self, units: Iterable[StreamedUnit]) -> list[StreamedUnit]:
+        """Of these, the units that have weights of which autocast keeps casts now: parameters of 32 bits that require
+        grad, and nothing else."""
+        if not torch.is_autocast_cache_enabled() or not torch.is_autocast_enabled(self._device.torch_device.type):
+            return []
+        return [unit for unit in units if any(bound.requires_grad for bound in unit.of_32_bits)]
 
 
 def _positions(units: Sequence[StreamedUnit]) -> dict[StreamedUnit, int]:

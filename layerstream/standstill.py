@@ -51,15 +51,11 @@ def standstill(
                 pass
             enter(module, args, kwargs or {})
 
-    handles: list[Any] = []
-    try:
+    with contextlib.ExitStack() as undo:  # each hook by itself: an interrupt between two keeps no other
         for module in dict.fromkeys(stops):
-            handles.append(module.register_forward_pre_hook(hold, prepend=True, with_kwargs=True))
+            undo.callback(module.register_forward_pre_hook(hold, prepend=True, with_kwargs=True).remove)
         _wait(gate, {id(module) for module in modules})
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _wait(gate: Gate, modules: set[int]) -> None:

@@ -445,9 +445,7 @@ class Streamer:
         if self._transfer.extra:  # what the plan has no room for
             with engine_tensors():
                 self._residency.drop_extra_slots(held=[])
-        if self._residency.is_autocast() and (quiet := self._residency.quiet()):
-            self._residency.with_autocast.add(component)
-            self._residency.listen_to(quiet)
+        self._residency.listen_under_autocast()
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         self._timer.end()
         known = self._begun_before().get(begun)
@@ -678,7 +676,6 @@ class Streamer:
             self._residency.forget_plan()
         elif error is None:
             self._ledger.check_operators()
-        self._residency.forget_autocast()
         self._residency.prefetch(held=[])
         self._residency.guard()
 
@@ -727,7 +724,7 @@ class Streamer:
         units = self._attached.units_of.get(id(block))
         if units is None:
             return None
-        self._residency.forget_autocast(units[0].spec.component)
+        self._residency.forget_autocast(units)
         if not self._calls.is_running(block):
             return None  # all of its component is here to stay: entering it did nothing
         with self.gate.reading_lock, self._mutex:

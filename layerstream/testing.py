@@ -35,13 +35,13 @@ from layerstream.comparing import (
     tensors_in,
 )
 from layerstream.compiled import uncompiled
-from layerstream.components import held_modules, is_plain, layouts_of
-from layerstream.errors import LayerstreamWarning
+from layerstream.components import held_modules, is_plain, layouts_of, some_components_of
+from layerstream.errors import ArgumentError, LayerstreamWarning, brief
 from layerstream.simulated import SimulatedDevice
 from layerstream.streamer import Streamer
 from layerstream.tables import Page, Table
 from layerstream.unit import StreamedUnit
-from layerstream.units import ComponentLayout
+from layerstream.units import ComponentLayout, divide
 
 __all__ = [
     "AdapterReport",
@@ -194,11 +194,18 @@ def check_adapter(pipe: Any, call: Callable[[Any], Any], *, num_calls: int = 5, 
 
     Raises:
         AssertionError: it is not ok; the text is that of the report.
-        ValueError: too few calls.
-        LayerstreamError: it cannot be streamed at all; see `offload`.
+        ArgumentError: too few calls, or no call.
+        LayerstreamError: it cannot be streamed at all, or is streamed already; see `offload`.
     """
-    if num_calls < _SETTLED + 1:
-        raise ValueError(f"num_calls must be at least {_SETTLED + 1}, since calls settle in the third, not {num_calls}")
+    if not callable(call):
+        raise ArgumentError(f"call must be a function of the pipeline, not {brief(call)}: `lambda pipe: pipe(...)`.")
+    if not isinstance(num_calls, int) or num_calls < _SETTLED + 1:
+        raise ArgumentError(
+            f"num_calls must be an int of at least {_SETTLED + 1}, since calls settle in the third, not "
+            f"{brief(num_calls)}."
+        )
+    api.refuse_active(some_components_of(pipe))
+    divide(layouts_of(pipe))  # what cannot be streamed raises before anything runs
     report = _Check(pipe, call, num_calls).report()
     return report.check() if raises else report
 

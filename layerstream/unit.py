@@ -101,6 +101,7 @@ class StreamedUnit:
         binding: its tensors.
         stored: its bytes at home.
         called: modules whose forward needs it; none of a base.
+        of_32_bits: of its tensors, those of which autocast may keep casts.
         slot: the one that it is in, or is being loaded into.
         own: a slot for it alone, loaded or not, where the plan makes it resident.
         is_lent: code outside looked at its weights while no call ran, and may have written to them.
@@ -115,6 +116,7 @@ class StreamedUnit:
 
     def __init__(self, spec: UnitSpec, binding: UnitBinding, called: tuple[nn.Module, ...]) -> None:
         self.spec, self.binding, self.called = spec, binding, called
+        self.of_32_bits = tuple(bound for bound in binding.tensors if bound.dtype is torch.float32)
         self.slot: Slot | None = None
         self.own: Slot | None = None
         self.is_lent = self.is_cloned = self.is_quiet = self.is_called_alone = False

@@ -549,6 +549,32 @@ def test_resident_blocks_are_not_blocks() -> None:
     assert {"net.first.0.inner.0.weight", "net.second.2.inner.1.bias"} <= names
 
 
+def test_a_stack_that_is_to_be_resident_is_part_of_the_base() -> None:
+    adapter = Adapter(stacks=["first", "second"], resident=["first"])
+    assert block_names(Model(), adapter) == ["second.0", "second.1", "second.2"]
+    base = divide([adapter.layout("net", Model())]).units[0]
+    assert "net.first.1.inner.0.weight" in {b.name for b in base.binding.tensors}
+
+
+def test_a_part_of_a_block_cannot_be_resident() -> None:
+    with pytest.raises(AdapterError) as error:
+        Adapter(stacks=["first"], resident=["first.1.inner"]).layout("net", Model())
+    assert str(error.value) == (
+        "resident block `first.1.inner` of `net` (Model) is inside the block `first.1`, and streams with it. Name "
+        "`first.1`, or leave it out."
+    )
+
+
+@pytest.mark.parametrize("argument", ["stacks", "resident", "entry_points"])
+def test_of_a_container_only_the_parts_are_named(argument: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        Adapter(parts=["first"], **{argument: ["second"]})  # type: ignore[arg-type]
+    assert str(error.value) == (
+        f"Adapter(parts=..., {argument}=...): a container is taken apart into its parts, and each is streamed by the "
+        "adapter of its own class. Register one for that class, and leave it out here."
+    )
+
+
 def test_find_stacks_may_depend_on_the_component() -> None:
     class Even(Adapter):
         def find_stacks(self, component: nn.Module) -> Sequence[str]:

@@ -7,7 +7,7 @@ import gc
 import linecache
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream.comparing import state_differences
 from layerstream.interrupts import twice_if_interrupted, undo_all
 from layerstream.pipeline_watch import ACTIVE
-from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
+from tests.fakes import adversary, assert_equal, describe, run, toy, twin
 
 _PACKAGE = layerstream.__path__[0]
 
@@ -33,6 +34,19 @@ class Pipe:
 
     def __call__(self) -> list[torch.Tensor]:
         return run(self.model, passes=2)
+
+
+@contextlib.contextmanager
+def another_thread() -> Iterator[None]:
+    """Beside a thread that may be in a call, entering takes more steps."""
+    is_over = threading.Event()
+    thread = threading.Thread(target=is_over.wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 class Interrupting:
@@ -63,24 +77,28 @@ class Interrupting:
 
 
 def use(pipe: Pipe, budget: int | str) -> None:
-    with layerstream.offload(pipe, vram_budget=budget, device=adversary()):
+    with another_thread(), layerstream.offload(pipe, vram_budget=budget, device=adversary()):
         pipe()
         pipe.model.blocks[0].up.weight.data.add_(0)
         pipe()
 
 
-def interrupted_use(at: int, budget: int | str) -> None:
+def interrupted_use(at: int, budget: int | str) -> bool:
+    """Interrupt a use at line number `at` of it, and look at what is left; False: it was over before. How many lines
+    it has depends on how long other threads are waited for."""
     model = toy()
     expected = run(twin(model), passes=2)
     before = describe(model)
     pipe = Pipe(model)
     with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt):  # finalisers swallow it
         use(pipe, budget)
-    assert interrupting.where
+    if not interrupting.where:
+        return False
     gc.collect()
     assert layerstream.active(pipe) is None, interrupting.where
     assert model not in ACTIVE, interrupting.where
-    assert_restored(model, before)
+    differences = list(state_differences(before, describe(model)))
+    assert not differences, (interrupting.where, differences)
     found: list[Any] = []
 
     def call_elsewhere() -> None:
@@ -97,6 +115,7 @@ def interrupted_use(at: int, budget: int | str) -> None:
     assert not isinstance(found[0], BaseException), (interrupting.where, found)
     assert_equal(found[0], expected)
     assert_equal(pipe(), expected)
+    return True
 
 
 def lines_of_a_use(budget: int | str) -> int:
@@ -109,8 +128,7 @@ def lines_of_a_use(budget: int | str) -> int:
 @pytest.mark.parametrize("budget", ["min", 60_000])
 def test_an_interrupt_at_any_line(budget: int | str) -> None:
     num_lines = lines_of_a_use(budget)
-    for number in range(16):
-        interrupted_use(1 + (number * num_lines) // 16, budget)
+    assert sum(interrupted_use(1 + (number * num_lines) // 16, budget) for number in range(16)) >= 14
 
 
 @pytest.mark.slow
@@ -118,8 +136,7 @@ def test_an_interrupt_at_any_line(budget: int | str) -> None:
 @pytest.mark.parametrize("budget", ["min", 60_000])
 def test_interrupts_at_many_lines(budget: int | str) -> None:
     num_lines = lines_of_a_use(budget)
-    for at in range(7, num_lines, num_lines // 90):
-        interrupted_use(at, budget)
+    assert sum(interrupted_use(at, budget) for at in range(7, num_lines, num_lines // 90)) >= 80
 
 
 def test_what_is_interrupted_is_done_and_the_interrupt_raised() -> None:

@@ -627,6 +627,40 @@ def test_one_autocast_region_over_several_passes_keeps_the_budget(share: float) 
     assert_equal(outputs, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "requires_grad", "is_kept"),
+    [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
+)
+def test_under_autocast_blocks_that_stay_have_hooks_only_where_casts_are_kept(
+    dtype: torch.dtype, requires_grad: bool, is_kept: bool
+) -> None:
+    model = toy(writes_buffer=False).to(dtype).requires_grad_(requires_grad)
+    inputs = toy_input()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = twin(model)(inputs)
+    with offloaded(model, adversary(), budget=2**24), torch.no_grad():
+        for _ in range(6):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_equal([model(inputs)], [expected])
+        assert any(block._forward_hooks for block in model.blocks) == is_kept
+
+
+def test_hooks_come_back_when_autocast_would_keep_what_it_did_not_before() -> None:
+    model = toy(writes_buffer=False).requires_grad_(False)
+    inputs = toy_input()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = twin(model)(inputs)
+    with offloaded(model, adversary(), budget=2**24), torch.no_grad():
+        for _ in range(6):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_equal([model(inputs)], [expected])
+        assert not any(block._forward_hooks for block in model.blocks)
+        model.requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_equal([model(inputs)], [expected])
+        assert all(block._forward_hooks for block in model.blocks)
+
+
 def test_a_thread_per_call() -> None:
     model, resident = toy(), toy()
     expected = run(resident)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import layerstream
 from layerstream.adapters import registry
 from layerstream.comparing import output_differences, state_differences
-from layerstream.testing import AdapterReport, check_adapter, describe
+from layerstream.testing import AdapterReport, check_adapter, describe, harsh_device
 from tests.fakes import toy, toy_input
 from tests.token_loops import token_pipeline
 
@@ -229,8 +229,25 @@ def test_warnings_of_others_go_where_they_went() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="num_calls must be at least 4"):
-        check_adapter(Net(), lambda net: net(x()), num_calls=3)
+    def call(net: Net) -> torch.Tensor:
+        return net(x())
+
+    num_calls: Any
+    for num_calls in (3, "5", None):
+        with pytest.raises(layerstream.ArgumentError, match="num_calls must be an int of at least 4"):
+            check_adapter(Net(), call, num_calls=num_calls)
+    no_call: Any
+    for no_call in (None, x()):
+        with pytest.raises(layerstream.ArgumentError, match="call must be a function of the pipeline"):
+            check_adapter(Net(), no_call)
+    with pytest.raises(layerstream.PipelineError, match="on the meta device"):
+        check_adapter(Net().to("meta"), call)
+    net = Net()
+    with (
+        layerstream.offload(net, device=harsh_device()),
+        pytest.raises(layerstream.AlreadyOffloadedError, match="is streamed by layerstream already"),
+    ):
+        check_adapter(net, call)
     layerstream.register_adapter(Net, layerstream.Adapter(stacks=["layer"]))
     with pytest.raises(layerstream.AdapterError, match="stack `layer` does not exist"):
         check_adapter(Net(), lambda net: net(x()))

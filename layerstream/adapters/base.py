@@ -26,13 +26,14 @@ class Adapter:
         stacks: dotted names, inside the component, of the containers whose children are the blocks (an
             `nn.ModuleList`, usually), in the order they run. Empty: the component is one unit.
         is_repeated: the component runs many times a call (a denoiser), so its blocks are kept on the device first.
-        resident: dotted names of single blocks, or of large single layers outside of stacks, that are no units of
-            their own: they come and go with the component's base.
+        resident: dotted names of stacks, of single blocks, or of large single layers outside of stacks, that are no
+            units of their own: they come and go with the component's base.
         entry_points: names of methods by which pipelines enter the component, or a part of it, without its forward
             (`decode`, `image_head.sample`), beside those that are known. Those of which each call is a pass: what is
             measured of a call is known when it returns.
         parts: names of children that are components themselves, where the module is a container whose own forward is
-            not what runs. What is in none of them stays with the container.
+            not what runs. What is in none of them stays with the container, as one unit. Each part has an adapter of
+            its own, so that nothing else can be said here.
 
     Subclass and override `find_stacks` where the names depend on the component.
     """
@@ -52,6 +53,12 @@ class Adapter:
             names_in(value, what, is_once=argument == "stacks")
         if not isinstance(self.is_repeated, bool):
             raise AdapterError(f"Adapter(is_repeated=...): {brief(self.is_repeated)} is neither True nor False.")
+        beside = [argument for argument in ("stacks", "resident", "entry_points") if getattr(self, argument)]
+        if self.parts and beside:
+            raise AdapterError(
+                f"Adapter(parts=..., {beside[0]}=...): a container is taken apart into its parts, and each is streamed "
+                "by the adapter of its own class. Register one for that class, and leave it out here."
+            )
 
     def find_parts(self, component: nn.Module) -> Sequence[str]:
         """Names of the children that are components themselves; none: the module is one."""
@@ -89,6 +96,8 @@ class Adapter:
         for stack in self._found("find_stacks", component):
             if stack not in modules:
                 raise AdapterError(self._unknown(name, component, stack, "stack"))
+            if stack in self.resident:
+                continue
             prefix = f"{stack}." if stack else ""  # "": the component's own children are the blocks
             blocks = tuple(
                 inner
@@ -102,12 +111,23 @@ class Adapter:
                     "without children. Name the container whose children are the blocks."
                 )
             stacks.append(StackLayout(stack, blocks))
+        self._refuse_inside(name, component, [block for stack in stacks for block, _ in stack.blocks])
         stacks = _with_large_leaves(component, stacks, self.resident)
         entry_points = self._found("find_entry_points", component)
         missing = [m for m in entry_points if not has_method(component, m)]
         if missing:
             raise AdapterError(f"`{name}` ({type(component).__name__}) has no method {', '.join(missing)} to enter by.")
         return ComponentLayout(name, component, tuple(stacks), self.find_repeated(component), entry_points=entry_points)
+
+    def _refuse_inside(self, name: str, component: nn.Module, blocks: Iterable[str]) -> None:
+        """Raise if a part of a block is to be resident: it comes and goes with its block."""
+        for block in blocks:
+            inside = next((wanted for wanted in self.resident if wanted.startswith(f"{block}.")), None)
+            if inside is not None:
+                raise AdapterError(
+                    f"resident block `{inside}` of `{name}` ({type(component).__name__}) is inside the block "
+                    f"`{block}`, and streams with it. Name `{block}`, or leave it out."
+                )
 
     def _found(self, method: str, component: nn.Module) -> tuple[str, ...]:
         """The names that a method of this adapter, or of a subclass, gives."""

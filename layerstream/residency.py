@@ -16,10 +16,10 @@ import torch
 
 from layerstream.attachments import Attachments
 from layerstream.binding import BoundTensor
-from layerstream.calls import RunningCalls
 from layerstream.device import Device, engine_tensors
 from layerstream.edits import Edits
 from layerstream.errors import BudgetError, StreamerStateError
+from layerstream.lane import Lanes
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
 from layerstream.plan import PhasePlan
@@ -45,7 +45,6 @@ class Residency:
 
     Args:
         units: by index; the attachments add and remove them.
-        is_outermost: whether no component is in the middle of a call.
     """
 
     def __init__(
@@ -55,9 +54,8 @@ class Residency:
         transfer: TransferEngine,
         edits: Edits,
         ledger: Ledger,
-        calls: RunningCalls,
+        lanes: Lanes,
         stats: Stats,
-        is_outermost: Callable[[], bool],
     ) -> None:
         self.order = OrderLearner([])
         self.applied: PhasePlan | None = None
@@ -72,9 +70,8 @@ class Residency:
         self._transfer = transfer
         self._edits = edits
         self._ledger = ledger
-        self._calls = calls
+        self._lanes = lanes
         self._stats = stats
-        self._is_outermost = is_outermost
 
     def use(self, units: Sequence[StreamedUnit], *, is_touch: bool, is_grad: bool) -> None:
         """Load what is missing, start loading what is expected next, wait, and bind."""
@@ -98,7 +95,7 @@ class Residency:
             if not unit.is_present:
                 # Code outside a call may keep, save or pickle what it sees (`state_dict`), which wants weights in
                 # storages of their own, as a resident model has them. Inside a call the slot is what is there for it.
-                if is_touch and self._is_outermost():
+                if is_touch and self._lanes.here.is_idle:
                     views = self._cloned_views(unit, views)
                 unit.bind(views)
             elif not is_touch and unit.binding.is_guarded:
@@ -119,9 +116,9 @@ class Residency:
         return cloned
 
     def _held(self) -> list[StreamedUnit]:
-        """Units that compute is reading, or may read without asking again."""
+        """Units that some lane's compute is reading, or may read without asking again."""
         loaded = [s.unit for s in [*self._transfer.ring, *self._transfer.extra] if s.unit is not None]
-        return [u for u in loaded if any(self._calls.is_running(m) for m in u.called)]
+        return [u for u in loaded if any(self._lanes.is_running(m) for m in u.called)]
 
     def ahead(self, count: int) -> list[StreamedUnit]:
         """The units that are expected next, in their order."""

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from layerstream.calls import CALL_CODE
 from layerstream.errors import ConcurrentUseError
 from layerstream.gate import Gate
+from layerstream.lane import CALL_CODE
 
 _LOOK_S = 0.001
 

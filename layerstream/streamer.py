@@ -12,35 +12,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import nn
 
 from layerstream import compiled
 from layerstream.absent import keep_out_of_graphs
 from layerstream.attachments import Attachment, Attachments, is_hookable
 from layerstream.blocks import Placement
-from layerstream.calls import RunningCalls, require_grad, shapes_of
 from layerstream.device import Device, engine_tensors
 from layerstream.edits import Edits
 from layerstream.errors import BudgetError, StreamerStateError
-from layerstream.gate import Gate, Ticket
+from layerstream.gate import Gate
+from layerstream.hooks import Hooks
 from layerstream.interrupts import twice_if_interrupted
+from layerstream.lane import Lanes
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
-from layerstream.outputs import refuse_backward, without_aliases
+from layerstream.passes import Passes
 from layerstream.phase_changes import PhaseChanges
-from layerstream.phases import READ, Reserve
-from layerstream.plan import PhasePlan, Plan
+from layerstream.plan import Plan
 from layerstream.profiling import Ranges
 from layerstream.progress import Progress
-from layerstream.report import predicted_line, slow_loop_line
 from layerstream.residency import Residency
 from layerstream.saying import warn
 from layerstream.standstill import standstill
@@ -86,16 +80,15 @@ class Streamer:
         self.device = device
         self.is_paused = False
         self._describe = describe
-        self._find_replaced = find_replaced
         self._let_go = let_go
         self._device = device
-        self._attached = Attachments(device, self.reading, self._unit_home, self.gate.number)
+        self._attached = Attachments(device, self._reading, self._unit_home, self.gate.number)
         self._units = self._attached.units
         self._ranges = Ranges()
         self._transfer = TransferEngine(device, self._units, self.stats, self._ranges)
         self.edits = Edits(device, self._units, self._attached.records, self.stats)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
-        self._calls = RunningCalls()
+        self._lanes = Lanes()
         self._stacks: list[tuple[list[int], bool]] = []
         self._residency = Residency(
             device,
@@ -103,9 +96,8 @@ class Streamer:
             self._transfer,
             self.edits,
             self._ledger,
-            self._calls,
+            self._lanes,
             self.stats,
-            self._is_outermost,
         )
         self._phase_changes = PhaseChanges(
             device,
@@ -116,19 +108,36 @@ class Streamer:
             self._ranges,
             self._count_placements,
         )
-        self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing in this epoch
-        self._epoch = 0  # of the residency
-        self._told: set[str] = set()  # phases whose predicted time is in the log
-        self._num_tokens: dict[str, int] = {}  # by phase, in the last use
-        self._num_tokens_before: dict[str, int] = {}  # when it ended, in all
-        self._in_method: int | None = None  # the id of a component whose method runs
-        self._ticket: Ticket | None = None  # of a bare component that runs, or of a weight that is read
-        self._last_use: Ticket | None = None
-        self._handled: BaseException | None = None  # what the caller was handling when the running call began
         self._timer = PassTimer(device)
-        self._changed_inside: set[str] = set()  # components of which a running call has cast something
-        # Touches may come from any thread, hooks from one; both end here.
+        self._passes = Passes(
+            device,
+            self._attached,
+            self._transfer,
+            self._residency,
+            self._phase_changes,
+            self.edits,
+            self._ledger,
+            self._lanes,
+            self.gate,
+            self._timer,
+            self._ranges,
+            find_replaced,
+        )
         self._mutex = threading.RLock()
+        self.hooks = Hooks(
+            device,
+            self._attached,
+            self._residency,
+            self._passes,
+            self.edits,
+            self._lanes,
+            self.gate,
+            self._timer,
+            self._mutex,
+            self._catch_up,
+            self._changing,
+        )
+        self._changed_inside: set[str] = set()  # components of which a running call has cast something
 
     @property
     def plan(self) -> Plan:
@@ -143,7 +152,7 @@ class Streamer:
     @property
     def is_idle(self) -> bool:
         """Whether no component is in the middle of a call, as far as this thread can tell."""
-        return self._is_outermost()
+        return self._lanes.are_idle()
 
     @property
     def is_paused_here(self) -> bool:
@@ -153,7 +162,7 @@ class Streamer:
     @property
     def is_inside(self) -> bool:
         """Whether this thread is in the middle of a call, of a pipeline or of a component."""
-        return self.gate.is_inside and (self.gate.is_inside_call or not self._is_outermost())
+        return self.hooks.is_inside
 
     def look(self) -> Stats:
         """The counters, with the device's memory as it is now."""
@@ -186,7 +195,7 @@ class Streamer:
             *(layout.outermost for layout in layouts),
             *(block for unit in division.units for block in unit.called),
         ]
-        with self.gate.entered("entering"), standstill(self.gate, modules, stops, self._enter_late):
+        with self.gate.entered("entering"), standstill(self.gate, modules, stops, self.hooks.enter_late):
             self._open(layouts, division)
         self.stats.enter_s = time.perf_counter() - started
 
@@ -243,10 +252,13 @@ class Streamer:
                     if not self.is_closed:
                         self._resume(names, component is None)
 
+    def _reading(self, units: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        return self.hooks.reading(units)
+
     def _pause(self, component: str | None) -> set[str]:
         """Take a component's weights home, or all; returns the names of the components that this concerns."""
         with self.gate.reading_lock, self._mutex:
-            if not self._is_outermost():
+            if not self._lanes.are_idle():
                 raise StreamerStateError(
                     "a component is in the middle of its forward: weights cannot be changed or handed back now. Do it "
                     "between two calls."
@@ -297,7 +309,7 @@ class Streamer:
         progress = Progress(2 * sum(unit.spec.num_bytes for unit in division.units))
         try:
             with engine_tensors():
-                self._attached.attach(layouts, division, self, progress)
+                self._attached.attach(layouts, division, self.hooks, progress)
         finally:
             self.has_shown_progress |= progress.close()
         self._device.empty_cache()  # what the components had on the device is given up
@@ -348,7 +360,7 @@ class Streamer:
     def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
         """Let go of components: hooks off, written tensors home, everything as it was found."""
         taken = list(attachments)
-        self._drop_times()  # perhaps of units that will be others
+        self._passes.drop_times()  # perhaps of units that will be others
         for attachment in taken:
             attachment.interception.remove()
         attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
@@ -389,8 +401,6 @@ class Streamer:
                 if is_guarded:
                     unit.binding.guard()
 
-    # ---- phases
-
     def _check_budget(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         """Refuse a budget that cannot do before anything has moved."""
         target = self._device.torch_device
@@ -410,383 +420,20 @@ class Streamer:
         self.stats.num_streamed_blocks = len(streamed)
         self.stats.num_resident_blocks = len(blocks) - len(streamed)
 
-    def _begin(
-        self,
-        component: str,
-        entry: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        is_grad: bool,
-        *,
-        reads: Collection[StreamedUnit] | None = None,
-    ) -> None:
-        """A component is entered from outside: make its phase the current one, and its base present.
-
-        Args:
-            reads: the units that it may use; None: all of the component's.
-        """
-        self._handled = sys.exc_info()[1]
-        self._ranges.ask()
-        used = self._attached.units_of_component(component)
-        self._residency.makes_graphs = is_grad and (
-            require_grad(args, kwargs) or any(b.requires_grad for unit in used for b in unit.binding.tensors)
-        )
-        self._residency.unguard(used if reads is None else reads)
-        self._residency.wait_on_this_stream()
-        if self.edits:
-            self._settle_edits()
-        if self._last_use is not self.gate.running:
-            self._last_use = self.gate.running
-            if self.gate.is_inside_call:
-                for name, counted in self._ledger.stats_of.items():
-                    self._num_tokens[name] = counted.num_tokens - self._num_tokens_before.get(name, 0)
-                    self._num_tokens_before[name] = counted.num_tokens
-            self._ledger.begin_use(is_call=self.gate.is_inside_call)
-        if self._transfer.extra:  # what the plan has no room for
-            with engine_tensors():
-                self._residency.drop_extra_slots(held=[])
-        self._residency.listen_under_autocast()
-        begun = (component, entry, shapes_of(args, kwargs), is_grad)
-        self._timer.end()
-        known = self._begun_before().get(begun)
-        if known is not None and not self._timer.is_ready and self._ledger.again(known, self._transfer.weights_bytes):
-            if self._residency.applied is not None:
-                self._phase_changes.mark_whole(self._residency.applied)  # the pass before has loaded its blocks
-                self._phase_changes.quieten(self._residency.applied)
-            return
-        replaced = self._find_replaced()
-        if replaced is not None:
-            raise StreamerStateError(
-                f"`{replaced}` was replaced by another module while it is streamed; the new one would not be. Put the "
-                "old one back, or replace it inside `with streamer.paused():` (or before entering)."
-            )
-        with engine_tensors():
-            self._read_times()
-            self._begun_before().pop(begun, None)  # until it has worked
-            phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
-            self._tell_prediction(phase_plan)
-            self._transfer.phase = self._ledger.phase_stats
-            self._phase_changes.apply(phase_plan)
-            residents = [self._units[index] for index in sorted(phase_plan.resident)]
-            bases = [unit for unit in residents if not unit.spec.is_block]
-            self._residency.use(bases, is_touch=False, is_grad=is_grad)
-            self._ledger.start_interval(self._transfer.weights_bytes)
-        self._begun_before()[begun] = self._ledger.reserve
-        self._phase_changes.mark_whole(phase_plan)
-        if self._ledger.wants_times and entry != READ:  # then no block runs
-            self._residency.listen_to(self._residency.quiet())
-            self._timer.begin(self._ledger.starts_timing())
-        elif self._ledger.is_settled:
-            self._phase_changes.quieten(phase_plan)
-
-    def _begun_before(self) -> dict[tuple[object, ...], Reserve]:
-        """How calls entered since all is as it is now, and the key of each."""
-        if self._epoch != self._residency.epoch:
-            self._epoch = self._residency.epoch
-            self._begun.clear()
-        return self._begun
-
-    def _tell_prediction(self, phase_plan: PhasePlan) -> None:
-        """Once a phase: how long its passes will take."""
-        name = phase_plan.phase.name
-        if phase_plan.prediction is not None and name not in self._told:
-            self._told.add(name)
-            line = predicted_line(self.plan)
-            if line is not None:
-                _log.info("%s", line)
-            slow = slow_loop_line(self.plan, phase_plan.phase.components[0], self._num_tokens.get(name, 0))
-            if slow is not None:
-                _log.warning("%s", slow)
-
-    def _begin_by_touch(self, units: Sequence[StreamedUnit], is_grad: bool) -> None:
-        """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
-        its phase, because a VAE and a denoiser may not fit beside each other."""
-        for component in dict.fromkeys(unit.spec.component for unit in units):
-            if self._residency.applied is None or component not in self._residency.applied.phase.components:
-                self._begin(component, READ, (), {}, is_grad)
-
-    def _settle_edits(self) -> None:
-        """What code outside has edited since the last call takes effect now."""
-        is_new_use = self.gate.running is not self._last_use
-        num_ooms = self._device.num_ooms()
-        with engine_tensors():
-            self._residency.discard(self.edits.settle(is_new_use=is_new_use))
-            # Discarded only once all are at home: one's weight may have been pointed at another's memory.
-            stale: list[StreamedUnit] = []
-            for unit in self.edits.lent:
-                if not unit.is_present:
-                    unit.is_lent = False
-                elif unit.is_cloned:
-                    self._residency.evict(unit)
-                elif self._residency.write_back(unit, may_replace=False):
-                    stale.append(unit)
-                elif not unit.holding().is_aliased(num_bound=len(unit.binding.tensors)):
-                    unit.is_lent = False
-            self._residency.discard(stale)
-        self._ledger.forgive(self._device.num_ooms() - num_ooms)
-
-    def _read_times(self) -> None:
-        """What timed passes took, as far as the device is through with them."""
-        for reserve, by_block in self._timer.take():
-            times: dict[int, float] = {}
-            for units, elapsed in by_block.items():
-                sizes = [self._units[unit].spec.num_bytes for unit in units]
-                for unit, size in zip(units, sizes, strict=True):  # only the sum of a block's pieces means anything
-                    times[unit] = elapsed * size / (sum(sizes) or 1)
-            self._ledger.timed(reserve, times)
-
-    def _drop_times(self) -> None:
-        for reserve in self._timer.drop():
-            reserve.not_timed()
-
     def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
-        return self._ledger.explain(error, self._transfer.weights_bytes, is_for_weights=is_for_weights)
+        return self._passes.explain(error, is_for_weights=is_for_weights)
 
-    # ---- what the hooks say
+    # ---- changes
 
-    def _enter_late(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call that began before there were hooks, and has waited until there are."""
-        if id(module) in self._attached.units_of:
-            self.enter_block(module, args, kwargs)
-        else:
-            self.enter_root(module, args, kwargs)
-
-    def enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """A component's forward begins. A hook that another thread takes off just then is called without kwargs."""
-        name = self._attached.root_of.get(id(root))
-        if name is None:
-            return  # a copy of a component, which carries the hook along
-        compiled.refuse_fullgraph(root, name)
-        is_grad = _is_grad_enabled()
-        self._come_in(f"`{name}`")
-        with self.gate.reading_lock, self._mutex:
-            if id(root) not in self._attached.root_of:  # streaming ended while this thread waited for its turn
-                self._go_out()
-                return
-            is_outermost = self._is_outermost(root)
-            if is_outermost:
-                self._catch_up(name)
-                if id(root) not in self._attached.root_of:  # it was dropped, and is nobody's to stream
-                    self._go_out()
-                    return
-            else:
-                self._residency.unguard(self._attached.units_of_component(name))
-            self._calls.enter(root, is_root=True)
-            if is_outermost:
-                try:
-                    self._begin(name, "", args, kwargs or {}, is_grad)
-                except BaseException:
-                    self._calls.leave(root)
-                    self._go_out()
-                    raise
-            self._residency.order.begin_pass()
-
-    def leave_root(self, root: nn.Module) -> None:
-        """A component's forward ended; the slots of its last blocks are free for what comes next."""
-        with self.gate.reading_lock, self._mutex:
-            if not self._calls.leave(root) or not self._is_outermost():
-                return
-            try:
-                self._ended()
-            finally:
-                self._go_out()
-
-    def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """A component is entered by a method; inside a running call that says nothing new."""
-        place = self._attached.entrances.modules.get(id(root))
-        if place is None:
-            return False
-        component, path = place
-        entry = f"{path}.{name}" if path else name
-        is_grad = _is_grad_enabled()
-        self._come_in(f"`{component}.{entry}`", is_guarded=True)
-        with self.gate.reading_lock, self._mutex:
-            if id(root) not in self._attached.entrances.modules:
-                self._go_out()
-                return False
-            self._calls.check_thread()
-            if not self._is_outermost():
-                return False
-            try:
-                self._catch_up(component)
-                if id(root) not in self._attached.entrances.modules:
-                    self._go_out()
-                    return False
-                # In tiles and slices a VAE takes less.
-                ways = [way for way in ("use_tiling", "use_slicing") if getattr(root, way, False)]
-                self._in_method = id(root)
-                entry = " ".join([entry, *ways])
-                self._begin(component, entry, args, kwargs, is_grad, reads=self._attached.units_below(root))
-                self._residency.order.begin_pass()
-            except BaseException:
-                self._in_method = None
-                self._go_out()
-                raise
-        return True
-
-    def _look_for_entrance(self, component: str) -> bool:
-        """A block runs, or a weight is read, outside of what is watched: watch what has called it from now on. Returns
-        whether there is such."""
-        entrance, is_new = self._attached.entrances.find(component)
-        if entrance is not None and is_new:
-            _log.debug("`%s` is entered by `%s`, which is watched from now on", component, entrance)
-            self._attached.watch_entrance(entrance, component, self)
-        return entrance is not None
-
-    def leave_method(self, root: nn.Module) -> None:
-        with self.gate.reading_lock, self._mutex:
-            self._in_method = None
-            try:
-                self._ended()
-            finally:
-                self._go_out()
-
-    def _come_in(self, what: str, *, is_guarded: bool = False) -> None:
-        """Wait until it is this thread's turn, unless it is inside already.
-
-        Args:
-            is_guarded: the end is told whatever happens; that of a forward is not, if it is interrupted.
-        """
-        if not self.gate.is_inside:
-            thread = threading.get_ident()
-            is_over = None if is_guarded else functools.partial(self._calls.are_over, thread)
-            self._ticket = self.gate.enter(what, is_over=is_over)
-
-    def _go_out(self) -> None:
-        """End the use that a bare component began."""
-        ticket, self._ticket = self._ticket, None
-        self.gate.leave(ticket)
-
-    def _is_outermost(self, entering: nn.Module | None = None) -> bool:
-        is_outermost = self._calls.is_outermost(entering)
-        return is_outermost and self._in_method is None
-
-    def _ended(self) -> None:
-        """An outermost call ended, perhaps by an exception."""
-        error, handled = sys.exc_info()[1], self._handled
-        self._handled = None
-        if error is handled:  # the caller's: it calls us while it handles one
-            error = None
-        if isinstance(error, torch.OutOfMemoryError):
-            add_note = getattr(error, "add_note", None)  # before Python 3.11 only leaving the `with` block says it
-            if add_note is not None:
-                add_note(f"layerstream: {self.explain(error)}")
-            self._ledger.did_not_fit()
-            self._residency.forget_plan()
-        elif error is None:
-            self._ledger.check_operators()
-        self._residency.prefetch(held=[])
-        self._residency.guard()
-
-    def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        """A block is about to run: make its weights present, and start loading what follows."""
-        units = self._attached.units_of.get(id(block))
-        if units is None:
-            return  # a copy of a block, which carries the hook along
-        component = units[0].spec.component
-        is_inside = self._calls.is_running_here or self._in_method is not None
-        is_whole = self._attached.of_component[component].is_whole and is_inside
-        if is_whole and self._device.stream_number() == self._residency.stream_number:
-            return
-        is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
-        self._come_in(f"a block of `{component}`")
-        with self.gate.reading_lock, self._mutex:
-            if id(block) not in self._attached.units_of:
-                self._go_out()
-                return
-            if is_whole:
-                self._residency.wait_on_this_stream()
-                return
-            is_outermost = self._is_outermost(block)
-            if is_outermost:
-                self._catch_up(component)
-                if id(block) not in self._attached.units_of:
-                    self._go_out()
-                    return
-            self._calls.enter(block, is_root=False)
-            if is_outermost:  # by a method that nobody watches
-                try:
-                    if not self._look_for_entrance(component):
-                        for unit in units:
-                            unit.is_called_alone = True
-                    self._begin(component, units[0].spec.stack or "", args, kwargs or {}, is_grad)
-                except BaseException:
-                    self._calls.leave(block)
-                    self._go_out()
-                    raise
-            with engine_tensors():
-                self._residency.use(units, is_touch=False, is_grad=is_grad)
-            self._timer.enter_block(tuple(unit.index for unit in units))
-
-    def leave_block(self, block: nn.Module, output: Any) -> Any:
-        """A block ended. Returns an output to use instead, or None to keep it."""
-        units = self._attached.units_of.get(id(block))
-        if units is None:
-            return None
-        self._residency.forget_autocast(units)
-        if not self._calls.is_running(block):
-            return None  # all of its component is here to stay: entering it did nothing
-        with self.gate.reading_lock, self._mutex:
-            if not self._calls.leave(block):
-                return None
-            self._timer.leave_block(tuple(unit.index for unit in units))
-            replaced = output
-            for unit in units:
-                if unit.slot is not None:
-                    replaced = without_aliases(replaced, unit.slot.buffer)
-            if any(unit.may_be_saved for unit in units):
-                refuse_backward(replaced, units[0].spec.whole)
-            if self._calls.is_empty and self._in_method is None:
-                try:
-                    self._ended()
-                finally:
-                    self._go_out()
-            return None if replaced is output else replaced
-
-    @contextlib.contextmanager
-    def reading(self, units: Sequence[int]) -> Iterator[None]:
-        """Something looks at weights that are not there, or that nobody was to look at unseen: make these units
-        present, all at once. No other thread evicts them before the `with` block is left."""
-        is_grad = _is_grad_enabled()
-        with self.gate.reading():
-            self._make_present(units, is_grad)
-            yield
-
-    def _make_present(self, indices: Sequence[int], is_grad: bool) -> None:
-        with self._mutex:
-            # Else streaming ended meanwhile, and all is plain.
-            units = [self._units[index] for index in indices if index in self._units]
-            self._calls.check_thread()
-            if not self._is_outermost():
-                self._residency.unguard(units)
-                with engine_tensors():
-                    self._residency.use(units, is_touch=True, is_grad=is_grad)
-                return
-            if self.gate.is_inside_call:
-                for component in {unit.spec.component for unit in units}:
-                    self._look_for_entrance(component)
-            if not all(unit.is_present for unit in units) and self.gate.is_inside:
-                self._catch_up()  # not in another thread's pause, which that thread may be about to end
-                units = [self._units[index] for index in indices if index in self._units]
-            self._residency.unguard(units)
-            missing = [unit for unit in units if not unit.is_present]
-            if missing:
-                self._begin_by_touch(missing, is_grad)
-            self.edits.lend(units)  # first: what is cloned is lent, and goes when the next call begins
-            if missing:
-                with engine_tensors():
-                    self._residency.use(missing, is_touch=True, is_grad=is_grad)
-            self._residency.guard()
-
-    def changing(self, component: str) -> contextlib.AbstractContextManager[None]:
+    def _changing(self, component: str) -> contextlib.AbstractContextManager[None]:
         """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards.
 
         In the middle of a call it is cast where it is (layerwise casting keeps layers in 8 bits, and casts each while
         it runs), and laid out anew before the next call if it stayed so. A block that leaves its slot as it was not
         found cannot be: its host bytes have another form.
         """
-        if self._is_outermost():
+        if self._lanes.are_idle():
             return self.paused(component)
         self._changed_inside.add(component)
         return contextlib.nullcontext()
@@ -799,7 +446,7 @@ class Streamer:
         """
         self._let_go()
         taken: set[str] = set()
-        is_new_use = self.gate.running is not self._last_use
+        is_new_use = self.gate.running is not self._passes.last_use
         units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
         for unit in list(units):
             if not unit.is_present and not self._residency.take_in(unit):
@@ -827,8 +474,6 @@ class Streamer:
                 found.add(unit.spec.component)
         return found
 
-    # ---- up and down
-
 
 def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what: str) -> None:
     """Leaving must go on when the device has failed: the weights are on the host, and come back without it."""
@@ -850,7 +495,3 @@ def _refuse_compiled_wholes(layouts: Sequence[ComponentLayout]) -> None:
 
 def _raise(error: BaseException) -> None:
     raise error
-
-
-def _is_grad_enabled() -> bool:
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -467,13 +467,13 @@ class _Watch:
         self.is_settled = False
         self.streams_all = streams_all  # else blocks that come back when their phase begins may be waited for
         self._engine, self._check = engine, check
-        self._make_room, self._make_present = engine._residency.make_room, engine._make_present
-        self._look = engine._look_for_entrance
+        self._make_room, self._make_present = engine._residency.make_room, engine.hooks.make_present
+        self._look = engine.hooks.look_for_entrance
         self._watch_entrance = engine._attached.watch_entrance
         self._counts = (0, 0)
         engine._residency.make_room = self._noting_room  # type: ignore[method-assign]
-        engine._make_present = self._noting_reading  # type: ignore[method-assign]
-        engine._look_for_entrance = self._noting_search  # type: ignore[method-assign]
+        engine.hooks.make_present = self._noting_reading  # type: ignore[method-assign]
+        engine.hooks.look_for_entrance = self._noting_search  # type: ignore[method-assign]
         engine._attached.watch_entrance = self._noting_entrance  # type: ignore[method-assign]
 
     def remove(self) -> None:
@@ -484,8 +484,8 @@ class _Watch:
         }
         for owner, name in (
             (engine._residency, "make_room"),
-            (engine, "_make_present"),
-            (engine, "_look_for_entrance"),
+            (engine.hooks, "make_present"),
+            (engine.hooks, "look_for_entrance"),
             (engine._attached, "watch_entrance"),
         ):
             vars(owner).pop(name, None)

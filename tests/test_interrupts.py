@@ -59,8 +59,9 @@ class Interrupting:
         name = frame.f_code.co_filename
         if not name.startswith(_PACKAGE) or name.endswith("simulated.py"):  # a real device has no such lines
             return None
-        # Python itself loses a lock when it is interrupted on its way out of a `with` block.
-        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith("with "):
+        # Python itself loses a lock when it is interrupted on its way out of a `with` block. At a `try:` no interrupt
+        # comes, but that of a tracer, which nothing around it catches.
+        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith(("with ", "try:")):
             self.num_lines += 1
             if self.num_lines == self.at:
                 self.where = f"{name}:{frame.f_lineno}"

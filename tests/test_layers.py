@@ -38,7 +38,8 @@ RANKS = {
     "saying": 1,
     "standins": 1,
     "absent": 2,
-    "calls": 2,
+    "calls": 1,
+    "lane": 2,
     "compiled": 2,
     "order": 2,
     "page_locks": 2,
@@ -66,17 +67,19 @@ RANKS = {
     "phase_changes": 8,
     "components": 6,
     "decorating": 6,
-    "streamer": 9,
-    "api": 10,
-    "demo": 11,
-    "testing": 11,
-    "cli": 12,
-    "__init__": 13,
-    "__main__": 13,
+    "passes": 9,
+    "hooks": 10,
+    "streamer": 11,
+    "api": 12,
+    "demo": 13,
+    "testing": 13,
+    "cli": 14,
+    "__init__": 15,
+    "__main__": 15,
 }
 # Not only lower ranks: nothing of the package at all but themselves.
 ALONE = {"allocator", "host_memory", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent"}
-ALONE |= {"_import_torch", "standins", "progress", "profiling", "references", "comparing"}
+ALONE |= {"_import_torch", "standins", "progress", "profiling", "references", "comparing", "calls"}
 PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "summary", "pace", "order", "plan", "phases"}
 PURE |= {"report"}
 LIBRARIES = {"diffusers", "transformers"}
@@ -208,13 +211,13 @@ def test_the_package_itself_is_of_the_highest_rank() -> None:
     ("module", "source", "fault"),
     [
         ("plan", "from layerstream.transfer import Slot", "(rank 3) imports layerstream.transfer (rank 6)"),
-        ("calls", "from layerstream.order import OrderLearner", "(rank 2) imports layerstream.order (rank 2)"),
-        ("plan", "def f():\n    import layerstream.api", "(rank 3) imports layerstream.api (rank 10)"),
-        ("intercept", "from layerstream import streamer", "(rank 3) imports layerstream.streamer (rank 9)"),
-        ("intercept", "import layerstream", "(rank 3) imports layerstream.__init__ (rank 13)"),
-        ("intercept", "from . import streamer", "(rank 3) imports layerstream.streamer (rank 9)"),
-        ("intercept", "from .streamer import Streamer", "(rank 3) imports layerstream.streamer (rank 9)"),
-        ("adapters.base", "from ..streamer import Streamer", "(rank 5) imports layerstream.streamer (rank 9)"),
+        ("lane", "from layerstream.order import OrderLearner", "(rank 2) imports layerstream.order (rank 2)"),
+        ("plan", "def f():\n    import layerstream.api", "(rank 3) imports layerstream.api (rank 12)"),
+        ("intercept", "from layerstream import streamer", "(rank 3) imports layerstream.streamer (rank 11)"),
+        ("intercept", "import layerstream", "(rank 3) imports layerstream.__init__ (rank 15)"),
+        ("intercept", "from . import streamer", "(rank 3) imports layerstream.streamer (rank 11)"),
+        ("intercept", "from .streamer import Streamer", "(rank 3) imports layerstream.streamer (rank 11)"),
+        ("adapters.base", "from ..streamer import Streamer", "(rank 5) imports layerstream.streamer (rank 11)"),
         ("streamer", "from layerstream import offload", "imports layerstream.offload, which is no module with a rank"),
         ("standins.tiny", "from layerstream.errors import LayerstreamError", "should import nothing of the package"),
         ("standins.demo", "from layerstream.standins.repository import tiny", "which is in no wheel"),

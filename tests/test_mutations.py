@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import binding, host_store, intercept, residency, streamer, transfer
+from layerstream import binding, hooks, host_store, intercept, passes, residency, transfer
 from layerstream.errors import TransferError
 from layerstream.host_memory import PAGE_BYTES
 from layerstream.simulated import RaceError, SimulatedDevice
@@ -213,14 +213,14 @@ def nobody_is_noticed(patch: pytest.MonkeyPatch) -> None:
 
 def what_is_lent_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     def forget(self: Any) -> None:
-        for unit in self.edits.lent:
+        for unit in self._edits.lent:
             unit.is_lent = False
 
-    patch.setattr(streamer.Streamer, "_settle_edits", forget)
+    patch.setattr(passes.Passes, "_settle_edits", forget)
 
 
 def a_use_without_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(streamer.Streamer, "_go_out", lambda self: None)
+    patch.setattr(hooks.Hooks, "_go_out", lambda self, lane: None)
 
 
 def too_few_pages_locked(patch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from layerstream import offload
-from layerstream.calls import RunningCalls
 from layerstream.errors import ConcurrentUseError
+from layerstream.lane import Lane
 from tests.fakes import adversary, toy, toy_input
 
 TIMEOUT_S = 30
@@ -46,10 +46,10 @@ class Root(nn.Module):
 
 
 class Watched:
-    """A root whose hooks tell a `RunningCalls`, as the streamer's do."""
+    """A root whose hooks tell a `Lane`, as the streamer's do."""
 
     def __init__(self) -> None:
-        self.calls = RunningCalls()
+        self.calls = Lane()
         self.root = Root()
         self.seen: list[list[bool]] = []
         for module in (self.root, *self.root.blocks):
@@ -253,7 +253,7 @@ def interrupted(request: pytest.FixtureRequest, watched: Watched) -> Callable[[]
         with pytest.raises(KeyboardInterrupt):
             watched()
         module.action = lambda: None
-        assert watched.calls._running, "torch calls hooks after an interrupt now: RunningCalls can be simpler"
+        assert watched.calls._running, "torch calls hooks after an interrupt now: Lane can be simpler"
 
     return run
 

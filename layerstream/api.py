@@ -394,7 +394,6 @@ class LayerStreamer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        refused = None
         try:
             refused = self._explained(exc)
         finally:

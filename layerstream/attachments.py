@@ -20,6 +20,7 @@ from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.device import Device
 from layerstream.entrances import Entrance, EntranceFinder
+from layerstream.home import RawHome
 from layerstream.host_store import HostStore, Stretches
 from layerstream.intercept import Interception, Listener
 from layerstream.progress import Progress
@@ -116,10 +117,11 @@ class Attachments:
                 getattr(place.module, place.kind)[place.name] = stand_in
             for unit in part.units:
                 unit.spec = replace(unit.spec, index=self._indices.setdefault(unit.spec.name, len(self._indices)))
-                streamed = StreamedUnit(unit.spec, unit.binding, unit.called)
+                as_found = RawHome(self._device, [], 0)
+                streamed = StreamedUnit(unit.spec, unit.binding, unit.called, as_found)
                 attachment.units.append(streamed)  # first: what fails half-way is handed back
                 self.units[streamed.index] = streamed
-                streamed.stored = attachment.store.add(unit.binding)
+                streamed.home = attachment.store.add(unit.binding)
                 progress.add(unit.spec.num_bytes)
                 unit.binding.prepare(streamed.index, nans, self._classes)
                 for module in unit.called:

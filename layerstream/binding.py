@@ -67,6 +67,12 @@ class BoundTensor:
         """Whether a tensor has the dtype, shape and strides in which it is laid out."""
         return (tensor.dtype, tuple(tensor.shape), tensor.stride()) == (self.dtype, self.shape, self.strides)
 
+    def copied_to(self, master: torch.Tensor, *, keeps_home: bool, is_handed_back: bool) -> None:
+        """Its bytes are at `master` from now on; see `UnitBinding.rehome`."""
+        self.master = master
+        if not keeps_home:
+            self.home, self.is_exact = master, is_handed_back
+
     @property
     def num_bytes(self) -> int:
         return self.home.numel() * self.home.element_size()
@@ -96,9 +102,8 @@ class UnitBinding:
     def rehome(self, bound: BoundTensor, master: torch.Tensor, *, keeps_home: bool, is_handed_back: bool) -> None:
         """Its bytes were copied to `master`. The memory they came from is let go unless it `keeps_home`; then `master`
         itself is handed back, or its values in memory of their own."""
-        bound.master = master
+        bound.copied_to(master, keeps_home=keeps_home, is_handed_back=is_handed_back)
         if not keeps_home:
-            bound.home, bound.is_exact = master, is_handed_back
             bound.tensor.data = master
 
     def prepare(self, unit: int, nans: Callable[[torch.dtype], torch.Tensor], classes: AbsentClasses) -> None:
@@ -184,13 +189,10 @@ class UnitBinding:
             # Buffers too: indexing saves its indices.
             torch.autograd.graph.increment_version(bound.tensor)
 
-    def restore(self) -> None:
-        """Hand every tensor the bytes it came with. Touches no device unless that is where they came from."""
+    def restore(self, value: Callable[[BoundTensor], torch.Tensor]) -> None:
+        """Hand every tensor what `value` gives for it."""
         for position, bound in enumerate(self.tensors):
-            home = bound.home
-            if not bound.is_exact:
-                home = torch.empty_strided(bound.shape, bound.strides, dtype=bound.dtype, device=bound.home_device)
-                home.copy_(bound.home)
+            home = value(bound)
             if self._plain:
                 bound.tensor.__class__ = self._plain[position]
             bound.tensor.data = home

@@ -235,10 +235,7 @@ class Edits:
         """What somebody wrote is what the weight is from now on."""
         if not _fits(edited, bound):
             return
-        if edited.data_ptr() != bound.master.data_ptr():
-            self.device.copy_back(bound.master, edited)
-        if bound.home is not bound.master and bound.home.data_ptr() != edited.data_ptr():
-            bound.home.copy_(bound.master)
+        self._unit_of(bound.tensor).home.write(bound, edited)
         self.came_home([bound])
         self.stats.num_written_back += 1
 

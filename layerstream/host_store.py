@@ -20,20 +20,19 @@ Page locks belong to units: each holds those that its own bytes need, and they a
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import align
 from layerstream.budget import format_bytes
-from layerstream.device import COPY_BYTES, Device
+from layerstream.device import Device
 from layerstream.errors import HostMemoryError
+from layerstream.home import RawHome, Segment
 from layerstream.host_memory import (
     MemoryMaps,
     PageMapping,
@@ -57,70 +56,6 @@ IN_PLACE_LEAST_BYTES = 2**20
 # memory, with it: with less than this of it ours, copying what is ours takes less memory.
 _LEAST_SHARE_OF_STRETCH = 0.75
 _SPARED_SHARE = 0.05  # of the memory there is, for all else that happens
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A range of host memory and where it lands in the slot.
-
-    Attributes:
-        source: uint8 [num_bytes], the host bytes.
-        offset: byte in the slot where the copy starts.
-        is_pinned: page-locked, so that the copy is asynchronous.
-    """
-
-    source: torch.Tensor
-    offset: int
-    is_pinned: bool
-
-    def parts(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Its bytes in parts that are copied one by one, each with where it begins."""
-        for at in range(0, self.source.numel(), COPY_BYTES):
-            yield at, self.source[at : at + COPY_BYTES]
-
-
-@dataclass(eq=False)
-class StoredUnit:
-    """One unit in host memory.
-
-    Attributes:
-        offsets: byte offset of each bound tensor in the slot, in the order of the binding.
-        num_bytes: of the whole unit in the slot, alignment included.
-        ranges: its bytes on the host, each with its offset in the slot and what is to be locked for it.
-        locks: the page locks it holds.
-        segments: what to copy; filled by `HostStore.pin`.
-    """
-
-    offsets: list[int]
-    num_bytes: int
-    ranges: list[tuple[torch.Tensor, int, Range]] = field(default_factory=list)
-    locks: list[Range] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-
-    # Both are asked for at every load, and settled once `pin` has cut the segments.
-    @functools.cached_property
-    def copied_bytes(self) -> int:
-        return sum(s.source.numel() for s in self.segments)
-
-    @functools.cached_property
-    def is_pinned(self) -> bool:
-        return all(s.is_pinned for s in self.segments)
-
-    def pieces(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What to copy into a device buffer: (its range, the host bytes), segment by segment, in parts."""
-        return [
-            (buffer[s.offset + at : s.offset + at + part.numel()], part)
-            for s in self.segments
-            for at, part in s.parts()
-        ]
-
-    def views(self, binding: UnitBinding, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The unit's tensors inside a device buffer (uint8 [>= num_bytes]), with the strides they keep."""
-        views = []
-        for bound, offset in zip(binding.tensors, self.offsets, strict=True):
-            flat = buffer[offset : offset + bound.num_bytes].view(bound.dtype)
-            views.append(flat.as_strided(bound.shape, bound.strides))
-        return views
 
 
 class Stretches:
@@ -201,15 +136,15 @@ class HostStore:
     def __init__(self, device: Device, stretches: Stretches) -> None:
         self._device = device
         self._stretches = stretches
-        self._units: list[StoredUnit] = []
+        self._homes: list[RawHome] = []
         # Memory must not be unmapped while it is page-locked. A pipeline dropped without closing takes its page locks
         # along: the finaliser holds the storages until they are released.
-        self._release = weakref.finalize(self, _release_locks, device, page_locks_of(device), self._units)
+        self._release = weakref.finalize(self, _release_locks, device, page_locks_of(device), self._homes)
         self.pinned_bytes = 0
         self.unpinned_bytes = 0
         self.pin_s = 0.0
 
-    def add(self, binding: UnitBinding) -> StoredUnit:
+    def add(self, binding: UnitBinding) -> RawHome:
         """Give the unit's bytes their host form; copies what cannot stay where it is."""
         in_place = [b for b in binding.tensors if self._stretches.of(b) is not None]
         # By storage as well as by object: two parameters over the same bytes are stored, and copied, once.
@@ -222,16 +157,16 @@ class HostStore:
             if bound.num_bytes == 0 or key not in places:
                 places[key], size = size, size + align(bound.num_bytes)
             offsets[id(bound)] = places[key]
-        unit = StoredUnit([offsets[id(b)] for b in binding.tensors], size)
-        self._gather(binding, gathered, offsets, unit)
+        home = RawHome(self._device, [offsets[id(b)] for b in binding.tensors], size)
+        self._gather(binding, gathered, offsets, home)
         seen: set[int] = set()
         for bound in in_place:
             stretch = self._stretches.of(bound)
             if stretch is not None and offsets[id(bound)] not in seen:
                 seen.add(offsets[id(bound)])
-                unit.ranges.append((bytes_of(bound.home), offsets[id(bound)], stretch))
-        self._units.append(unit)
-        return unit
+                home.ranges.append((bytes_of(bound.home), offsets[id(bound)], stretch))
+        self._homes.append(home)
+        return home
 
     def pin(self, tell: Callable[[int], object] = lambda num_bytes: None) -> None:
         """Page-lock everything added, and cut it into segments; `tell` hears of bytes that are done."""
@@ -242,18 +177,18 @@ class HostStore:
         touch([span for span in spans if span in self._stretches.files and locks.overlapping(span) is None])
         held = dict(zip(spans, locks.acquire(self._device, spans, tell), strict=True))
         counted: set[Range] = set()
-        for unit, each in zip(self._units, wanted, strict=True):
+        for home, each in zip(self._homes, wanted, strict=True):
             for lock in [lock for span in each if (lock := held[span]) is not None]:
                 if lock in counted:  # of another unit as well, in the same file or storage: held once more
                     locks.acquire(self._device, [lock])
                 counted.add(lock)
-                unit.locks.append(lock)
+                home.locks.append(lock)
         self.pin_s = time.perf_counter() - started
-        for unit in self._units:
-            for source, offset, _ in unit.ranges:
+        for home in self._homes:
+            for source, offset, _ in home.ranges:
                 start, end = address_range(source)
-                is_pinned = any(lock[0] <= start and end <= lock[1] for lock in unit.locks)
-                unit.segments.append(Segment(source, offset, is_pinned))
+                is_pinned = any(lock[0] <= start and end <= lock[1] for lock in home.locks)
+                home.segments.append(Segment(source, offset, is_pinned))
                 if is_pinned:
                     self.pinned_bytes += source.numel()
                 else:
@@ -265,14 +200,48 @@ class HostStore:
                 "(ulimit -l), or the container's or WSL's memory.",
             )
 
+    def elsewhere(self, home: RawHome) -> RawHome | None:
+        """A copy of a home in a page mapping of its own, page-locked; None where that is refused. `adopt` makes it the
+        unit's."""
+        locks, pages = page_locks_of(self._device), PageMapping(home.device_bytes)
+        fill([(pages.cut(offset, source.numel()), source) for source, offset, _ in home.ranges])
+        (lock,) = locks.acquire(self._device, [pages.range])
+        if lock is None:
+            return None
+        buffer = pages.cut(0, home.device_bytes)
+        return RawHome(
+            self._device,
+            home.offsets,
+            home.device_bytes,
+            ranges=[(buffer, 0, pages.range)],
+            locks=[lock],
+            segments=[Segment(buffer, 0, is_pinned=True)],
+        )
+
+    def adopt(self, home: RawHome, binding: UnitBinding) -> None:
+        """A unit's home is this one from now on; may be done again. Memory that a tensor was found in stays, and is
+        written to as well, since it is what is handed back."""
+        if home not in self._homes:
+            self._homes.append(home)
+        (source, _, _), *_ = home.ranges
+        for bound, master in zip(binding.tensors, home.views(binding, source), strict=True):
+            keeps_home = bound.is_exact or bound.home is not bound.master
+            bound.copied_to(master, keeps_home=keeps_home, is_handed_back=False)
+
+    def release(self, home: RawHome) -> None:
+        """Give up the page locks of a home that is no unit's any more; idempotent. No copy from it may be in flight."""
+        if home in self._homes:
+            self._homes.remove(home)
+            _release_locks(self._device, page_locks_of(self._device), [home])
+
     def close(self) -> None:
         """Release the page locks; idempotent. No copy may be in flight."""
         self._release.detach()  # whatever happens now, happens once
-        _release_locks(self._device, page_locks_of(self._device), self._units)
+        _release_locks(self._device, page_locks_of(self._device), self._homes)
 
     def _wanted(self, locks: PageLocks) -> list[list[Range]]:
         """What each unit needs locked: its stretches; neighbours as one, where they are its alone."""
-        stretches = [dict.fromkeys(stretch for _, _, stretch in unit.ranges) for unit in self._units]
+        stretches = [dict.fromkeys(stretch for _, _, stretch in home.ranges) for home in self._homes]
         counts = Counter(stretch for each in stretches for stretch in each)
         files = self._stretches.files
         found = []
@@ -282,7 +251,7 @@ class HostStore:
         return found
 
     def _gather(
-        self, binding: UnitBinding, gathered: Sequence[BoundTensor], offsets: dict[int, int], unit: StoredUnit
+        self, binding: UnitBinding, gathered: Sequence[BoundTensor], offsets: dict[int, int], home: RawHome
     ) -> None:
         """Copy tensors into one page mapping, laid out as in the slot, and let the originals go."""
         size = max((offsets[id(b)] + b.num_bytes for b in gathered), default=0)
@@ -316,19 +285,19 @@ class HostStore:
             binding.rehome(bound, master, keeps_home=is_kept, is_handed_back=is_on_host and is_large)
         if size >= IN_PLACE_LEAST_BYTES:
             trim_heap()  # whose fragments would keep what was let go
-        unit.ranges.append((buffer, 0, pages.range))
+        home.ranges.append((buffer, 0, pages.range))
 
 
-def _release_locks(device: Device, locks: PageLocks, units: list[StoredUnit]) -> None:
+def _release_locks(device: Device, locks: PageLocks, homes: list[RawHome]) -> None:
     with contextlib.ExitStack() as each:  # all of them, also when one fails
-        held = [lock for unit in units for lock in unit.locks]
+        held = [lock for home in homes for lock in home.locks]
         for lock in held:
             each.callback(locks.release, device, lock)
-        for unit in units:
-            unit.locks = []
+        for home in homes:
+            home.locks = []
         if held:
             device.synchronize()
-    units.clear()
+    homes.clear()
 
 
 def _is_held_elsewhere(bound: BoundTensor) -> bool:

@@ -102,13 +102,17 @@ class Interception:
 
     def stop_listening(self, block: nn.Module) -> None:
         """Take the hooks off a block that needs none for now. Nothing may be compiled meanwhile that has it inside."""
-        for handle in self._handles.pop(id(block), ()):
-            handle.remove()
-            _HOOKS.discard(handle.id)
+        handles = self._handles.get(id(block), [])
+        while handles:  # an interrupt leaves known what is still on
+            handles[0].remove()
+            _HOOKS.discard(handles[0].id)
+            handles.pop(0)
+        self._handles.pop(id(block), None)
 
     def listen_again(self, block: nn.Module) -> None:
         """Put the hooks of a block back, before all others that it has."""
-        if id(block) not in self._handles and self._block_hooks is not None:
+        if len(self._handles.get(id(block), ())) < _HOOKS_PER_MODULE and self._block_hooks is not None:
+            self.stop_listening(block)  # an interrupt may have left one of them
             self._hook(block, *self._block_hooks)
             compiled.drop_dynamo_caches([block])
 
@@ -206,6 +210,7 @@ class Interception:
 
 
 _NOT_THERE = object()
+_HOOKS_PER_MODULE = 2
 _HOOKS: set[int] = set()  # ids of all hooks that are on modules now; torch numbers them throughout
 _HOOK_DICTS = (
     "_forward_pre_hooks",

@@ -19,6 +19,7 @@ from layerstream.calls import require_grad, shapes_of
 from layerstream.device import Device, engine_tensors
 from layerstream.edits import Edits
 from layerstream.errors import BudgetError, StreamerStateError
+from layerstream.exchange import HomeExchanges
 from layerstream.gate import Gate, Ticket
 from layerstream.lane import Lane, Lanes
 from layerstream.ledger import Ledger
@@ -57,6 +58,7 @@ class Passes:
         lanes: Lanes,
         gate: Gate,
         timer: PassTimer,
+        exchanges: HomeExchanges,
         ranges: Ranges,
         find_replaced: Callable[[], str | None],
     ) -> None:
@@ -72,6 +74,7 @@ class Passes:
         self._lanes = lanes
         self._gate = gate
         self._timer = timer
+        self._exchanges = exchanges
         self._ranges = ranges
         self._find_replaced = find_replaced
         self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing in this epoch
@@ -168,6 +171,7 @@ class Passes:
         elif error is None:
             self._ledger.check_operators()
         if not self._lanes.others_run(lane):
+            self._exchanges.at_rest()
             self._residency.prefetch(held=[])
             self._residency.guard()
 

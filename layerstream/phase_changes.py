@@ -121,11 +121,11 @@ class PhaseChanges:
             if not blocks or not stay or any(_is_encoder_layer(block) for block in blocks):
                 continue
             if all(u.is_settled and self._device.is_done(u.holding().ready) for u in units):
-                for block in blocks:
-                    self._attached.stop_listening(block)
                 found += [u for u in units if not u.is_quiet]
                 for each in units:
-                    each.is_quiet = True
+                    each.is_quiet = True  # first: who takes the unit away puts hooks back
+                for block in blocks:
+                    self._attached.stop_listening(block)
             else:
                 is_all = False
         if found:

@@ -138,7 +138,7 @@ class Residency:
                 if unit.own is None:
                     if unit not in wanted:
                         wanted.append(unit)
-                    if len(wanted) > num_slots or unit.stored.num_bytes > transfer.slot_bytes:
+                    if len(wanted) > num_slots or unit.home.device_bytes > transfer.slot_bytes:
                         return  # no room; what comes after must not get ahead of it on the bus
                 try:
                     slot = transfer.empty_slot(unit) or self._evict_one(keep=wanted)
@@ -152,7 +152,7 @@ class Residency:
         """A slot for a unit needed now. What is expected next is evicted only where nothing else can be, and what
         is held never: then there are more units in use at once than the plan has slots, and one is added."""
         slot = self._transfer.empty_slot(unit)
-        if slot is None and unit.stored.num_bytes <= self._transfer.slot_bytes:
+        if slot is None and unit.home.device_bytes <= self._transfer.slot_bytes:
             ahead = self.ahead(len(self._transfer.ring))
             slot = self._evict_one(keep=[*held, *ahead[:1]]) or self._evict_one(keep=held)
         return slot or self._add_extra(unit, held)
@@ -163,7 +163,7 @@ class Residency:
         transfer, phase = self._transfer, self.applied
         if phase is not None and self._stats.budget_bytes:
             resident = phase.resident
-            taken = transfer.slots_bytes + self._device.rounded_bytes(unit.stored.num_bytes)
+            taken = transfer.slots_bytes + self._device.rounded_bytes(unit.home.device_bytes)
             soon = _positions(self.ahead(len(self._units)))
             payers = [u for u in transfer.with_own if u not in held and u is not unit]
             payers.sort(key=lambda u: (u.index in resident, u.spec.is_block, -soon.get(u, len(soon))))
@@ -172,7 +172,7 @@ class Residency:
                     break
                 if payer.index in resident and not payer.spec.is_block:
                     continue  # the base of what runs
-                taken -= self._device.rounded_bytes(payer.stored.num_bytes)
+                taken -= self._device.rounded_bytes(payer.home.device_bytes)
                 self.give_up(payer)
                 self.forget_plan()  # the next call lays out anew
         slot: Slot = self.allocating(functools.partial(transfer.add_extra, unit))
@@ -223,7 +223,7 @@ class Residency:
             # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes. (Graphs hold
             # the weights they saved, too; their backward is refused. What else a forward keeps of its weights under
             # grad cannot be told from that.)
-            views = slot.views[unit]
+            views = slot.views(unit)
             if not is_own or replaced:  # one's own may stay: it gets what is there, and is held, once more
                 self.allocating(functools.partial(self._transfer.abandon, unit))
                 slot = unit.holding()
@@ -268,6 +268,10 @@ class Residency:
             return allocate()
         except torch.OutOfMemoryError as exc:
             raise self._ledger.explain(exc, self._transfer.weights_bytes, is_for_weights=True) from exc
+
+    def has_other_homes(self) -> None:
+        """What was prepared for the loads of some unit is no longer what loads it."""
+        self.epoch += 1
 
     def forget_plan(self) -> None:
         """What is on the device is no longer what a plan said: the next call lays out anew."""
@@ -314,27 +318,27 @@ class Residency:
         replaced = unit.binding.replaced() if written else []
         for bound in written:
             now, is_replaced = bound.tensor.data, bound in replaced
-            if not (may_replace and self._takes_new_home(bound, now, is_replaced=is_replaced)):
+            if not (may_replace and self._is_replaced_at_home(unit, bound, now, is_replaced=is_replaced)):
                 if not bound.has_form_of(now):
                     raise StreamerStateError(_changed(bound, now))
-                self._keep_at_home(bound, now)
+                self._keep_at_home(unit, bound, now)
         self._edits.pointed_elsewhere(replaced)
         self._edits.came_home(written)
         return written
 
-    def _keep_at_home(self, bound: BoundTensor, now: torch.Tensor) -> None:
+    def _keep_at_home(self, unit: StreamedUnit, bound: BoundTensor, now: torch.Tensor) -> None:
         """What was written to a weight is what the next load reads."""
-        self._device.copy_back(bound.master, now)
-        if bound.home is not bound.master:
-            bound.home.copy_(bound.master)
+        unit.home.write(bound, now)
         self._stats.num_written_back += 1
 
-    def _takes_new_home(self, bound: BoundTensor, now: torch.Tensor, *, is_replaced: bool) -> bool:
-        """Make what the user made of a weight its home, where the memory at home is not for it: that has another form,
-        or is somebody's entry of a `state_dict`, which the weight was pointed away from. Returns whether it did."""
+    def _is_replaced_at_home(
+        self, unit: StreamedUnit, bound: BoundTensor, now: torch.Tensor, *, is_replaced: bool
+    ) -> bool:
+        """Hand back what the user made of a weight, where the memory at home is not for it: that has another form,
+        or is somebody's entry of a `state_dict`, which the weight was pointed away from. Returns whether it is so."""
         is_meant = not bound.has_form_of(now) or (is_replaced and self._edits.has_entry(bound))
         if is_meant:
-            bound.home, bound.is_exact = now.to(bound.home_device), True
+            unit.home.replace(bound, now)
         return is_meant
 
     def take_in(self, unit: StreamedUnit) -> bool:
@@ -347,10 +351,10 @@ class Residency:
             for bound in changed:
                 with torch._C.DisableTorchFunctionSubclass():
                     now = bound.tensor.data
-                if self._takes_new_home(bound, now, is_replaced=True):
+                if self._is_replaced_at_home(unit, bound, now, is_replaced=True):
                     can_go_on = False
                 else:
-                    self._keep_at_home(bound, now)
+                    self._keep_at_home(unit, bound, now)
             unit.binding.absent_again(changed)
             self._edits.pointed_elsewhere(changed)
             self.discard([unit])

@@ -24,6 +24,7 @@ from layerstream.blocks import Placement
 from layerstream.device import Device, engine_tensors
 from layerstream.edits import Edits
 from layerstream.errors import BudgetError, StreamerStateError
+from layerstream.exchange import HomeExchanges
 from layerstream.gate import Gate
 from layerstream.hooks import Hooks
 from layerstream.interrupts import twice_if_interrupted
@@ -109,6 +110,9 @@ class Streamer:
             self._count_placements,
         )
         self._timer = PassTimer(device)
+        self.exchanges = HomeExchanges(
+            device, self._attached, self._transfer, self.edits, self._residency.has_other_homes
+        )
         self._passes = Passes(
             device,
             self._attached,
@@ -120,6 +124,7 @@ class Streamer:
             self._lanes,
             self.gate,
             self._timer,
+            self.exchanges,
             self._ranges,
             find_replaced,
         )
@@ -224,6 +229,7 @@ class Streamer:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
             self._detach(self._attached.all, attempt)
+            self.exchanges.forget()
             attempt(self._transfer.close, "free device memory")
             attempt(self._ledger.close, "give back the limit on device memory")
             attempt(self._device.empty_cache, "free cached device memory")

@@ -17,19 +17,21 @@ not be page-locked, which go through a small staging ring.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from layerstream.device import COPY_BYTES, Device, Event, engine_tensors
+from layerstream.device import Device, engine_tensors
 from layerstream.errors import TransferError
+from layerstream.interrupts import twice_if_interrupted
 from layerstream.profiling import Ranges
+from layerstream.route import Copy, Route
 from layerstream.stats import PhaseStats, Stats
 from layerstream.unit import Slot, StreamedUnit, UnitState
 
-_STAGING_BUFFERS = 3
 _PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
 
 
@@ -46,7 +48,8 @@ class TransferEngine:
         self._units = units
         self._stats = stats
         self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
-        self._staging: _StagingRing | None = None
+        self._copy = Copy(device)
+        self._route = Route(self._copy)
         self.ring: list[Slot] = []
         self.slot_bytes = 0  # of each slot of the ring
         self.extra: list[Slot] = []
@@ -78,7 +81,7 @@ class TransferEngine:
 
     def give_own(self, unit: StreamedUnit) -> None:
         """Allocate a slot for `unit` alone, in which it stays."""
-        unit.own = self._make_slot(unit.stored.num_bytes)
+        unit.own = self._make_slot(unit.home.device_bytes)
 
     def drop_own(self, unit: StreamedUnit) -> None:
         """Free the slot of `unit`, which is empty."""
@@ -93,7 +96,7 @@ class TransferEngine:
 
     def add_extra(self, unit: StreamedUnit) -> Slot:
         """A slot for one use of `unit`, when more units are in use at once than there is room for."""
-        slot = self._make_slot(unit.stored.num_bytes, is_extra=True)
+        slot = self._make_slot(unit.home.device_bytes, is_extra=True)
         self.extra.append(slot)
         self._stats.num_extra_slots += 1
         return slot
@@ -108,10 +111,16 @@ class TransferEngine:
         for slot in self.ring:
             slot.forget(unit)
 
+    def forget_loads(self, unit: StreamedUnit) -> None:
+        """The unit has another home: loads of it are prepared anew."""
+        for slot in self._slots:
+            slot.forget_load(unit)
+
     def close(self) -> None:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
         slots = list(self._slots)
-        self._slots, self.ring, self.extra, self._staging = {}, [], [], None
+        self._slots, self.ring, self.extra = {}, [], []
+        self._copy.close()
         for unit in self._units.values():
             unit.slot = unit.own = None
         self.slots_bytes = self.slot_bytes = 0
@@ -125,7 +134,7 @@ class TransferEngine:
             if slot.unit is not None:
                 continue
             for unit in self._units.values():
-                pinned = (s.source for s in unit.stored.segments if s.is_pinned)
+                pinned = (s.source for s in unit.home.segments if s.is_pinned)
                 source = max(pinned, key=torch.Tensor.numel, default=None)
                 if source is not None:
                     source = source[: min(_PROBE_BYTES, slot.buffer.numel())]
@@ -148,7 +157,7 @@ class TransferEngine:
         """Where `unit` can go without making room: its own slot, or one of the ring that is empty and large enough."""
         if unit.own is not None:
             return unit.own
-        if unit.stored.num_bytes > self.slot_bytes:
+        if unit.home.device_bytes > self.slot_bytes:
             return None
         return next((s for s in self.ring if s.unit is None), None)
 
@@ -161,22 +170,23 @@ class TransferEngine:
         unit.expect(UnitState.ABSENT)
         if slot.unit is not None:
             raise TransferError(f"unit `{unit.spec.name}` loaded into a slot that holds `{slot.unit.spec.name}`")
-        slot.prepare(unit, self._device)
+        issue = slot.prepare(unit, self._route)
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         try:
             with self.ranges("load", unit.spec.name):
-                slot.ready = self._copy(unit, slot)
+                slot.ready = unit.last_load = issue(slot.after)
         except BaseException:
             # Some of its segments may be on their way: what comes to lie in this memory next waits for them.
-            slot.after = [*slot.after, self._device.record_copies()]
+            unit.last_load = self._device.record_copies()
+            slot.after = [*slot.after, unit.last_load]
             raise
         slot.after, slot.readers = [], []
         unit.filled(slot)
         self._stats.num_loads += 1
-        self._stats.loaded_bytes += unit.stored.copied_bytes
+        self._stats.loaded_bytes += unit.home.wire_bytes
         self.phase.num_loads += 1
-        self.phase.loaded_bytes += unit.stored.copied_bytes
+        self.phase.loaded_bytes += unit.home.wire_bytes
 
     def wait(self, unit: StreamedUnit) -> list[torch.Tensor]:
         """Queue this thread's compute behind the load of `unit`; returns the unit's views."""
@@ -192,7 +202,7 @@ class TransferEngine:
                 self.phase.num_stalls += 1
                 self._stalls.append((self._device.end_stall(stream, marker), self.phase, unit.index))
             self._count_stalls()
-        return slot.views[unit]
+        return slot.views(unit)
 
     def vacate(self, unit: StreamedUnit) -> None:
         """Take `unit`, whose tensors are absent already, out of its slot, so that no reader can follow.
@@ -214,7 +224,7 @@ class TransferEngine:
         if slot.is_extra:
             return  # it goes when it is vacated, and whoever looks at its memory keeps that
         is_own = unit.own is slot
-        fresh = self._make_slot(unit.stored.num_bytes if is_own else self.slot_bytes)
+        fresh = self._make_slot(unit.home.device_bytes if is_own else self.slot_bytes)
         if is_own:
             unit.own = fresh
         else:
@@ -223,15 +233,6 @@ class TransferEngine:
         self._free(slot)
 
     # ---- inside
-
-    def _copy(self, unit: StreamedUnit, slot: Slot) -> Event:
-        stored = unit.stored
-        if stored.is_pinned:
-            return self._device.copy(slot.copies[unit], slot.after)
-        if self._staging is None:
-            self._staging = _StagingRing(self._device)
-        pinned = [s.is_pinned for s in stored.segments for _ in s.parts()]
-        return self._staging.copy(list(zip(stored.pieces(slot.buffer), pinned, strict=True)), slot.after)
 
     def _make_slot(self, num_bytes: int, *, is_extra: bool = False) -> Slot:
         with engine_tensors():
@@ -248,12 +249,15 @@ class TransferEngine:
     def _free(self, slot: Slot) -> None:
         # The memory goes back to the stream it was allocated on: what follows there must not meet a copy or a reader.
         try:
-            for event in slot.after:
-                self._device.wait(slot.stream, event)
+            twice_if_interrupted(functools.partial(self._wait_on_its_stream, slot))
         finally:
             self._slots.pop(slot, None)
             self.slots_bytes -= self._device.rounded_bytes(slot.buffer.numel())
             self._device.free(slot.buffer)
+
+    def _wait_on_its_stream(self, slot: Slot) -> None:
+        for event in slot.after:
+            self._device.wait(slot.stream, event)
 
     def _count_stalls(self) -> None:
         """Add up the stalls the device has passed; the host never waits for the others."""
@@ -266,43 +270,3 @@ class TransferEngine:
             phase.stall_ms += stall_ms
             phase.stall_ms_by_unit[unit] = phase.stall_ms_by_unit.get(unit, 0.0) + stall_ms
             self._stalls.popleft()
-
-
-class _StagingRing:
-    """Copies from pageable memory through a few small page-locked buffers.
-
-    The host copies into a buffer (and waits for the copy that read it last), the device copies out of it. Where
-    even these are refused, the pageable memory is given to the device as it is, and the driver does the same.
-    """
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        with engine_tensors():
-            buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
-        self._buffers = [b for b in buffers if b is not None]
-        self._events: list[Event] = [None] * len(self._buffers)
-        self._next = 0
-
-    def copy(self, pieces: Sequence[tuple[tuple[torch.Tensor, torch.Tensor], bool]], after: Sequence[Event]) -> Event:
-        """Like `Device.copy`, for pieces of which some are page-locked; blocks the host for the others.
-
-        Args:
-            pieces: of `COPY_BYTES` at most, each with whether it is page-locked.
-        """
-        event = self._copy([], after)
-        for (target, source), is_pinned in pieces:
-            if is_pinned or not self._buffers:
-                event = self._copy([(target, source)], [], is_locked=is_pinned)
-                continue
-            number, self._next = self._next, (self._next + 1) % len(self._buffers)
-            if self._events[number] is not None:
-                self._device.synchronize_event(self._events[number])
-            staged = self._buffers[number][: source.numel()]
-            staged.copy_(source)
-            self._events[number] = event = self._copy([(target, staged)], [])
-        return event
-
-    def _copy(
-        self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, is_locked: bool = True
-    ) -> Event:
-        return self._device.copy(self._device.prepare(pieces, is_locked=is_locked), after)

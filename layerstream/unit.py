@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from layerstream.binding import UnitBinding
 from layerstream.blocks import UnitSpec
-from layerstream.device import Copies, Device, Event, Stream
+from layerstream.device import Event, Stream
 from layerstream.errors import TransferError
-from layerstream.host_store import StoredUnit
+from layerstream.home import RawHome
 from layerstream.references import use_count
+from layerstream.route import Issue, Route
 
 
 class UnitState(enum.Enum):
@@ -32,6 +34,13 @@ class UnitState(enum.Enum):
     ABSENT = "none"
     LOADED = "a slot; nothing is bound to it"
     PRESENT = "a slot; the unit's tensors are bound to it, or to copies of their own"
+
+
+class Prepared(NamedTuple):
+    """What is made once for a unit in a slot: its views, and what loads it; None: its home is another since."""
+
+    views: list[torch.Tensor]
+    load: Issue | None
 
 
 class Slot:
@@ -54,25 +63,37 @@ class Slot:
         self.ready: Event = None
         self.after: list[Event] = [after]
         self.readers: list[Stream] = []
-        self.views: dict[StreamedUnit, list[torch.Tensor]] = {}
-        self.copies: dict[StreamedUnit, Copies] = {}
+        self._prepared: dict[StreamedUnit, Prepared] = {}
         self._storage = buffer.untyped_storage()
         self._references = self._count_references()
 
-    def prepare(self, unit: StreamedUnit, device: Device) -> None:
-        """Make the views of `unit` in this slot, once: fixed addresses, and 15 µs instead of 150 to bind."""
-        if unit in self.views:
-            return
+    def prepare(self, unit: StreamedUnit, route: Route) -> Issue:
+        """What loads `unit` into this slot, and its views there, made once for each home: fixed addresses, and 15 µs
+        instead of 150 to bind."""
+        known = self._prepared.get(unit)
+        if known is not None and known.load is not None:
+            return known.load
         before = self._count_references()
-        self.views[unit] = unit.stored.views(unit.binding, self.buffer)
-        self.copies[unit] = device.prepare(unit.stored.pieces(self.buffer))
+        load = route.prepare(unit.home, self.buffer)
+        self._prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load)
+        del known
         self._references += self._count_references() - before
+        return load
+
+    def views(self, unit: StreamedUnit) -> list[torch.Tensor]:
+        """The tensors of a unit that was loaded into this slot, where they are in it."""
+        return self._prepared[unit].views
+
+    def forget_load(self, unit: StreamedUnit) -> None:
+        """The unit has another home: its next load is prepared anew. What is in the slot is where it was."""
+        known = self._prepared.get(unit)
+        if known is not None:
+            self._prepared[unit] = Prepared(known.views, None)
 
     def forget(self, unit: StreamedUnit) -> None:
         """Drop the views of a unit that exists no more."""
         before = self._count_references()
-        self.views.pop(unit, None)
-        self.copies.pop(unit, None)
+        self._prepared.pop(unit, None)
         self._references += self._count_references() - before
 
     def is_aliased(self, num_bound: int = 0) -> bool:
@@ -99,7 +120,8 @@ class StreamedUnit:
     Attributes:
         spec: its name, size and place, as the plan knows it.
         binding: its tensors.
-        stored: its bytes at home.
+        home: its bytes outside of the device, and their only writer.
+        last_load: the event after the last load that was issued; None: there was none.
         called: modules whose forward needs it; none of a base.
         of_32_bits: of its tensors, those of which autocast may keep casts.
         slot: the one that it is in, or is being loaded into.
@@ -112,10 +134,9 @@ class StreamedUnit:
         is_called_alone: its block was called from outside of all that is watched.
     """
 
-    stored: StoredUnit  # set by whoever attaches it
-
-    def __init__(self, spec: UnitSpec, binding: UnitBinding, called: tuple[nn.Module, ...]) -> None:
-        self.spec, self.binding, self.called = spec, binding, called
+    def __init__(self, spec: UnitSpec, binding: UnitBinding, called: tuple[nn.Module, ...], home: RawHome) -> None:
+        self.spec, self.binding, self.called, self.home = spec, binding, called, home
+        self.last_load: Event = None
         self.of_32_bits = tuple(bound for bound in binding.tensors if bound.dtype is torch.float32)
         self.slot: Slot | None = None
         self.own: Slot | None = None
@@ -185,7 +206,7 @@ class StreamedUnit:
 
     def hand_back(self) -> None:
         """Give its tensors the bytes at home for good: from any state, to ABSENT or LOADED."""
-        self.binding.restore()
+        self.binding.restore(self.home.value)
         self._is_bound = False
 
     def left(self) -> Slot:

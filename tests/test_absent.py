@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from layerstream.absent import AbsentClasses, AbsentParameter, AbsentTensor, is_absent, nan_scalar
 from layerstream.binding import BoundTensor, UnitBinding
+from layerstream.home import handed_back
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ class ToyLoader:
 
     def restore(self) -> None:
         for binding in self.bindings:
-            binding.restore()
+            binding.restore(handed_back)
 
 
 @pytest.fixture

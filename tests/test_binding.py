@@ -12,6 +12,7 @@ from torch import nn
 
 from layerstream.absent import AbsentClasses, is_absent, nan_scalar
 from layerstream.binding import BoundTensor, UnitBinding
+from layerstream.home import handed_back
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,7 @@ def test_there_and_back(name: str, is_parameter: bool) -> None:
         assert torch.equal(tensor, values)
         assert binding.written() == []
         binding.absent()
-    binding.restore()
+    binding.restore(handed_back)
     assert binding.is_present
     assert state(tensor) == before
     assert torch.equal(tensor, values)
@@ -102,8 +103,8 @@ def test_restoring_from_any_state_and_twice() -> None:
             binding.present(views_of(binding))
         if last == "absent":
             binding.absent()
-        binding.restore()
-        binding.restore()
+        binding.restore(handed_back)
+        binding.restore(handed_back)
         assert state(parameter) == before
 
 
@@ -117,7 +118,7 @@ def test_one_object_at_two_places() -> None:
     binding.present(views_of(binding))
     assert module[1].weight is module[0].weight
     assert torch.equal(module[1].weight, values)
-    binding.restore()
+    binding.restore(handed_back)
     assert module[1].weight is module[0].weight
 
 
@@ -126,7 +127,7 @@ def test_two_objects_over_one_storage_come_back_tied() -> None:
     b = nn.Parameter(a.data)
     binding = binding_of(a, b)
     binding.absent()
-    binding.restore()
+    binding.restore(handed_back)
     assert a.data_ptr() == b.data_ptr()
     with torch.no_grad():
         a.fill_(3)
@@ -142,7 +143,7 @@ def test_absent_holds_no_device_memory() -> None:
     del view
     binding.absent()
     assert torch._C._storage_Use_Count(storage._cdata) == 1, "only this test looks at it"
-    binding.restore()
+    binding.restore(handed_back)
 
 
 def test_absent_allocates_nothing() -> None:
@@ -160,7 +161,7 @@ def test_absent_allocates_nothing() -> None:
         binding.absent()
         binding.present(views_of(binding))
     assert len(made) == 3
-    binding.restore()
+    binding.restore(handed_back)
 
 
 # ---- what was written
@@ -182,7 +183,7 @@ def test_in_place_writes_are_seen() -> None:
     binding.absent()
     binding.present(views_of(binding))
     assert written(binding) == [], "counted from the last time it was bound"
-    binding.restore()
+    binding.restore(handed_back)
 
 
 def test_a_write_through_a_view_is_seen() -> None:
@@ -191,7 +192,7 @@ def test_a_write_through_a_view_is_seen() -> None:
     binding.present(views_of(binding))
     a[1].zero_()
     assert written(binding) == ["t0"]
-    binding.restore()
+    binding.restore(handed_back)
 
 
 def test_data_pointed_elsewhere_is_seen() -> None:
@@ -200,7 +201,7 @@ def test_data_pointed_elsewhere_is_seen() -> None:
     binding.present(views_of(binding))
     a.data = torch.ones(3)
     assert written(binding) == ["t0"]
-    binding.restore()
+    binding.restore(handed_back)
 
 
 def test_reading_is_no_write() -> None:
@@ -209,7 +210,7 @@ def test_reading_is_no_write() -> None:
     binding.present(views_of(binding))
     _ = (a.sum() * 2, a.detach().clone(), a[0] + 1, a @ a)
     assert written(binding) == []
-    binding.restore()
+    binding.restore(handed_back)
 
 
 # ---- backward
@@ -224,7 +225,7 @@ def test_a_backward_that_saved_the_weights_raises_once_they_are_gone() -> None:
     binding.absent()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
-    binding.restore()
+    binding.restore(handed_back)
 
 
 def test_a_backward_that_saved_an_index_buffer_raises_once_it_is_gone() -> None:
@@ -236,7 +237,7 @@ def test_a_backward_that_saved_an_index_buffer_raises_once_it_is_gone() -> None:
     binding.absent()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
-    binding.restore()
+    binding.restore(handed_back)
 
 
 def test_gradients_and_hooks_stay_with_the_parameter() -> None:
@@ -246,7 +247,7 @@ def test_gradients_and_hooks_stay_with_the_parameter() -> None:
     weight.register_hook(seen.append)
     binding = binding_of(weight)
     binding.absent()
-    binding.restore()
+    binding.restore(handed_back)
     assert torch.equal(weight.grad, torch.ones(3))
     (weight * 2).sum().backward()
     assert [g.tolist() for g in seen] == [[2.0, 2.0, 2.0]]
@@ -266,7 +267,7 @@ def test_rehomed_inexactly_lets_go_of_the_original() -> None:
     assert torch._C._storage_Use_Count(storage._cdata) == 1, "only this test looks at the original"
     assert parameter.data_ptr() == master.data_ptr()
     binding.absent()
-    binding.restore()
+    binding.restore(handed_back)
     assert parameter.data_ptr() != master.data_ptr(), "memory of its own"
     assert parameter.stride() == strides
     assert torch.equal(parameter, values)
@@ -282,7 +283,7 @@ def test_rehomed_exactly_keeps_the_original() -> None:
     assert bound.master is master
     assert state(parameter) == before
     binding.absent()
-    binding.restore()
+    binding.restore(handed_back)
     assert state(parameter) == before
 
 
@@ -305,5 +306,5 @@ def test_any_shape_and_order_of_dimensions(shape: list[int], random: object, is_
     assert tensor.stride() == binding.tensors[0].strides
     binding.present(views_of(binding))
     assert torch.equal(tensor, values)
-    binding.restore()
+    binding.restore(handed_back)
     assert state(tensor) == before

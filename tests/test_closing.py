@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -35,12 +36,12 @@ def test_an_error_while_a_unit_goes_home(
     assert_equal(run(model), expected)
     restore, count = UnitBinding.restore, 0
 
-    def fail_once(binding: UnitBinding) -> None:
+    def fail_once(binding: UnitBinding, value: Any) -> None:
         nonlocal count
         count += 1
         if count == at + 1:
             raise error
-        restore(binding)
+        restore(binding, value)
 
     monkeypatch.setattr(UnitBinding, "restore", fail_once)
     with contextlib.suppress(error):

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from layerstream import host_memory, host_store, page_locks
+from layerstream import home, host_memory, host_store, page_locks
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import ALIGNMENT_BYTES
 from layerstream.errors import HostMemoryError, LayerstreamWarning
+from layerstream.home import RawHome, Segment, handed_back
 from layerstream.host_memory import PAGE_BYTES, MemoryMaps, PageMapping
-from layerstream.host_store import IN_PLACE_LEAST_BYTES, HostStore, Segment, StoredUnit, Stretches
+from layerstream.host_store import IN_PLACE_LEAST_BYTES, HostStore, Stretches
 from layerstream.simulated import SimulatedDevice
 
 MIB = 2**20
@@ -39,7 +40,7 @@ class Stored:
         self.came_with = [span_of(t) for t in tensors]
         self.binding = UnitBinding([BoundTensor.of(f"t{i}", t) for i, t in enumerate(tensors)])
         self.store = HostStore(self.device, Stretches(self.device, self.binding.tensors))
-        self.unit: StoredUnit = self.store.add(self.binding)
+        self.unit: RawHome = self.store.add(self.binding)
         if is_pinned:
             self.store.pin()
 
@@ -55,7 +56,7 @@ class Stored:
 
     def check(self) -> None:
         """Copy the unit into a slot: right values, the strides of the device, each tensor aligned."""
-        slot = self.device.allocate(self.unit.num_bytes)
+        slot = self.device.allocate(self.unit.device_bytes)
         pieces = [(slot[s.offset : s.offset + s.source.numel()], s.source) for s in self.unit.segments]
         self.device.wait(self.device.compute_stream(), self.device.copy(pieces, []))
         views = self.unit.views(self.binding, slot)
@@ -69,7 +70,7 @@ class Stored:
     def close(self) -> None:
         self.device.synchronize()
         self.store.close()
-        self.binding.restore()
+        self.binding.restore(handed_back)
 
 
 def apart(num_floats: int) -> torch.Tensor:
@@ -127,7 +128,7 @@ def test_large_private_memory_stays_and_is_registered() -> None:
     assert parameter.data_ptr() == address
     assert stored.is_in_place()
     assert stored.is_registered()
-    assert stored.store.pinned_bytes == stored.unit.copied_bytes == parameter.nbytes
+    assert stored.store.pinned_bytes == stored.unit.wire_bytes == parameter.nbytes
     assert stored.store.unpinned_bytes == 0
     stored.check()
     stored.close()
@@ -158,7 +159,7 @@ def test_small_tensors_travel_together() -> None:
     assert segment.is_pinned
     assert segment.source.data_ptr() % PAGE_BYTES == 0
     assert covered(stored.device, *span_of(segment.source))
-    assert segment.source.numel() <= stored.unit.num_bytes == len(tensors) * ALIGNMENT_BYTES
+    assert segment.source.numel() <= stored.unit.device_bytes == len(tensors) * ALIGNMENT_BYTES
     stored.check()
     stored.close()
 
@@ -176,7 +177,7 @@ def test_small_and_large_in_one_unit() -> None:
 def test_nothing_to_store() -> None:
     for tensors in ((), (torch.empty(0, 3), nn.Parameter(torch.empty(0)))):
         stored = Stored(*tensors)
-        assert (stored.unit.num_bytes, stored.unit.segments, stored.store.pinned_bytes) == (0, [], 0)
+        assert (stored.unit.device_bytes, stored.unit.segments, stored.store.pinned_bytes) == (0, [], 0)
         stored.check()
         stored.close()
 
@@ -344,7 +345,7 @@ def test_two_parameters_over_one_storage_are_stored_once(size: int) -> None:
     second = nn.Parameter(first.data)
     stored = Stored(first, second)
     assert stored.unit.offsets[0] == stored.unit.offsets[1]
-    assert stored.unit.copied_bytes == first.nbytes
+    assert stored.unit.wire_bytes == first.nbytes
     stored.check()
     stored.close()
     assert first.data_ptr() == second.data_ptr()
@@ -619,7 +620,7 @@ def test_refused_pinning_is_said_once_and_copies_still_work() -> None:
         stored = Stored(apart(LARGE), torch.randn(8), device=SimulatedDevice(refuses_pinning=True))
     assert len(said) == 1
     assert [s.is_pinned for s in stored.unit.segments] == [False] * 2
-    assert (stored.store.pinned_bytes, stored.store.unpinned_bytes) == (0, stored.unit.copied_bytes)
+    assert (stored.store.pinned_bytes, stored.store.unpinned_bytes) == (0, stored.unit.wire_bytes)
     stored.check()
     assert stored.device.num_pageable_pieces == 2
     stored.close()
@@ -840,15 +841,15 @@ def test_what_does_not_look_like_a_mapped_block_is_none(before: int, size: int) 
 
 
 def test_a_large_tensor_is_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_store, "COPY_BYTES", 1000)
+    monkeypatch.setattr(home, "COPY_BYTES", 1000)
     source = torch.arange(2500 % 256 + 2500, dtype=torch.int64).to(torch.uint8)
     segment = Segment(source, 256, is_pinned=True)
     parts = list(segment.parts())
     assert [at for at, _ in parts] == list(range(0, source.numel(), 1000))
     assert torch.equal(torch.cat([part for _, part in parts]), source)
-    unit = StoredUnit([0], 256 + source.numel(), segments=[segment])
-    buffer = torch.zeros(unit.num_bytes, dtype=torch.uint8)
-    for target, part in unit.pieces(buffer):
+    unit = RawHome(SimulatedDevice(), [0], 256 + source.numel(), segments=[segment])
+    buffer = torch.zeros(unit.device_bytes, dtype=torch.uint8)
+    for target, part, _ in unit.pieces(buffer):
         target.copy_(part)
     assert torch.equal(buffer[256:], source)
     assert not buffer[:256].any()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import binding, hooks, host_store, intercept, passes, residency, transfer
+from layerstream import binding, home, hooks, host_store, intercept, passes, residency, transfer
 from layerstream.errors import TransferError
 from layerstream.host_memory import PAGE_BYTES
 from layerstream.simulated import RaceError, SimulatedDevice
@@ -79,7 +79,7 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def missing_wait(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(transfer.TransferEngine, "wait", lambda self, unit: unit.slot.views[unit])
+    patch.setattr(transfer.TransferEngine, "wait", lambda self, unit: unit.slot.views(unit))
 
 
 def no_release_event(patch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def class_left_absent(patch: pytest.MonkeyPatch) -> None:
 
 
 def views_of_another_layout(patch: pytest.MonkeyPatch) -> None:
-    original = host_store.StoredUnit.views
+    original = home.RawHome.views
 
     def views(self: Any, bound: Any, buffer: torch.Tensor) -> list[torch.Tensor]:
         found = original(self, bound, buffer)
@@ -196,7 +196,7 @@ def views_of_another_layout(patch: pytest.MonkeyPatch) -> None:
             found[number], found[other] = found[other], found[number]
         return found
 
-    patch.setattr(host_store.StoredUnit, "views", views)
+    patch.setattr(home.RawHome, "views", views)
 
 
 def page_locks_left(patch: pytest.MonkeyPatch) -> None:

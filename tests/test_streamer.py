@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream import compiled
 from layerstream.simulated import SimulatedDevice
 from tests.fakes import Toy, adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
 
@@ -627,6 +628,13 @@ def test_one_autocast_region_over_several_passes_keeps_the_budget(share: float) 
     assert_equal(outputs, expected)
 
 
+@pytest.fixture
+def nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own: where something was, hooks stay on."""
+    monkeypatch.setattr(compiled, "is_in_use", lambda: False)
+
+
+@pytest.mark.usefixtures("nothing_was_compiled")
 @pytest.mark.parametrize(
     ("dtype", "requires_grad", "is_kept"),
     [(torch.float32, True, True), (torch.float32, False, False), (torch.bfloat16, True, False)],
@@ -645,6 +653,7 @@ def test_under_autocast_blocks_that_stay_have_hooks_only_where_casts_are_kept(
         assert any(block._forward_hooks for block in model.blocks) == is_kept
 
 
+@pytest.mark.usefixtures("nothing_was_compiled")
 def test_hooks_come_back_when_autocast_would_keep_what_it_did_not_before() -> None:
     model = toy(writes_buffer=False).requires_grad_(False)
     inputs = toy_input()

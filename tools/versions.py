@@ -34,7 +34,7 @@ TESTS = (
     "tests/test_compile_streaming.py",
     "tests/test_simulated.py",
     "tests/test_host_store.py",
-    "tests/test_calls.py",
+    "tests/test_lane.py",
     "tests/test_edits.py",
     "tests/test_references.py",
     "tests/test_changes.py",

@@ -7,6 +7,7 @@ at changes: its *home* (host memory, where it was found), a view of a slot, or a
 from __future__ import annotations
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from layerstream.absent import AbsentClasses, AbsentRecord, make_absent, make_present, switch
+
+_DATA_PTR, _VERSION = torch.Tensor.data_ptr, operator.attrgetter("_version")
 
 
 @dataclass(eq=False)
@@ -85,19 +88,21 @@ class UnitBinding:
     Attributes:
         is_present: their bytes are where they point.
         is_guarded: present, and whoever looks at them is noticed.
+        statistics: running statistics, whose writes no version counts.
     """
 
     tensors: list[BoundTensor]
     is_present: bool = True
     is_guarded: bool = False
+    statistics: list[BoundTensor] = field(default_factory=list)
     _objects: list[torch.Tensor] = field(default_factory=list)
     _placeholders: list[torch.Tensor] = field(default_factory=list)
     _plain: list[type[torch.Tensor]] = field(default_factory=list)
     _absent: list[type[torch.Tensor]] = field(default_factory=list)
+    _absent_addresses: list[int] = field(default_factory=list)  # of the placeholders
     _classes: AbsentClasses | None = None
     _versions: list[int] = field(default_factory=list)  # when they were bound, and where
     _addresses: list[int] = field(default_factory=list)
-    _statistics: list[BoundTensor] = field(default_factory=list)
 
     def rehome(self, bound: BoundTensor, master: torch.Tensor, *, keeps_home: bool, is_handed_back: bool) -> None:
         """Its bytes were copied to `master`. The memory they came from is let go unless it `keeps_home`; then `master`
@@ -112,16 +117,17 @@ class UnitBinding:
         self._plain = [type(tensor) for tensor in self._objects]
         self._absent = [classes.of(tensor) for tensor in self._objects]
         self._classes = classes
-        self._statistics = [bound for bound in self.tensors if bound.writer is not None]
+        self.statistics = [bound for bound in self.tensors if bound.writer is not None]
         for bound in self.tensors:
             self._placeholders.append(nans(bound.dtype).expand(bound.shape))
+            self._absent_addresses.append(self._placeholders[-1].data_ptr())
             classes.records[id(bound.tensor)] = AbsentRecord(bound.name, unit, bound.strides)
 
     def present(self, views: Sequence[torch.Tensor]) -> None:
         """Point every tensor at its view, in the order of `tensors`."""
         make_present(self._objects, views, self._plain)
-        self._versions = [tensor._version for tensor in self._objects]
-        self._addresses = [view.data_ptr() for view in views]
+        self._versions = list(map(_VERSION, self._objects))
+        self._addresses = list(map(_DATA_PTR, views))
         self.is_present, self.is_guarded = True, False
 
     def absent(self) -> None:
@@ -141,10 +147,15 @@ class UnitBinding:
         switch(self._objects, self._plain)
         self.is_guarded = False
 
+    def is_changed(self) -> bool:
+        """Whether any was written in place, or pointed elsewhere, since they were bound. They are not guarded."""
+        # One call in place of one for each tensor: this is asked whenever a unit leaves its slot.
+        objects = self._objects
+        return list(map(_VERSION, objects)) != self._versions or list(map(_DATA_PTR, objects)) != self._addresses
+
     def written(self) -> list[BoundTensor]:
         """Tensors that were written in place, or pointed elsewhere, since they were bound. They are not guarded."""
-        are_same = [t._version for t in self._objects] == self._versions
-        if are_same and [t.data_ptr() for t in self._objects] == self._addresses:
+        if not self.is_changed():
             return []
         return [
             bound
@@ -152,16 +163,19 @@ class UnitBinding:
             if bound.tensor._version != version or bound.tensor.data_ptr() != address
         ]
 
+    def is_changed_while_absent(self) -> bool:
+        """Whether a tensor was given other memory behind its absent class' back: `set_` asks no class. Call under
+        `DisableTorchFunctionSubclass`."""
+        return list(map(_DATA_PTR, self._objects)) != self._absent_addresses
+
     def changed_while_absent(self) -> list[BoundTensor]:
-        """Tensors that were given other memory behind their absent class' back: `set_` asks no class."""
+        """Those of which `is_changed_while_absent` tells."""
         if len(self._placeholders) != len(self.tensors):  # it is not streamed yet, or no longer
             return []
         with torch._C.DisableTorchFunctionSubclass():
-            return [
-                bound
-                for bound, placeholder in zip(self.tensors, self._placeholders, strict=True)
-                if bound.tensor.data_ptr() != placeholder.data_ptr()
-            ]
+            addresses = list(map(_DATA_PTR, self._objects))
+        there = zip(self.tensors, addresses, self._absent_addresses, strict=True)
+        return [bound for bound, address, absent in there if address != absent]
 
     def absent_again(self, bounds: Collection[BoundTensor]) -> None:
         """Let go of what these were given, be they absent, present, or neither after an interrupt."""
@@ -172,7 +186,7 @@ class UnitBinding:
 
     def uncounted(self) -> list[BoundTensor]:
         """Running statistics of modules in training mode: whether they were written, only their bytes tell."""
-        return [bound for bound in self._statistics if bound.writer is not None and bound.writer.training]
+        return [bound for bound in self.statistics if bound.writer is not None and bound.writer.training]
 
     def replaced(self) -> list[BoundTensor]:
         """Tensors that were pointed at other memory (`weight.data = other`) since they were bound. They are not
@@ -200,6 +214,7 @@ class UnitBinding:
                 self._classes.records.pop(id(bound.tensor), None)
         self.is_present, self.is_guarded = True, False
         self._objects, self._placeholders, self._plain, self._absent, self._classes = [], [], [], [], None
+        self._absent_addresses = []
 
 
 @contextlib.contextmanager

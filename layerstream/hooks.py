@@ -24,6 +24,7 @@ from layerstream.gate import Gate
 from layerstream.lane import Lane, Lanes
 from layerstream.outputs import refuse_backward, without_aliases
 from layerstream.passes import Passes
+from layerstream.replay import Replay
 from layerstream.residency import Residency
 from layerstream.timing import PassTimer
 
@@ -49,6 +50,7 @@ class Hooks:
         lanes: Lanes,
         gate: Gate,
         timer: PassTimer,
+        replay: Replay,
         mutex: threading.RLock,
         catch_up: Callable[[str | None], None],
         change: Callable[[str], contextlib.AbstractContextManager[None]],
@@ -62,6 +64,7 @@ class Hooks:
         self._lanes = lanes
         self._gate = gate
         self._timer = timer
+        self._replay = replay
         self._mutex = mutex
         self._catch_up = catch_up
         self._change = change
@@ -160,6 +163,11 @@ class Hooks:
 
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """A block is about to run: make its weights present, and start loading what follows."""
+        step = self._replay.step
+        if step is not None and step.block is block:
+            with self._gate.reading_lock, self._mutex:
+                if self._replay.enter(step):
+                    return
         units = self._attached.units_of.get(id(block))
         if units is None:
             return  # a copy of a block, which carries the hook along
@@ -177,6 +185,7 @@ class Hooks:
             if is_whole:
                 self._residency.wait_on_this_stream()
                 return
+            self._replay.deviate()
             is_outermost = lane.is_outermost(block)
             if is_outermost:
                 self._catch_up_unless_others_run(lane, component)
@@ -189,18 +198,25 @@ class Hooks:
                     if not self.look_for_entrance(component):
                         for unit in units:
                             unit.is_called_alone = True
-                    self._passes.begin(lane, component, units[0].spec.stack or "", args, kwargs or {}, is_grad)
+                    stack = units[0].spec.stack or ""
+                    self._passes.begin(lane, component, stack, args, kwargs or {}, is_grad, is_block=True)
                 except BaseException:
                     lane.leave(block)
                     self._go_out(lane)
                     raise
             with engine_tensors():
                 self._residency.use(units, is_touch=False, is_grad=is_grad)
+            self._replay.note(block, units)
             if lane is self._lanes.main:
                 self._timer.enter_block(tuple(unit.index for unit in units))
 
-    def leave_block(self, block: nn.Module, output: Any) -> Any:
+    def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
+        if self._replay.bound is not None:
+            with self._gate.reading_lock, self._mutex:
+                is_done, replaced = self._replay.leave(block, output)
+            if is_done:
+                return replaced
         units = self._attached.units_of.get(id(block))
         if units is None:
             return None
@@ -240,6 +256,7 @@ class Hooks:
             units = [self._units[index] for index in indices if index in self._units]
             lane.check_thread()
             if not lane.is_idle:
+                self._replay.deviate()
                 self._residency.unguard(units)
                 with engine_tensors():
                     self._residency.use(units, is_touch=True, is_grad=is_grad)

@@ -33,7 +33,7 @@ class Listener(Protocol):
     def enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None: ...
     def leave_root(self, root: nn.Module) -> None: ...
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None: ...
-    def leave_block(self, block: nn.Module, output: Any) -> Any: ...
+    def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any: ...
     def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A method is called by which pipelines enter the component; returns whether `leave_method` is to follow."""
 
@@ -74,7 +74,7 @@ class Interception:
         enter_root = compiled.compile_safe(listener.enter_root)
         leave_root = compiled.compile_safe(lambda module, args, output: listener.leave_root(module))
         enter_block = compiled.compile_safe(listener.enter_block)
-        leave_block = compiled.compile_safe(lambda module, args, output: listener.leave_block(module, output))
+        leave_block = compiled.compile_safe(listener.leave_block)
         self._hooked = [*roots, *blocks]
         for called in dict.fromkeys(blocks.values()):
             own = [block for block, of in blocks.items() if of is called]

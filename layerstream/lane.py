@@ -34,6 +34,7 @@ class Lane:
         method: the id of the component whose method runs, where that is what is outermost; its end is always told.
         ticket: of a bare component that runs here; of a pipeline's call its caller has it.
         handled: the exception that the caller was handling when the running call began.
+        running: the modules that run, outermost first, each with whether it is a root.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Lane:
         self.ticket: Ticket | None = None
         self.handled: BaseException | None = None
         self._thread: int | None = None
-        self._running: list[tuple[nn.Module, bool]] = []  # (module, is a root)
+        self.running: list[tuple[nn.Module, bool]] = []
 
     def enter(self, module: nn.Module, *, is_root: bool) -> None:
         """`module`, for which `is_outermost` was asked, starts in this thread.
@@ -51,23 +52,23 @@ class Lane:
         """
         self.check_thread()
         self._thread = threading.get_ident()
-        self._running.append((module, is_root))
+        self.running.append((module, is_root))
 
     def leave(self, module: nn.Module) -> bool:
         """`module` ended; returns whether it was running in this thread."""
         if self._thread != threading.get_ident():
             return False
-        for position in range(len(self._running) - 1, -1, -1):
-            if self._running[position][0] is module:
-                del self._running[position:]
+        for position in range(len(self.running) - 1, -1, -1):
+            if self.running[position][0] is module:
+                del self.running[position:]
                 return True
         return False
 
     def check_thread(self) -> None:
         """Raise if a call is running in another thread."""
-        if self._running and self._thread != threading.get_ident():
+        if self.running and self._thread != threading.get_ident():
             self._forget_interrupted(entering=None)
-        if self._running and self._thread != threading.get_ident():
+        if self.running and self._thread != threading.get_ident():
             names = {t.ident: t.name for t in threading.enumerate()}
             raise ConcurrentUseError(
                 f"thread {threading.current_thread().name!r} uses a streamed pipeline while thread "
@@ -78,18 +79,18 @@ class Lane:
     @property
     def is_empty(self) -> bool:
         """Whether nothing runs, so far as hooks have told."""
-        return not self._running and self.method is None
+        return not self.running and self.method is None
 
     @property
     def is_running_here(self) -> bool:
         """Whether something runs in this thread, so far as hooks have told."""
-        return self.method is not None or (bool(self._running) and self._thread == threading.get_ident())
+        return self.method is not None or (bool(self.running) and self._thread == threading.get_ident())
 
     def are_over(self, thread: int) -> bool:
         """Whether nothing runs any more that began in `thread`, whatever hooks have told; asked by other threads."""
-        if self._running:
+        if self.running:
             self._forget_interrupted(entering=None)
-            return not self._running
+            return not self.running
         # Interrupted within a hook, perhaps: then no module is being called there.
         frame = sys._current_frames().get(thread)
         while frame is not None and frame.f_code is not CALL_CODE:
@@ -97,7 +98,7 @@ class Lane:
         return frame is None
 
     def is_running(self, module: nn.Module) -> bool:
-        return any(running is module for running, _ in self._running)
+        return any(running is module for running, _ in self.running)
 
     @property
     def is_idle(self) -> bool:
@@ -109,15 +110,15 @@ class Lane:
         if self.method is not None:
             return False
         may_tell = entering is not None or self._thread == threading.get_ident()
-        if self._running and may_tell and not self._is_innermost_on_stack(entering):
+        if self.running and may_tell and not self._is_innermost_on_stack(entering):
             self._forget_interrupted(entering)
-        return not self._running
+        return not self.running
 
     def _is_innermost_on_stack(self, entering: nn.Module | None) -> bool:
         """Whether the module that started last runs in this thread, and with it all that it runs in: the usual case."""
         if self._thread != threading.get_ident():
             return False
-        innermost, _ = self._running[-1]
+        innermost, _ = self.running[-1]
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             if frame.f_code is CALL_CODE:
@@ -134,10 +135,10 @@ class Lane:
 
         The walk ends where all are found, which is near: 3 µs in a block below its root.
         """
-        missing = Counter(id(module) for module, _ in self._running)
+        missing = Counter(id(module) for module, _ in self.running)
         # The frame of a module that is about to enter is there already.
         skipped = None if entering is None or self._thread != threading.get_ident() else id(entering)
-        num_missing = len(self._running)
+        num_missing = len(self.running)
         is_own = self._thread == threading.get_ident()
         frame = sys._getframe() if is_own else sys._current_frames().get(self._thread or 0)
         while frame is not None and num_missing:
@@ -152,12 +153,12 @@ class Lane:
         if not num_missing:
             return
         kept = []
-        for module, is_root in self._running:  # the outermost of equal ones are the interrupted ones
+        for module, is_root in self.running:  # the outermost of equal ones are the interrupted ones
             if missing[id(module)] > 0:
                 missing[id(module)] -= 1
             else:
                 kept.append((module, is_root))
-        self._running = kept
+        self.running = kept
 
 
 class Lanes:

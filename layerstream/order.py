@@ -36,7 +36,8 @@ class OrderLearner:
 
     def __init__(self, chains: Sequence[tuple[Sequence[int], bool]]) -> None:
         self._history: list[int] = []
-        self._positions: dict[int, list[int]] = {}
+        self._positions: dict[int, list[int]] = {}  # of each unit's uses, up to the number that was indexed
+        self._num_indexed = 0
         self._cursor: int | None = None  # history[cursor] is the earlier use that matches the last one
         self._misses = 0
         self.seen: set[int] = set()
@@ -68,7 +69,6 @@ class OrderLearner:
             self._misses = min(self._misses, _MISSES_TO_DOUBT - 1)  # found again: one more miss brings doubt back
         elif not is_first:
             self._misses += 1
-        self._positions.setdefault(unit, []).append(len(self._history))
         self._history.append(unit)
         self.seen.add(unit)
         if not self._left_out:
@@ -76,6 +76,21 @@ class OrderLearner:
         if len(self._history) > _MAX_HISTORY:
             self._forget()
         return is_hit
+
+    def observe_expected(self, units: Sequence[int]) -> None:
+        """Record that these are used, which are the next ones that are expected."""
+        if not units or self._cursor is None:
+            for unit in units:
+                self.observe(unit)
+            return
+        self._history += units
+        self._cursor += len(units)
+        self._misses = min(self._misses, _MISSES_TO_DOUBT - 1)
+        self.seen.update(units)
+        if not self._left_out:
+            self._num_counted = min(self._num_counted + len(units), _COUNTED_USES)
+        if len(self._history) > _MAX_HISTORY:
+            self._forget()
 
     def leave_out(self, units: Collection[int]) -> None:
         """These are used untold from now on, since they stay where they are: the past is as if they had never been."""
@@ -132,6 +147,7 @@ class OrderLearner:
         loop's end after every pass.
         """
         best, best_length = None, -1
+        self._index()
         for position in self._positions.get(unit, [])[-_MAX_CANDIDATES:]:
             length = self._common_past(position)
             if length > best_length:
@@ -166,16 +182,19 @@ class OrderLearner:
 
     def _remember(self, history: list[int]) -> None:
         """Only this of the past; the cursor is found again."""
-        self._history, self._positions, self._cursor = history, {}, None
-        for position, unit in enumerate(history):
-            self._positions.setdefault(unit, []).append(position)
+        self._history, self._positions, self._num_indexed, self._cursor = history, {}, 0, None
         if not history:
             return
         last = self._history.pop()
-        self._positions[last].pop()
         self._cursor = self._resynchronise(last)
-        self._positions[last].append(len(self._history))
         self._history.append(last)
+
+    def _index(self) -> None:
+        """Note where each use is. Only who has lost the place asks for it."""
+        history = self._history
+        for position in range(self._num_indexed, len(history)):
+            self._positions.setdefault(history[position], []).append(position)
+        self._num_indexed = len(history)
 
 
 def _successors(chains: list[tuple[list[int], bool]]) -> dict[int, int]:

@@ -27,6 +27,7 @@ from layerstream.phase_changes import PhaseChanges
 from layerstream.phases import READ, Reserve
 from layerstream.plan import PhasePlan
 from layerstream.profiling import Ranges
+from layerstream.replay import Replay
 from layerstream.report import predicted_line, slow_loop_line
 from layerstream.residency import Residency
 from layerstream.timing import PassTimer
@@ -59,6 +60,7 @@ class Passes:
         gate: Gate,
         timer: PassTimer,
         exchanges: HomeExchanges,
+        replay: Replay,
         ranges: Ranges,
         find_replaced: Callable[[], str | None],
     ) -> None:
@@ -75,6 +77,7 @@ class Passes:
         self._gate = gate
         self._timer = timer
         self._exchanges = exchanges
+        self._replay = replay
         self._ranges = ranges
         self._find_replaced = find_replaced
         self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing in this epoch
@@ -93,12 +96,14 @@ class Passes:
         is_grad: bool,
         *,
         reads: Collection[StreamedUnit] | None = None,
+        is_block: bool = False,
     ) -> None:
         """A component is entered from outside: make its phase the current one, and its base present.
 
         Args:
             entry: the method by which it is entered; "": its forward.
             reads: the units that it may use; None: all of the component's.
+            is_block: it is entered by a block, of which `entry` is the stack.
         """
         lane.handled = sys.exc_info()[1]
         self._ranges.ask()
@@ -112,6 +117,7 @@ class Passes:
         if self._lanes.others_run(lane):
             # What runs beside another pass runs under its plan: nothing may be laid out anew while that one computes.
             self._residency.makes_graphs |= makes_graphs
+            self._replay.stop()
             return
         self._residency.makes_graphs = makes_graphs
         if self._edits:
@@ -122,8 +128,20 @@ class Passes:
                 self._residency.drop_extra_slots(held=[])
         begun = (component, entry, shapes_of(args, kwargs), is_grad)
         self._timer.end()
-        if self._is_as_before(begun):
-            return
+        if not self._is_as_before(begun):
+            # When weights are read no block runs, and beside the main lane two passes do.
+            self._begin_phase(begun, may_time=entry != READ and lane is self._lanes.main)
+        if not is_block and entry != READ:
+            self._replay.begin(lane, component, entry, is_grad=is_grad)
+
+    def _begin_phase(self, begun: tuple[str, str, tuple[Any, ...], bool], *, may_time: bool) -> None:
+        """A call enters that is not as one before it, or something has changed: look up what it takes, and apply the
+        plan for that.
+
+        Args:
+            begun: component, entry, shapes of the arguments, and whether gradients are wanted.
+            may_time: what blocks take may be measured.
+        """
         replaced = self._find_replaced()
         if replaced is not None:
             raise StreamerStateError(
@@ -139,11 +157,11 @@ class Passes:
             self._phase_changes.apply(phase_plan)
             residents = [self._units[index] for index in sorted(phase_plan.resident)]
             bases = [unit for unit in residents if not unit.spec.is_block]
-            self._residency.use(bases, is_touch=False, is_grad=is_grad)
+            self._residency.use(bases, is_touch=False, is_grad=begun[-1])
             self._ledger.start_interval(self._transfer.weights_bytes)
         self._begun_before()[begun] = self._ledger.reserve
         self._phase_changes.mark_whole(phase_plan)
-        if self._ledger.wants_times and entry != READ and lane is self._lanes.main:  # else no block runs, or two passes
+        if self._ledger.wants_times and may_time:
             self._residency.listen_to(self._residency.quiet())
             self._timer.begin(self._ledger.starts_timing())
         elif self._ledger.is_settled:
@@ -158,6 +176,9 @@ class Passes:
 
     def end(self, lane: Lane) -> None:
         """An outermost call ended, perhaps by an exception."""
+        if lane is self._lanes.main:
+            self._replay.end()
+        self._transfer.count_stalls()
         error, handled = sys.exc_info()[1], lane.handled
         lane.handled = None
         if error is handled:  # the caller's: it calls us while it handles one

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 
 
+def _unknown(cdata: int) -> int:
+    return -1
+
+
+# `use_count` by a storage's `_cdata`; below 0: torch does not tell. Asked whenever a unit leaves its slot.
+use_count_of: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", _unknown)
+
+
 def use_count(storage: torch.UntypedStorage) -> int | None:
     """How many tensors and storages in C++ hold this memory, the one given included; None: torch does not tell."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return None if count is None else int(count(storage._cdata))
+    count = use_count_of(storage._cdata)
+    return None if count < 0 else count
 
 
 def is_held(tensor: torch.Tensor, num_own: int) -> bool:

@@ -23,12 +23,13 @@ from layerstream.lane import Lanes
 from layerstream.ledger import Ledger
 from layerstream.order import OrderLearner
 from layerstream.plan import PhasePlan
+from layerstream.schedule import ScheduleRecorder
 from layerstream.stats import Stats
 from layerstream.transfer import TransferEngine
 from layerstream.unit import Slot, StreamedUnit
 
 # Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
-_OWN_AHEAD = 8
+LOOK_AHEAD = 8
 
 
 class Residency:
@@ -42,9 +43,8 @@ class Residency:
         makes_graphs: something that the running call computes with requires grad.
         with_autocast: components of whose weights autocast has kept casts.
         quiet_for: the plan under which there are no more units to take hooks off.
-
-    Args:
         units: by index; the attachments add and remove them.
+        recorder: writes down what the pass that runs does with units; None: nobody wants to know.
     """
 
     def __init__(
@@ -64,9 +64,10 @@ class Residency:
         self.makes_graphs = True
         self.with_autocast: set[str] = set()
         self.quiet_for: PhasePlan | None = None
+        self.units: Mapping[int, StreamedUnit] = attached.units
+        self.recorder: ScheduleRecorder | None = None
         self._device = device
         self._attached = attached
-        self._units: Mapping[int, StreamedUnit] = attached.units
         self._transfer = transfer
         self._edits = edits
         self._ledger = ledger
@@ -78,6 +79,8 @@ class Residency:
         if self._device.stream_number() != self.stream_number:
             self.stream_number = None  # what is bound now is waited for on this thread's stream alone
         held = [*units, *self._held()]
+        if is_touch:
+            self._not_the_pass()
         self.drop_extra_slots(held)
         for unit in units:
             is_hit = unit.spec.is_block and self.order.observe(unit.index)
@@ -86,7 +89,7 @@ class Residency:
                 is_foreseen = is_hit and unit is not units[0]
                 self._stats.num_demand_loads += unit.spec.is_block and not is_foreseen
                 self._stats.num_touch_loads += is_touch
-                self._transfer.load(unit, self.make_room(unit, held))
+                self._load(unit, self.make_room(unit, held))
         # Before compute is told to wait: what is recorded on its stream after the wait, such as the last block's
         # release, happens after the wait, and the next load would start a round trip after this one ends.
         self.prefetch(held)
@@ -122,7 +125,7 @@ class Residency:
 
     def ahead(self, count: int) -> list[StreamedUnit]:
         """The units that are expected next, in their order."""
-        return [self._units[index] for index in self.order.predict(count)]
+        return [self.units[index] for index in self.order.predict(count)]
 
     def prefetch(self, held: Sequence[StreamedUnit]) -> None:
         """Start loading the units expected next, in their order, as far as there are slots that nobody holds."""
@@ -130,7 +133,7 @@ class Residency:
         wanted = [unit for unit in dict.fromkeys(held) if unit.slot is not unit.own]
         num_slots = len(transfer.ring)
         with engine_tensors():
-            for unit in self.ahead(2 * num_slots + _OWN_AHEAD):
+            for unit in self.ahead(2 * num_slots + LOOK_AHEAD):
                 if unit.slot is not None:
                     if unit.own is None and unit not in wanted:
                         wanted.append(unit)
@@ -146,7 +149,17 @@ class Residency:
                     return  # somebody keeps the slot's memory; the unit that needs it will say so
                 if slot is None:
                     return
-                transfer.load(unit, slot)
+                self._load(unit, slot)
+
+    def _load(self, unit: StreamedUnit, slot: Slot) -> None:
+        self._transfer.load(unit, slot)
+        if self.recorder is not None:
+            self.recorder.loaded(unit.index)
+
+    def _not_the_pass(self) -> None:
+        """What follows is no part of what a pass does each time."""
+        if self.recorder is not None:
+            self.recorder.spoil()
 
     def make_room(self, unit: StreamedUnit, held: Sequence[StreamedUnit]) -> Slot:
         """A slot for a unit needed now. What is expected next is evicted only where nothing else can be, and what
@@ -161,10 +174,11 @@ class Residency:
         """A slot beyond the plan. Residents pay for it, since activations were given what the plan leaves: first those
         of other phases, then what is needed last."""
         transfer, phase = self._transfer, self.applied
+        self._not_the_pass()
         if phase is not None and self._stats.budget_bytes:
             resident = phase.resident
             taken = transfer.slots_bytes + self._device.rounded_bytes(unit.home.device_bytes)
-            soon = _positions(self.ahead(len(self._units)))
+            soon = _positions(self.ahead(len(self.units)))
             payers = [u for u in transfer.with_own if u not in held and u is not unit]
             payers.sort(key=lambda u: (u.index in resident, u.spec.is_block, -soon.get(u, len(soon))))
             for payer in payers:
@@ -183,12 +197,15 @@ class Residency:
         candidates = [s.unit for s in self._transfer.ring if s.unit is not None and s.unit not in keep]
         if len(candidates) < 2:
             return self.evict(candidates[0]) if candidates else None
-        soon = _positions(self.ahead(4 * len(self._transfer.ring) + _OWN_AHEAD))
+        soon = _positions(self.ahead(4 * len(self._transfer.ring) + LOOK_AHEAD))
         return self.evict(max(candidates, key=lambda unit: soon.get(unit, len(soon))))
 
     def evict(self, unit: StreamedUnit) -> Slot:
         """Take a unit out of its slot. Order matters: see the note in `device.py`."""
-        return self._empty(unit, self._unbind(unit, writes_back=True))
+        slot = self._empty(unit, self._unbind(unit, writes_back=True))
+        if self.recorder is not None:
+            self.recorder.let_go(unit.index)
+        return slot
 
     def _unbind(self, unit: StreamedUnit, *, writes_back: bool) -> list[BoundTensor]:
         """Make a unit absent; what was written goes home. Returns weights that had been pointed elsewhere."""
@@ -254,6 +271,7 @@ class Residency:
 
     def give_up(self, unit: StreamedUnit) -> None:
         """Take a resident unit's room from it."""
+        self._not_the_pass()
         if unit.slot is not None:
             self.evict(unit)
             self._stats.num_evicted += 1
@@ -290,7 +308,7 @@ class Residency:
 
     def quiet(self) -> list[StreamedUnit]:
         """Units whose blocks have no hooks now."""
-        return [unit for unit in self._units.values() if unit.is_quiet]
+        return [unit for unit in self.units.values() if unit.is_quiet]
 
     def wait_on_this_stream(self) -> None:
         """Units that are present were waited for on the streams that used them; this thread's may be another one."""
@@ -369,7 +387,7 @@ class Residency:
 
     def listen_under_autocast(self) -> None:
         """Put hooks back on blocks whose end is to let go of what autocast keeps of them."""
-        kept = self.kept_by_autocast(unit for unit in self._units.values() if unit.is_quiet)
+        kept = self.kept_by_autocast(unit for unit in self.units.values() if unit.is_quiet)
         if kept:
             components = {unit.spec.component for unit in kept}
             self.with_autocast |= components

@@ -8,6 +8,7 @@ giving the event after which its bytes are there. What a route has prepared is f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -63,12 +64,12 @@ class Copy:
     def prepare(self, home: RawHome, buffer: torch.Tensor) -> Issue:
         pieces = home.pieces(buffer)
         if home.is_pinned:
-            device, copies = self._device, self._device.prepare([(target, source) for target, source, _ in pieces])
-            return lambda after: device.copy(copies, after)
+            return functools.partial(
+                self._device.copy, self._device.prepare([(target, source) for target, source, _ in pieces])
+            )
         if self._staging is None:
             self._staging = _StagingRing(self._device)
-        staging = self._staging
-        return lambda after: staging.copy(pieces, after)
+        return functools.partial(self._staging.copy, pieces)
 
     def close(self) -> None:
         """Let go of the buffers. The device must be idle."""

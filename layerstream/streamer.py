@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from layerstream import compiled
 from layerstream.absent import keep_out_of_graphs
 from layerstream.attachments import Attachment, Attachments, is_hookable
@@ -36,6 +38,7 @@ from layerstream.phase_changes import PhaseChanges
 from layerstream.plan import Plan
 from layerstream.profiling import Ranges
 from layerstream.progress import Progress
+from layerstream.replay import Replay
 from layerstream.residency import Residency
 from layerstream.saying import warn
 from layerstream.standstill import standstill
@@ -113,6 +116,7 @@ class Streamer:
         self.exchanges = HomeExchanges(
             device, self._attached, self._transfer, self.edits, self._residency.has_other_homes
         )
+        self._replay = Replay(device, self._transfer, self._residency, self._lanes, self._timer, self._ranges)
         self._passes = Passes(
             device,
             self._attached,
@@ -125,6 +129,7 @@ class Streamer:
             self.gate,
             self._timer,
             self.exchanges,
+            self._replay,
             self._ranges,
             find_replaced,
         )
@@ -138,6 +143,7 @@ class Streamer:
             self._lanes,
             self.gate,
             self._timer,
+            self._replay,
             self._mutex,
             self._catch_up,
             self._changing,
@@ -454,8 +460,10 @@ class Streamer:
         taken: set[str] = set()
         is_new_use = self.gate.running is not self._passes.last_use
         units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
-        for unit in list(units):
-            if not unit.is_present and not self._residency.take_in(unit):
+        with torch._C.DisableTorchFunctionSubclass():
+            changed = [unit for unit in units if not unit.is_bound and unit.binding.is_changed_while_absent()]
+        for unit in changed:
+            if not self._residency.take_in(unit):
                 taken.add(unit.spec.component)
         for name in taken | self._components_of_another_form():
             if name in self._attached.of_component:  # it may share weights with one before it

@@ -45,6 +45,11 @@ class PassTimer:
             self._unread.append(self._current)
             self._current = None
 
+    @property
+    def is_timing(self) -> bool:
+        """Whether the pass that runs is timed."""
+        return self._current is not None
+
     def enter_block(self, units: Units) -> None:
         if self._current is not None:
             self._current.running[units] = self._mark()

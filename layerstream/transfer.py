@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from layerstream.device import Device, engine_tensors
+from layerstream.device import Device, Stream, engine_tensors
 from layerstream.errors import TransferError
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.profiling import Ranges
@@ -88,6 +88,11 @@ class TransferEngine:
         slot, unit.own = unit.own, None
         if slot is not None:
             self._free(slot)
+
+    @property
+    def ring_units(self) -> tuple[int, ...]:
+        """What is in the ring, slot by slot; -1: nothing."""
+        return tuple([-1 if slot.unit is None else slot.unit.index for slot in self.ring])
 
     @property
     def with_own(self) -> list[StreamedUnit]:
@@ -167,14 +172,18 @@ class TransferEngine:
         Raises:
             TransferError: the slot holds another unit, or the unit is in another slot.
         """
-        unit.expect(UnitState.ABSENT)
+        if unit.slot is not None:
+            unit.refuse(UnitState.ABSENT)
         if slot.unit is not None:
             raise TransferError(f"unit `{unit.spec.name}` loaded into a slot that holds `{slot.unit.spec.name}`")
         issue = slot.prepare(unit, self._route)
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         try:
-            with self.ranges("load", unit.spec.name):
+            if self.ranges.is_on:
+                with self.ranges("load", unit.spec.name):
+                    slot.ready = unit.last_load = issue(slot.after)
+            else:
                 slot.ready = unit.last_load = issue(slot.after)
         except BaseException:
             # Some of its segments may be on their way: what comes to lie in this memory next waits for them.
@@ -188,32 +197,37 @@ class TransferEngine:
         self.phase.num_loads += 1
         self.phase.loaded_bytes += unit.home.wire_bytes
 
-    def wait(self, unit: StreamedUnit) -> list[torch.Tensor]:
-        """Queue this thread's compute behind the load of `unit`; returns the unit's views."""
-        slot = unit.holding()
-        stream = self._device.compute_stream()
+    def wait(self, unit: StreamedUnit, stream: Stream | None = None) -> list[torch.Tensor]:
+        """Queue this thread's compute, on `stream`, behind the load of `unit`; returns the unit's views."""
+        slot = unit.slot or unit.holding()
+        if stream is None:
+            stream = self._device.compute_stream()
         if stream not in slot.readers:
             marker = self._device.start_stall(stream, slot.ready)
-            with self.ranges("wait", unit.spec.name):
+            if self.ranges.is_on:
+                with self.ranges("wait", unit.spec.name):
+                    self._device.wait(stream, slot.ready)
+            else:
                 self._device.wait(stream, slot.ready)
             slot.readers.append(stream)
             if marker is not None:
                 self._stats.num_stalls += 1
                 self.phase.num_stalls += 1
                 self._stalls.append((self._device.end_stall(stream, marker), self.phase, unit.index))
-            self._count_stalls()
-        return slot.views(unit)
+        return slot.prepared[unit].views
 
     def vacate(self, unit: StreamedUnit) -> None:
         """Take `unit`, whose tensors are absent already, out of its slot, so that no reader can follow.
 
         Records on each reading stream an event that covers whatever was issued up to now.
         """
-        unit.expect(UnitState.LOADED)
-        slot = unit.holding()
-        records = [self._device.record(stream) for stream in slot.readers]
-        # What nobody waited for may still be on its way.
-        slot.after = [*slot.after, *(records or [slot.ready])]
+        slot = unit.slot
+        if slot is None or unit.is_bound:
+            unit.refuse(UnitState.LOADED)
+        if not slot.readers:  # what nobody waited for may still be on its way
+            slot.after = [*slot.after, slot.ready]
+        for stream in slot.readers:
+            slot.after = [*slot.after, self._device.record(stream)]
         unit.left()
         if slot.is_extra:
             self.drop_extra(slot)
@@ -259,7 +273,7 @@ class TransferEngine:
         for event in slot.after:
             self._device.wait(slot.stream, event)
 
-    def _count_stalls(self) -> None:
+    def count_stalls(self) -> None:
         """Add up the stalls the device has passed; the host never waits for the others."""
         while self._stalls:
             marker, phase, unit = self._stalls[0]

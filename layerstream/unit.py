@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from layerstream.blocks import UnitSpec
 from layerstream.device import Event, Stream
 from layerstream.errors import TransferError
 from layerstream.home import RawHome
-from layerstream.references import use_count
+from layerstream.references import use_count_of
 from layerstream.route import Issue, Route
 
 
@@ -53,6 +53,8 @@ class Slot:
         after: events the next copy into it must wait for.
         readers: compute streams that wait, or waited, for `ready`.
         is_extra: made for one use; freed when it is vacated.
+        start, end: addresses of its memory.
+        prepared: by unit, what is made once for it in this slot.
     """
 
     def __init__(self, buffer: torch.Tensor, stream: Stream, after: Event, *, is_extra: bool = False) -> None:
@@ -63,45 +65,48 @@ class Slot:
         self.ready: Event = None
         self.after: list[Event] = [after]
         self.readers: list[Stream] = []
-        self._prepared: dict[StreamedUnit, Prepared] = {}
+        self.prepared: dict[StreamedUnit, Prepared] = {}
+        self.start = buffer.data_ptr()
+        self.end = self.start + buffer.numel()
         self._storage = buffer.untyped_storage()
+        self._cdata = self._storage._cdata
         self._references = self._count_references()
 
     def prepare(self, unit: StreamedUnit, route: Route) -> Issue:
         """What loads `unit` into this slot, and its views there, made once for each home: fixed addresses, and 15 µs
         instead of 150 to bind."""
-        known = self._prepared.get(unit)
+        known = self.prepared.get(unit)
         if known is not None and known.load is not None:
             return known.load
         before = self._count_references()
         load = route.prepare(unit.home, self.buffer)
-        self._prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load)
+        self.prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load)
         del known
         self._references += self._count_references() - before
         return load
 
     def views(self, unit: StreamedUnit) -> list[torch.Tensor]:
         """The tensors of a unit that was loaded into this slot, where they are in it."""
-        return self._prepared[unit].views
+        return self.prepared[unit].views
 
     def forget_load(self, unit: StreamedUnit) -> None:
         """The unit has another home: its next load is prepared anew. What is in the slot is where it was."""
-        known = self._prepared.get(unit)
+        known = self.prepared.get(unit)
         if known is not None:
-            self._prepared[unit] = Prepared(known.views, None)
+            self.prepared[unit] = Prepared(known.views, None)
 
     def forget(self, unit: StreamedUnit) -> None:
         """Drop the views of a unit that exists no more."""
         before = self._count_references()
-        self._prepared.pop(unit, None)
+        self.prepared.pop(unit, None)
         self._references += self._count_references() - before
 
     def is_aliased(self, num_bound: int = 0) -> bool:
         """Whether anything but this slot, and so many weights that are bound to it, looks at its memory:
         `weight.detach()` kept by user code, say. Where torch does not tell, it is taken to be so."""
-        if use_count(self._storage) is None:
+        count = use_count_of(self._cdata) - num_bound
+        if count < 0:
             return True
-        count = self._count_references() - num_bound
         if count < self._references:
             self._references = count  # a graph that was accepted is gone
         return count > self._references
@@ -111,7 +116,7 @@ class Slot:
         self._references = self._count_references()
 
     def _count_references(self) -> int:
-        return use_count(self._storage) or 0
+        return use_count_of(self._cdata)
 
 
 class StreamedUnit:
@@ -138,36 +143,32 @@ class StreamedUnit:
         self.spec, self.binding, self.called, self.home = spec, binding, called, home
         self.last_load: Event = None
         self.of_32_bits = tuple(bound for bound in binding.tensors if bound.dtype is torch.float32)
+        self.index = spec.index  # its number in plans
         self.slot: Slot | None = None
         self.own: Slot | None = None
         self.is_lent = self.is_cloned = self.is_quiet = self.is_called_alone = False
         self.may_be_saved = self.may_be_in_graph = False
-        self._is_bound = False
+        self.is_bound = False
 
     def __repr__(self) -> str:
         return f"StreamedUnit({self.spec.name!r}, {self.state.name})"
-
-    @property
-    def index(self) -> int:
-        """Its number in plans."""
-        return self.spec.index
 
     @property
     def state(self) -> UnitState:
         """Where its bytes are."""
         if self.slot is None:
             return UnitState.ABSENT
-        return UnitState.PRESENT if self._is_bound else UnitState.LOADED
+        return UnitState.PRESENT if self.is_bound else UnitState.LOADED
 
     @property
     def is_present(self) -> bool:
         """Whether its tensors are bound to bytes on the device."""
-        return self._is_bound
+        return self.is_bound
 
     @property
     def is_settled(self) -> bool:
         """Whether it is where the plan wants it to stay, with its tensors bound."""
-        return self.own is not None and self.slot is self.own and self._is_bound
+        return self.own is not None and self.slot is self.own and self.is_bound
 
     def holding(self) -> Slot:
         """The slot that it is in.
@@ -181,23 +182,26 @@ class StreamedUnit:
 
     def filled(self, slot: Slot) -> None:
         """A copy into `slot` is queued: ABSENT to LOADED."""
-        self.expect(UnitState.ABSENT)
+        if self.slot is not None:
+            self.refuse(UnitState.ABSENT)
         self.slot, slot.unit = slot, self
 
     def bind(self, views: Sequence[torch.Tensor]) -> None:
         """Point its tensors at `views`, which compute is queued behind: LOADED to PRESENT."""
-        self.expect(UnitState.LOADED)
+        if self.slot is None or self.is_bound:
+            self.refuse(UnitState.LOADED)
         try:
             self.binding.present(views)
         except BaseException:  # an interrupt: none may stay bound to a slot that holds another unit next
             self.binding.absent_again(self.binding.tensors)
             raise
-        self._is_bound = True
+        self.is_bound = True
 
     def unbind(self) -> None:
         """Make its tensors absent: PRESENT to LOADED."""
-        self.expect(UnitState.PRESENT)
-        self._is_bound = self.is_cloned = False
+        if not self.is_bound:
+            self.refuse(UnitState.PRESENT)
+        self.is_bound = self.is_cloned = False
         try:
             self.binding.absent()
         except BaseException:
@@ -207,12 +211,13 @@ class StreamedUnit:
     def hand_back(self) -> None:
         """Give its tensors the bytes at home for good: from any state, to ABSENT or LOADED."""
         self.binding.restore(self.home.value)
-        self._is_bound = False
+        self.is_bound = False
 
     def left(self) -> Slot:
         """Nothing follows that reads its slot: LOADED to ABSENT. Returns the slot."""
-        self.expect(UnitState.LOADED)
-        slot = self.holding()
+        slot = self.slot
+        if slot is None or self.is_bound:
+            self.refuse(UnitState.LOADED)
         self.slot = slot.unit = None
         self.may_be_saved = self.may_be_in_graph = self.is_lent = self.is_cloned = False
         return slot
@@ -223,6 +228,9 @@ class StreamedUnit:
         Raises:
             TransferError: names the unit and both states.
         """
-        state = self.state
-        if state is not wanted:
-            raise TransferError(f"unit `{self.spec.name}` is {state.name}, where it should be {wanted.name}")
+        if self.state is not wanted:
+            self.refuse(wanted)
+
+    def refuse(self, wanted: UnitState) -> NoReturn:
+        """Raise, since it is in another state than this."""
+        raise TransferError(f"unit `{self.spec.name}` is {self.state.name}, where it should be {wanted.name}")

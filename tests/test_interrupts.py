@@ -22,6 +22,9 @@ from layerstream.pipeline_watch import ACTIVE
 from tests.fakes import adversary, assert_equal, describe, run, toy, twin
 
 _PACKAGE = layerstream.__path__[0]
+# Python itself loses a lock when it is interrupted on its way out of a `with` block, or of what amounts to one. At a
+# `try:` no interrupt comes, but that of a tracer, which nothing around it catches.
+_PYTHONS_OWN = ("with ", "try:", "_held_lock.release()")
 
 
 class Pipe:
@@ -59,9 +62,7 @@ class Interrupting:
         name = frame.f_code.co_filename
         if not name.startswith(_PACKAGE) or name.endswith("simulated.py"):  # a real device has no such lines
             return None
-        # Python itself loses a lock when it is interrupted on its way out of a `with` block. At a `try:` no interrupt
-        # comes, but that of a tracer, which nothing around it catches.
-        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith(("with ", "try:")):
+        if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith(_PYTHONS_OWN):
             self.num_lines += 1
             if self.num_lines == self.at:
                 self.where = f"{name}:{frame.f_lineno}"

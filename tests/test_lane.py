@@ -253,7 +253,7 @@ def interrupted(request: pytest.FixtureRequest, watched: Watched) -> Callable[[]
         with pytest.raises(KeyboardInterrupt):
             watched()
         module.action = lambda: None
-        assert watched.calls._running, "torch calls hooks after an interrupt now: Lane can be simpler"
+        assert watched.calls.running, "torch calls hooks after an interrupt now: Lane can be simpler"
 
     return run
 

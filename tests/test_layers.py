@@ -26,6 +26,7 @@ RANKS = {
     "stats": 1,
     "tables": 1,
     "pace": 1,
+    "schedule": 1,
     "device": 1,
     "entrances": 1,
     "outputs": 1,
@@ -68,6 +69,7 @@ RANKS = {
     "exchange": 8,
     "residency": 8,
     "phase_changes": 9,
+    "replay": 9,
     "components": 6,
     "decorating": 6,
     "passes": 10,
@@ -81,9 +83,34 @@ RANKS = {
     "__main__": 16,
 }
 # Not only lower ranks: nothing of the package at all but themselves.
-ALONE = {"allocator", "host_memory", "errors", "_version", "blocks", "stats", "tables", "pace", "order", "absent"}
+ALONE = {
+    "allocator",
+    "host_memory",
+    "errors",
+    "_version",
+    "blocks",
+    "stats",
+    "tables",
+    "pace",
+    "order",
+    "absent",
+    "schedule",
+}
 ALONE |= {"_import_torch", "standins", "progress", "profiling", "references", "comparing", "calls"}
-PURE = {"errors", "_version", "blocks", "budget", "stats", "tables", "summary", "pace", "order", "plan", "phases"}
+PURE = {
+    "errors",
+    "_version",
+    "blocks",
+    "budget",
+    "stats",
+    "tables",
+    "summary",
+    "pace",
+    "order",
+    "plan",
+    "phases",
+    "schedule",
+}
 PURE |= {"report"}
 LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}

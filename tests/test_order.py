@@ -247,6 +247,7 @@ def test_old_history_is_forgotten_and_the_order_is_not(monkeypatch: pytest.Monke
     for _ in range(100):
         assert misses(learner, [uses]) == 0
         assert len(learner._history) <= 64
+        learner._index()
         assert sum(map(len, learner._positions.values())) == len(learner._history)
 
 

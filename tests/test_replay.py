@@ -205,6 +205,25 @@ def test_what_is_out_of_the_ordinary_is_worked_out(
     assert_restored(model, before, changed=["scale"])
 
 
+def test_a_graph_made_in_the_middle_of_a_pass_is_refused(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that run under grad mode are worked out, which notes what autograd may have saved."""
+    torch.manual_seed(0)
+    model = Interrupted()
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        no_grad_run(model, _SETTLED)
+        monkeypatch.setattr(Interrupted, "happens", grad_mode)
+        with torch.no_grad():
+            hidden: list[torch.Tensor] = []
+            counting.entered()
+            handle = model.blocks[3].register_forward_hook(lambda module, args, output: hidden.append(output))
+            model(toy_input())
+            handle.remove()
+        assert counting.entered() == 2
+        assert hidden[0].requires_grad
+        with pytest.raises(RuntimeError, match="streamed|modified by an inplace operation"):
+            hidden[0].sum().backward()
+
+
 def test_a_replay_goes_on_after_each_of_them(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Interrupted()

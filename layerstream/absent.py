@@ -23,7 +23,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+
+from layerstream.torch_private import tree_leaves, without_subclasses
 
 Reading = Callable[[Sequence[int]], AbstractContextManager[None]]
 
@@ -135,12 +136,12 @@ class _Absent:
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclasses():
                 return func(*args, **kwargs)
         if func in _LAYOUT:
             record = _record_of(args[0])
             if record is not None:
-                with torch._C.DisableTorchFunctionSubclass():
+                with without_subclasses():
                     size, dtype = args[0].size(), args[0].dtype
                     twin = torch.empty_strided(size, record.strides, dtype=dtype, device="meta")
                 return func(twin, *args[1:], **kwargs)

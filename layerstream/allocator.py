@@ -16,9 +16,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
 
 import torch
+
+from layerstream.torch_private import (
+    GET_ALLOCATOR_SETTINGS,
+    SET_ALLOCATOR_SETTINGS,
+    SET_CUDA_ALLOCATOR_SETTINGS,
+)
 
 _OPTION = "expandable_segments"
 PAGE_BYTES = 20 * 2**20  # by which segments of the large pool grow
@@ -93,7 +98,7 @@ def _read_settings() -> str | None:
     """The allocator's settings in its own words; None where there is no such allocator or no way to ask."""
     if not torch.version.cuda or torch.cuda.get_allocator_backend() != "native" or os.name == "nt":
         return None
-    getter: Any = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    getter = GET_ALLOCATOR_SETTINGS.find()
     try:
         if getter is not None:
             return str(getter())
@@ -103,10 +108,9 @@ def _read_settings() -> str | None:
 
 
 def _write_settings(settings: str) -> None:
-    setter: Any = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    if setter is not None:
-        setter(settings)
+    setter = SET_ALLOCATOR_SETTINGS.find() or SET_CUDA_ALLOCATOR_SETTINGS.find()
+    if setter is None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.cuda.memory._set_allocator_settings(settings)
+        setter(settings)

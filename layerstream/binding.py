@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from layerstream.absent import AbsentClasses, AbsentRecord, make_absent, make_present, switch
+from layerstream.torch_private import without_subclasses
 
 _DATA_PTR, _VERSION = torch.Tensor.data_ptr, operator.attrgetter("_version")
 
@@ -58,7 +59,7 @@ class BoundTensor:
     @property
     def requires_grad(self) -> bool:
         """Asked without asking the tensor, which may be absent."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             return self.tensor.requires_grad
 
     @property
@@ -172,7 +173,7 @@ class UnitBinding:
         """Those of which `is_changed_while_absent` tells."""
         if len(self._placeholders) != len(self.tensors):  # it is not streamed yet, or no longer
             return []
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             addresses = list(map(_DATA_PTR, self._objects))
         there = zip(self.tensors, addresses, self._absent_addresses, strict=True)
         return [bound for bound, address, absent in there if address != absent]
@@ -181,7 +182,7 @@ class UnitBinding:
         """Let go of what these were given, be they absent, present, or neither after an interrupt."""
         for bound, cls, placeholder in zip(self.tensors, self._absent, self._placeholders, strict=True):
             if bound in bounds:
-                with torch._C.DisableTorchFunctionSubclass():
+                with without_subclasses():
                     make_absent([bound.tensor], [placeholder], [cls])
 
     def uncounted(self) -> list[BoundTensor]:

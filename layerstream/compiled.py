@@ -46,6 +46,7 @@ import torch
 from torch import nn
 
 from layerstream.errors import CompiledWholeError
+from layerstream.torch_private import EVAL_FRAME_CALLBACK, code_store, dynamo_module, skip_code
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -58,11 +59,6 @@ _REASON: Final = (
     "layerstream loads a block's weights in this hook, which cannot be part of a graph; compile the blocks "
     "(`component.compile_repeated_blocks()` or `block.compile()`), or drop fullgraph=True while streaming"
 )
-
-
-def _dynamo(name: str) -> Any | None:
-    """`torch._dynamo.<name>` if something has imported it already, else None: then nothing is compiled."""
-    return sys.modules.get(f"torch._dynamo.{name}")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -129,7 +125,7 @@ class CompiledWhole:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, however often wrapped; `module` itself otherwise."""
-    optimized_module = getattr(_dynamo("eval_frame"), "OptimizedModule", None)
+    optimized_module = getattr(dynamo_module("eval_frame"), "OptimizedModule", None)
     while optimized_module is not None and isinstance(module, optimized_module):
         module = module._orig_mod
     return module
@@ -142,7 +138,7 @@ def describe_compiled(component: nn.Module) -> CompiledWhole | None:
     decorated in the class). `torch.compiler.disable(component)` and `torch.compile(..., disable=True)` are not
     compiled. Modules inside `component` are not looked at: use this on a block to learn about the block.
     """
-    if _dynamo("eval_frame") is None:
+    if dynamo_module("eval_frame") is None:
         return None
     found = list(_compiled_places(component))
     if not found:
@@ -159,7 +155,7 @@ def describe_compiled(component: nn.Module) -> CompiledWhole | None:
 
 def _compiled_places(component: nn.Module) -> Iterator[tuple[str, Any, _Place]]:
     """Everything that compiles a call of `component`, outermost first: form, dynamo context, and its place."""
-    eval_frame = _dynamo("eval_frame")
+    eval_frame = dynamo_module("eval_frame")
     module = component
     while True:
         context = _context_of(vars(module).get("_compiled_call_impl"))
@@ -191,7 +187,7 @@ def _context_of(function: object) -> Any | None:
     Attributes such as `_torchdynamo_orig_callable` prove nothing: `functools.wraps` copies them to other functions.
     """
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    if code is None or not cells or code.co_filename != getattr(_dynamo("eval_frame"), "__file__", None):
+    if code is None or not cells or code.co_filename != getattr(dynamo_module("eval_frame"), "__file__", None):
         return None
     for name, cell in zip(code.co_freevars, cells, strict=True):
         if name == "self" and _is_compiling(cell.cell_contents):
@@ -201,7 +197,7 @@ def _context_of(function: object) -> Any | None:
 
 def _is_compiling(context: object) -> bool:
     # Sisters of OptimizeContext turn the compiler off (DisableContext) or only run what is there (RunOnlyContext).
-    return isinstance(context, getattr(_dynamo("eval_frame"), "OptimizeContext", ()))
+    return isinstance(context, getattr(dynamo_module("eval_frame"), "OptimizeContext", ()))
 
 
 def _is_fullgraph(context: Any) -> bool:
@@ -256,7 +252,7 @@ def refuse_fullgraph(component: nn.Module, name: str) -> None:
 
     Raises: CompiledWholeError: names the component and the call that compiled it.
     """
-    if _dynamo("eval_frame") is None:
+    if dynamo_module("eval_frame") is None:
         return
     whole = describe_compiled(component)
     if whole is not None and whole.is_fullgraph:
@@ -279,14 +275,14 @@ def _is_call_fullgraph() -> bool:
 
     The hook itself runs with the compiler off; what was on before is a local of the function that turned it off.
     """
-    file = getattr(_dynamo("eval_frame"), "__file__", None)
+    file = getattr(dynamo_module("eval_frame"), "__file__", None)
     frame: FrameType | None = sys._getframe(1)
     for _ in range(6):  # our callers, and the engine's between the hook and here
         if frame is None:
             return False
         if frame.f_code.co_filename == file and "prior" in frame.f_code.co_varnames:
             callback = frame.f_locals.get("prior")
-            strict = getattr(_dynamo("eval_frame"), "_get_error_on_graph_break", None)  # torch >= 2.9
+            strict = getattr(dynamo_module("eval_frame"), "_get_error_on_graph_break", None)  # torch >= 2.9
             return callable(callback) and (_is_one_graph(callback) or bool(strict is not None and strict()))
         frame = frame.f_back
     return False
@@ -365,8 +361,6 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
 
     Returns: what undoes it, once, and holds no module. A collector may call it at any place.
     """
-    from torch._dynamo.eval_frame import skip_code
-
     units = {id(block): block for block in map(uncompiled, blocks)}
     # A forward may call that of a base class, which is a function of its own to dynamo.
     modules = list(_around(component, units).values())
@@ -427,7 +421,7 @@ def explain_holder(
     Raises:
         CompiledWholeError: it reached blocks that stream inside its one graph.
     """
-    unsupported = getattr(_dynamo("exc"), "Unsupported", ())
+    unsupported = getattr(dynamo_module("exc"), "Unsupported", ())
     try:
         return original(*args, **kwargs)
     except unsupported as exc:
@@ -521,7 +515,7 @@ def _let_go_of_dropped() -> None:
 
 
 def _compile_again(code: CodeType) -> None:
-    store: Any = torch._C._dynamo.eval_frame
+    store = code_store()
     try:
         action = store._FrameAction.DEFAULT
         store.set_code_exec_strategy(code, store._FrameExecStrategy(action, action))
@@ -550,7 +544,7 @@ _LAYER_CLASSES: Final = frozenset(
 
 def is_in_use() -> bool:
     """Whether dynamo may have compiled something in this process: its code does not notice hooks that come or go."""
-    eval_frame = _dynamo("eval_frame")
+    eval_frame = dynamo_module("eval_frame")
     if eval_frame is None:
         return False
     backends = getattr(eval_frame, "cached_backends", None)  # None among them: where dynamo is off
@@ -575,7 +569,7 @@ def drop_dynamo_caches(modules: Iterable[nn.Module]) -> int:
 
     Returns: the number of functions whose compiled code was dropped (those that were only given up do not count).
     """
-    convert_frame = _dynamo("convert_frame")
+    convert_frame = dynamo_module("convert_frame")
     hooked = [uncompiled(module) for module in modules]
     if convert_frame is None or not hooked:
         return 0
@@ -583,18 +577,18 @@ def drop_dynamo_caches(modules: Iterable[nn.Module]) -> int:
         return _drop_affected(convert_frame, hooked)
     except (AttributeError, TypeError):
         # A torch that keeps compiled code in a way unknown here. All of it goes: slow once, never wrong.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         return 1
 
 
 def _drop_affected(convert_frame: Any, hooked: list[nn.Module]) -> int:
-    store: Any = torch._C._dynamo.eval_frame
+    store = code_store()
     # By class: the guards of code traced for one block hold for its equal twins. By object: some guards do name it.
     identities = frozenset(str(id(each)) for module in hooked for each in (module, type(module)))
     forwards = _forward_codes(hooked)
     num_dropped = 0
     with convert_frame.compile_lock:
-        # Every function that dynamo was ever asked to compile; `torch._dynamo.reset` walks the same list.
+        # Every function that dynamo was ever asked to compile; `torch.compiler.reset` walks the same list.
         for reference in list(convert_frame.input_codes.seen):
             code = reference()
             if code is None or id(code) in _held:  # held: does not run while there are hooks, and is right without
@@ -635,7 +629,7 @@ def _self_names(code: CodeType, forwards: frozenset[CodeType]) -> frozenset[str]
     Elsewhere there is none: in `def run(model, x): return model(x)` the first argument is a module that is called.
     """
     # The rest of a function after a graph break is a function of its own; its guards use the same names.
-    resumed = getattr(_dynamo("resume_execution"), "ContinueExecutionCache", None)
+    resumed = getattr(dynamo_module("resume_execution"), "ContinueExecutionCache", None)
     metadata = getattr(resumed, "generated_code_metadata", {})
     while code in metadata:
         code = metadata[code].code
@@ -681,12 +675,9 @@ def compile_safe(hook: Callable[_P, _R]) -> Callable[_P, _R]:
     disable: Any = torch.compiler.disable
     options = {"reason": _REASON} if "reason" in inspect.signature(disable).parameters else {}
     disabled: Any = disable(hook, **options)
-    from torch._dynamo.eval_frame import skip_code
-
-    frames: Any = torch._C._dynamo.eval_frame
-    if not hasattr(frames, "get_eval_frame_callback"):
+    get_callback = EVAL_FRAME_CALLBACK.find()
+    if get_callback is None:
         return disabled  # type: ignore[no-any-return]
-    get_callback = frames.get_eval_frame_callback
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if get_callback() is None:

@@ -25,6 +25,7 @@ import torch
 from layerstream.allocator import PAGE_BYTES, GrowingSegments
 from layerstream.batched_copy import BatchedCopy
 from layerstream.errors import DeviceError, brief
+from layerstream.torch_private import current_raw_stream
 
 Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
@@ -414,7 +415,7 @@ class CudaDevice:
 
     def stream_number(self) -> int:
         index = self.torch_device.index
-        return int(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if index is None else index))
+        return int(current_raw_stream(torch.cuda.current_device() if index is None else index))
 
     def record(self, stream: Any) -> torch.cuda.Event:
         event = torch.cuda.Event()

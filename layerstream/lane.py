@@ -22,9 +22,7 @@ from torch import nn
 
 from layerstream.errors import ConcurrentUseError
 from layerstream.gate import Ticket
-
-# What every call of a module goes through.
-CALL_CODE = getattr(nn.Module, "_wrapped_call_impl", nn.Module.__call__).__code__
+from layerstream.torch_private import CALL_CODE
 
 
 class Lane:

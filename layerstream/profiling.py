@@ -6,6 +6,8 @@ import contextlib
 
 import torch
 
+from layerstream.torch_private import is_profiler_enabled
+
 _NOTHING = contextlib.nullcontext()
 
 
@@ -21,7 +23,7 @@ class Ranges:
 
     def ask(self) -> None:
         """Find out whether a profiler runs now."""
-        self.is_on = bool(torch._C._autograd._profiler_enabled())
+        self.is_on = bool(is_profiler_enabled())
 
     def __call__(self, what: str, name: str) -> contextlib.AbstractContextManager[object]:
         """A range "layerstream load transformer.blocks.3"; nothing where no profiler runs."""

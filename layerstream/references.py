@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import torch
 
-
-def _unknown(cdata: int) -> int:
-    return -1
-
-
-# `use_count` by a storage's `_cdata`; below 0: torch does not tell. Asked whenever a unit leaves its slot.
-use_count_of: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", _unknown)
+from layerstream.torch_private import use_count_of
 
 
 def use_count(storage: torch.UntypedStorage) -> int | None:

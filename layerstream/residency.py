@@ -25,6 +25,7 @@ from layerstream.order import OrderLearner
 from layerstream.plan import PhasePlan
 from layerstream.schedule import ScheduleRecorder
 from layerstream.stats import Stats
+from layerstream.torch_private import without_subclasses
 from layerstream.transfer import TransferEngine
 from layerstream.unit import Slot, StreamedUnit
 
@@ -367,7 +368,7 @@ class Residency:
         can_go_on = True
         with engine_tensors():
             for bound in changed:
-                with torch._C.DisableTorchFunctionSubclass():
+                with without_subclasses():
                     now = bound.tensor.data
                 if self._is_replaced_at_home(unit, bound, now, is_replaced=True):
                     can_go_on = False

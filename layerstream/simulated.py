@@ -33,12 +33,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from layerstream.blocks import ALIGNMENT_BYTES, align
 from layerstream.device import Caps, engine_tensors
 from layerstream.errors import TransferError
+from layerstream.torch_private import TorchDispatchMode, is_traceable_wrapper_subclass, tree_leaves
 
 COPY_STREAM = 0
 _REMEMBERED_OPERATIONS = 256

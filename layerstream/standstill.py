@@ -19,7 +19,7 @@ from torch import nn
 
 from layerstream.errors import ConcurrentUseError
 from layerstream.gate import Gate
-from layerstream.lane import CALL_CODE
+from layerstream.torch_private import CALL_CODE
 
 _LOOK_S = 0.001
 

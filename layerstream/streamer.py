@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
-import torch
-
 from layerstream import compiled
 from layerstream.absent import keep_out_of_graphs
 from layerstream.attachments import Attachment, Attachments, is_hookable
@@ -44,6 +42,7 @@ from layerstream.saying import warn
 from layerstream.standstill import standstill
 from layerstream.stats import PhaseStats, Stats
 from layerstream.timing import PassTimer
+from layerstream.torch_private import without_subclasses
 from layerstream.transfer import TransferEngine
 from layerstream.unit import StreamedUnit
 from layerstream.units import ComponentLayout, Division, divide, whole_bytes
@@ -460,7 +459,7 @@ class Streamer:
         taken: set[str] = set()
         is_new_use = self.gate.running is not self._passes.last_use
         units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_subclasses():
             changed = [unit for unit in units if not unit.is_bound and unit.binding.is_changed_while_absent()]
         for unit in changed:
             if not self._residency.take_in(unit):

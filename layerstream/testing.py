@@ -40,6 +40,7 @@ from layerstream.errors import ArgumentError, LayerstreamWarning, brief
 from layerstream.simulated import SimulatedDevice
 from layerstream.streamer import Streamer
 from layerstream.tables import Page, Table
+from layerstream.torch_private import tree_leaves
 from layerstream.unit import StreamedUnit
 from layerstream.units import ComponentLayout, divide
 
@@ -551,7 +552,7 @@ def _weights_read(engine: Streamer) -> list[str]:
     for frame in _frames():
         if frame.f_code.co_name in ("__torch_function__", "__deepcopy__", "__reduce_ex__"):
             given = frame.f_locals.get("args", ()), frame.f_locals.get("kwargs"), frame.f_locals.get("self")
-            ids = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)}
+            ids = {id(leaf) for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)}
             bound = [b for unit in engine._units.values() for b in unit.binding.tensors if id(b.tensor) in ids]
             if bound:
                 return [b.name for b in bound]

@@ -24,8 +24,8 @@ from layerstream.blocks import UnitSpec
 from layerstream.device import Event, Stream
 from layerstream.errors import TransferError
 from layerstream.home import RawHome
-from layerstream.references import use_count_of
 from layerstream.route import Issue, Route
+from layerstream.torch_private import use_count_of
 
 
 class UnitState(enum.Enum):

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import UnitSpec, WholeSpec, unit_bytes
 from layerstream.device import engine_tensors
 from layerstream.errors import AdapterError, PipelineError
+from layerstream.torch_private import NormBase
 
 _Item = TypeVar("_Item")
 
@@ -199,7 +199,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
             also.setdefault(id(owner), set()).update(u.layout.name for u in users if u.layout is not owner.layout)
     for use in uses.values():  # in the order of the modules
         assert use.owner is not None
-        writer = next((module for module in use.modules if isinstance(module, _NormBase)), None)
+        writer = next((module for module in use.modules if isinstance(module, NormBase)), None)
         is_statistic = writer is not None and use.name.rpartition(".")[2] in ("running_mean", "running_var")
         use.owner.tensors.append(BoundTensor.of(use.name, use.tensor, writer if is_statistic else None))
     for draft in drafts:

@@ -232,7 +232,9 @@ class HostStore:
         """Give up the page locks of a home that is no unit's any more; idempotent. No copy from it may be in flight."""
         if home in self._homes:
             self._homes.remove(home)
-            _release_locks(self._device, page_locks_of(self._device), [home])
+            locks, home.locks = home.locks, []
+            for lock in locks:
+                page_locks_of(self._device).release(self._device, lock)
 
     def close(self) -> None:
         """Release the page locks; idempotent. No copy may be in flight."""

@@ -446,9 +446,11 @@ class SimulatedDevice:
         return True
 
     def unregister(self, address: int) -> None:
-        if self._queue:
-            raise TransferError("host memory unregistered while a copy is in flight")
         with self._lock:
+            end = address + self.registered[address]
+            sources = (source.data_ptr() for queued in self._queue for _, source in queued.pieces)
+            if any(address <= source < end for source in sources):
+                raise TransferError("host memory unregistered while a copy from it is in flight")
             del self.registered[address]
         self._step("unregister")
 

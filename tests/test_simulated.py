@@ -368,8 +368,11 @@ def test_unregistering_while_a_copy_is_in_flight_is_refused() -> None:
     slot = device.allocate(PAGE_BYTES)
     device.register(start, PAGE_BYTES)
     device.copy([(slot, host)], [])
-    with pytest.raises(TransferError, match="while a copy is in flight"):
+    with pytest.raises(TransferError, match="while a copy from it is in flight"):
         device.unregister(start)
+    _other, other_start = pages(1)
+    device.register(other_start, PAGE_BYTES)
+    device.unregister(other_start)  # no copy is from there
     device.synchronize()
     device.unregister(start)
     assert device.registered == {}

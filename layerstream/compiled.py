@@ -46,7 +46,7 @@ import torch
 from torch import nn
 
 from layerstream.errors import CompiledWholeError
-from layerstream.torch_private import EVAL_FRAME_CALLBACK, code_store, dynamo_module, skip_code
+from layerstream.torch_private import SET_EVAL_FRAME, code_store, dynamo_module, skip_code
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -280,8 +280,9 @@ def _is_call_fullgraph() -> bool:
     for _ in range(6):  # our callers, and the engine's between the hook and here
         if frame is None:
             return False
-        if frame.f_code.co_filename == file and "prior" in frame.f_code.co_varnames:
-            callback = frame.f_locals.get("prior")
+        is_disable = frame.f_code.co_filename == file and "prior" in frame.f_code.co_varnames
+        if is_disable or (frame.f_code.co_filename == __file__ and "before" in frame.f_code.co_varnames):
+            callback = frame.f_locals.get("prior" if is_disable else "before")
             strict = getattr(dynamo_module("eval_frame"), "_get_error_on_graph_break", None)  # torch >= 2.9
             return callable(callback) and (_is_one_graph(callback) or bool(strict is not None and strict()))
         frame = frame.f_back
@@ -668,21 +669,23 @@ def compile_safe(hook: Callable[_P, _R]) -> Callable[_P, _R]:
     Where a graph must not break (`fullgraph=True` around a hooked module) dynamo raises `Unsupported`; newer versions
     (2.9; not yet 2.7) print the reason and the remedy set here. Use `refuse_fullgraph` for an error of our own.
 
-    Where nothing compiled is running, which torch tells in one call, the hook is called as it is: `disable` costs
-    0.4 µs and ten function calls each time (torch 2.13; 3.6 µs in 2.6). If nothing has done so before, this imports
-    torch._dynamo (1 s).
+    `disable` asks for more than is needed here (what is exported, the stance of the process), and costs 0.4 µs and ten
+    function calls each time (torch 2.13; 3.6 µs in 2.6). So its wrapper is what dynamo sees, and a shorter one runs. If
+    nothing has done so before, this imports torch._dynamo (1 s).
     """
     disable: Any = torch.compiler.disable
     options = {"reason": _REASON} if "reason" in inspect.signature(disable).parameters else {}
     disabled: Any = disable(hook, **options)
-    get_callback = EVAL_FRAME_CALLBACK.find()
-    if get_callback is None:
+    set_eval_frame = SET_EVAL_FRAME.find()
+    if set_eval_frame is None:
         return disabled  # type: ignore[no-any-return]
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if get_callback() is None:
+        before = set_eval_frame(None)  # nothing is compiled until it is put back
+        try:
             return hook(*args, **kwargs)
-        return disabled(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            set_eval_frame(before)
 
     functools.update_wrapper(call, disabled)  # with the marks by which dynamo knows what it must not trace
     skip_code(call.__code__)

@@ -159,6 +159,10 @@ class Device(Protocol):
     def mark(self, stream: Stream) -> Any:
         """A point in time on a compute stream, after everything issued on it so far; does not block the host."""
 
+    def mark_copies(self, after: Sequence[Event]) -> Any:
+        """A point in time on the copy stream, after all copies issued so far and after these events; what is copied
+        from now on comes after it. Does not block the host."""
+
     def elapsed_ms(self, start: Any, end: Any) -> float | None:
         """Device time from one mark to a later one, or None while the device has not passed `end`; never blocks."""
 
@@ -449,6 +453,11 @@ class CudaDevice:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
+
+    def mark_copies(self, after: Sequence[Event]) -> torch.cuda.Event:
+        for event in after:
+            self._copies.now.wait_event(event)
+        return self.mark(self._copies.now)
 
     def elapsed_ms(self, start: Any, end: Any) -> float | None:
         return float(start.elapsed_time(end)) if start.query() and end.query() else None

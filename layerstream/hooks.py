@@ -26,6 +26,7 @@ from layerstream.outputs import refuse_backward, without_aliases
 from layerstream.passes import Passes
 from layerstream.replay import Replay
 from layerstream.residency import Residency
+from layerstream.timeline import BLOCKS
 from layerstream.timing import PassTimer
 
 _log = logging.getLogger("layerstream.streamer")
@@ -174,6 +175,9 @@ class Hooks:
         component = units[0].spec.component
         lane = self._lanes.here
         is_whole = self._attached.of_component[component].is_whole and lane.is_running_here
+        timeline = self._passes.timeline
+        if timeline is not None:
+            is_whole = False  # each block is told of
         if is_whole and self._device.stream_number() == self._residency.stream_number:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
@@ -209,6 +213,8 @@ class Hooks:
             self._replay.note(block, units)
             if lane is self._lanes.main:
                 self._timer.enter_block(tuple(unit.index for unit in units))
+            if timeline is not None:
+                timeline.enter(BLOCKS, id(block), units[0].spec.whole)
 
     def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
@@ -229,6 +235,8 @@ class Hooks:
                 return None
             if lane is self._lanes.main:
                 self._timer.leave_block(tuple(unit.index for unit in units))
+            if self._passes.timeline is not None:
+                self._passes.timeline.leave(BLOCKS, id(block))
             replaced = output
             for unit in units:
                 if unit.slot is not None:

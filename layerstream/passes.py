@@ -30,6 +30,7 @@ from layerstream.profiling import Ranges
 from layerstream.replay import Replay
 from layerstream.report import predicted_line, slow_loop_line
 from layerstream.residency import Residency
+from layerstream.timeline import PASSES, Timeline
 from layerstream.timing import PassTimer
 from layerstream.transfer import TransferEngine
 from layerstream.unit import StreamedUnit
@@ -107,6 +108,9 @@ class Passes:
         """
         lane.handled = sys.exc_info()[1]
         self._ranges.ask()
+        if self.timeline is not None:
+            self.timeline.enter(PASSES, id(lane), f"{component}.{entry}" if entry else component)
+            self._residency.listen_to(self._residency.quiet())
         used = self._attached.units_of_component(component)
         makes_graphs = is_grad and (
             require_grad(args, kwargs) or any(b.requires_grad for unit in used for b in unit.binding.tensors)
@@ -179,6 +183,8 @@ class Passes:
         if lane is self._lanes.main:
             self._replay.end()
         self._transfer.count_stalls()
+        if self.timeline is not None:
+            self.timeline.leave(PASSES, id(lane))
         error, handled = sys.exc_info()[1], lane.handled
         lane.handled = None
         if error is handled:  # the caller's: it calls us while it handles one
@@ -195,6 +201,11 @@ class Passes:
             self._exchanges.at_rest()
             self._residency.prefetch(held=[])
             self._residency.guard()
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What wants to know of passes and blocks; None: nobody does."""
+        return self._ranges.timeline
 
     def drop_times(self) -> None:
         """Forget what is being timed."""

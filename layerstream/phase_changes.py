@@ -5,6 +5,7 @@ The order is: evict, free, and only then allocate, so that the budget holds at e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from itertools import pairwise
@@ -52,7 +53,9 @@ class PhaseChanges:
         """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
         if phase_plan is self._residency.applied:
             return
-        with self._ranges("phase", phase_plan.phase.name):
+        timeline, name = self._ranges.timeline, phase_plan.phase.name
+        told = contextlib.nullcontext() if timeline is None else timeline.changing(name)
+        with self._ranges("phase", name), told:
             self._lay_out(phase_plan)
 
     def _lay_out(self, phase_plan: PhasePlan) -> None:
@@ -102,6 +105,8 @@ class PhaseChanges:
     def quieten(self, phase_plan: PhasePlan) -> None:
         """Blocks that stay, and have arrived, need no hooks until they are to go; and what runs 300 times for a token
         has no time for any. Reads of them on streams that nobody has told us of are covered when they go."""
+        if self._ranges.timeline is not None:
+            return  # each block is told of
         if self._residency.quiet_for is phase_plan or compiled.is_in_use() or not self._ledger.knows_uses(phase_plan):
             return
         if self._residency.with_autocast.intersection(phase_plan.phase.components):

@@ -1,4 +1,4 @@
-"""Ranges in profiles: what streaming does, by name, beside the operators that `torch.profiler` records."""
+"""Ranges: what streaming does, by name, in torch's profiler and in a timeline of our own."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import contextlib
 
 import torch
 
+from layerstream.timeline import Timeline
 from layerstream.torch_private import is_profiler_enabled
 
 _NOTHING = contextlib.nullcontext()
 
 
 class Ranges:
-    """Makes `record_function` ranges while a profiler runs, which is asked once a component's call.
+    """Whether anybody wants to know what is done, which is asked once a component's call, and who.
 
     Attributes:
-        is_on: whether a profiler runs.
+        is_on: a profiler or a timeline runs.
+        timeline: None: there is none.
     """
 
     def __init__(self) -> None:
         self.is_on = False
+        self.timeline: Timeline | None = None
 
     def ask(self) -> None:
         """Find out whether a profiler runs now."""
-        self.is_on = bool(is_profiler_enabled())
+        self.is_on = bool(is_profiler_enabled()) or self.timeline is not None
 
     def __call__(self, what: str, name: str) -> contextlib.AbstractContextManager[object]:
-        """A range "layerstream load transformer.blocks.3"; nothing where no profiler runs."""
-        return torch.profiler.record_function(f"layerstream {what} {name}") if self.is_on else _NOTHING
+        """A range "layerstream load transformer.blocks.3" in torch's profiler; nothing where none runs."""
+        is_profiled = self.is_on and is_profiler_enabled()
+        return torch.profiler.record_function(f"layerstream {what} {name}") if is_profiled else _NOTHING

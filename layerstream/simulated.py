@@ -415,6 +415,13 @@ class SimulatedDevice:
     def mark(self, stream: Any) -> float:
         return float(stream.time_ms)
 
+    def mark_copies(self, after: Sequence[Any]) -> float:
+        with self._lock:
+            for event in after:
+                _merge(self._copy_clock, event.clock)
+            self._copy_time_ms = max([self._copy_time_ms, *(event.time_ms for event in after)])
+            return self._copy_time_ms
+
     def elapsed_ms(self, start: Any, end: Any) -> float | None:
         return float(end - start)
 

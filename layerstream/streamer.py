@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import IO
 
 from layerstream import compiled
 from layerstream.absent import keep_out_of_graphs
@@ -41,6 +42,7 @@ from layerstream.residency import Residency
 from layerstream.saying import warn
 from layerstream.standstill import standstill
 from layerstream.stats import PhaseStats, Stats
+from layerstream.timeline import Timeline
 from layerstream.timing import PassTimer
 from layerstream.torch_private import without_subclasses
 from layerstream.transfer import TransferEngine
@@ -173,6 +175,23 @@ class Streamer:
     def is_inside(self) -> bool:
         """Whether this thread is in the middle of a call, of a pipeline or of a component."""
         return self.hooks.is_inside
+
+    @contextlib.contextmanager
+    def traced(self, file: IO[str]) -> Iterator[None]:
+        """Write to `file` what was done inside, when it is left.
+
+        Raises:
+            StreamerStateError: it is traced already.
+        """
+        if self._ranges.timeline is not None:
+            raise StreamerStateError("it is traced already: one trace at a time.")
+        self._ranges.timeline = timeline = Timeline(self.device)
+        try:
+            yield
+        finally:
+            self._ranges.timeline = None
+            self._ranges.is_on = False
+            timeline.write(file)
 
     def look(self) -> Stats:
         """The counters, with the device's memory as it is now."""

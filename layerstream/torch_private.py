@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "CALL_CODE",
-    "EVAL_FRAME_CALLBACK",
     "GET_ALLOCATOR_SETTINGS",
     "NAMES",
     "SET_ALLOCATOR_SETTINGS",
     "SET_CUDA_ALLOCATOR_SETTINGS",
+    "SET_EVAL_FRAME",
     "NormBase",
     "PrivateName",
     "TorchDispatchMode",
@@ -120,10 +120,10 @@ SET_CUDA_ALLOCATOR_SETTINGS = PrivateName(
 SKIP_CODE = PrivateName(
     "torch._dynamo.eval_frame.skip_code", "to have dynamo pass over forwards around blocks, and hooks"
 )
-EVAL_FRAME_CALLBACK = PrivateName(
-    "torch._C._dynamo.eval_frame.get_eval_frame_callback",
-    "whether compiled code runs, since hooks need no wrapper where it does not",
-    "each hook has its wrapper, which takes ten function calls",
+SET_EVAL_FRAME = PrivateName(
+    "torch._C._dynamo.eval_frame.set_eval_frame",
+    "to keep dynamo out of hooks, by two calls each",
+    "each hook has the wrapper of `torch.compiler.disable`, which takes ten",
 )
 SET_CODE_STRATEGY = PrivateName(
     "torch._C._dynamo.eval_frame.set_code_exec_strategy",

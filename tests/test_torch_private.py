@@ -49,6 +49,10 @@ def test_what_does_not_exist_is_not_found() -> None:
 OPTIONAL = [each for each in NAMES if each.without and not each.is_of_cuda]
 
 
+# Without these torch's own code does not run either.
+_NEEDED_BY_TORCH = {"torch.nn.Module._wrapped_call_impl", "torch._C._dynamo.eval_frame.set_eval_frame"}
+
+
 def test_the_engine_does_without_any_of_them() -> None:
     run_without(OPTIONAL)
 
@@ -61,8 +65,7 @@ def test_the_engine_does_without_each(private: PrivateName) -> None:
 
 def run_without(missing: list[PrivateName]) -> None:
     """Stream a model in a process of its own, in which torch has none of these names."""
-    # torch's own code needs this one.
-    names = [each.name for each in missing if each.name != "torch.nn.Module._wrapped_call_impl"]
+    names = [each.name for each in missing if each.name not in _NEEDED_BY_TORCH]
     code = f"""
 import warnings
 import torch, torch._dynamo.eval_frame

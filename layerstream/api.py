@@ -480,7 +480,8 @@ class LayerStreamer:
         """
         streamer = self._started("report")
         stats = streamer.look()
-        return Report.of(streamer.plan.with_next_gib(), stats, streamer.phase_stats, streamer.least_bytes)
+        plan, copied_by = streamer.plan.with_next_gib(), streamer.device.copied_by
+        return Report.of(plan, stats, streamer.phase_stats, streamer.least_bytes, copied_by)
 
     @contextlib.contextmanager
     def trace(self, path: str | os.PathLike[str]) -> Iterator[None]:

@@ -47,6 +47,10 @@ class Device(Protocol):
     is_simulated: bool
     is_named_apart: bool  # whether `torch_device` and host memory have different names to torch
 
+    @property
+    def copied_by(self) -> str:
+        """The call by which page-locked memory is copied to the device, for people; "": nothing to be told."""
+
     def total_bytes(self) -> int:
         """The device's whole memory."""
 
@@ -280,6 +284,7 @@ class _CopyStreams:
 
     def __init__(self, torch_device: torch.device) -> None:
         self._streams = torch.cuda.Stream(torch_device), torch.cuda.Stream(torch_device)
+        self._turn_ends = torch.cuda.Event(), torch.cuda.Event()
         self._number = 0
         self._left_bytes = 0  # of the turn
         self._batched = BatchedCopy.find()
@@ -288,6 +293,11 @@ class _CopyStreams:
     def now(self) -> torch.cuda.Stream:
         """Whose turn it is; what is issued on it comes after all copies so far."""
         return self._streams[self._number]
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the copies of a turn are one call of the driver."""
+        return self._batched is not None
 
     def copy(self, turns: Sequence[_Turn]) -> None:
         """Queue copies, a turn behind the other; small ones share a turn."""
@@ -308,7 +318,7 @@ class _CopyStreams:
                 target.copy_(source, non_blocking=True)
 
     def _next_turn(self) -> None:
-        done = torch.cuda.Event()
+        done = self._turn_ends[self._number]  # recorded anew: whoever waits has been told to by then
         done.record(self.now)
         self._number = 1 - self._number
         self.now.wait_event(done)
@@ -334,6 +344,10 @@ class CudaDevice:
         self.name = torch.cuda.get_device_name(torch_device)
         self._copies = _CopyStreams(torch_device)
         self._cudart: Any = torch.cuda.cudart()
+
+    @property
+    def copied_by(self) -> str:
+        return "cudaMemcpyBatchAsync" if self._copies.is_batched else "copy_"
 
     def total_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.torch_device)[1])

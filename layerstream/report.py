@@ -81,15 +81,23 @@ class Report:
         phases: those that ran, in the order of the plan; then those that components have left to share another.
         next_gib_ms: what one GiB more would take off a pass, by phase, as far as known.
         least_bytes: the smallest budget in which all that has run so far would run; None: not known yet.
+        copied_by: the call that copies to the device; "": not known.
     """
 
     stats: Stats
     phases: tuple[PhaseReport, ...]
     next_gib_ms: Mapping[str, float]
     least_bytes: int | None = None
+    copied_by: str = ""
 
     @staticmethod
-    def of(plan: Plan, stats: Stats, phases: Mapping[str, PhaseStats], least_bytes: int | None = None) -> Report:
+    def of(
+        plan: Plan,
+        stats: Stats,
+        phases: Mapping[str, PhaseStats],
+        least_bytes: int | None = None,
+        copied_by: str = "",
+    ) -> Report:
         """The report of these counters under this plan, which does not change when they do.
 
         Args:
@@ -122,15 +130,17 @@ class Report:
                     stall_ms_by_unit={unit.name: ms for unit, ms in waits.items()},
                 )
             )
-        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes)
+        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes, copied_by)
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms" and "least_bytes"."""
+        """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes" and
+        "copied_by"."""
         return {
             "stats": self.stats.as_dict(),
             "phases": [asdict(phase) for phase in self.phases],
             "next_gib_ms": dict(self.next_gib_ms),
             "least_bytes": self.least_bytes,
+            "copied_by": self.copied_by,
         }
 
     def __str__(self) -> str:
@@ -147,11 +157,12 @@ class Report:
         stats = self.stats
         budget = format_budget(stats.budget_bytes) if stats.budget_bytes else "no budget, the least of weights"
         whole = f" ({format_bytes(stats.whole_bytes)} of them whole)" if stats.whole_bytes else ""
+        bus = f"the bus by {self.copied_by}" if self.copied_by else "the bus"
         totals = (
             f"{budget}; peak reserved {format_bytes(stats.peak_reserved_bytes)}, weights at most "
             f"{format_bytes(stats.peak_device_bytes)}{whole}; {format_bytes(stats.pinned_bytes)} page-locked in host "
             "memory",
-            f"{stats.num_loads} loads, {format_bytes(stats.loaded_bytes)} over the bus, {stats.num_demand_loads} not "
+            f"{stats.num_loads} loads, {format_bytes(stats.loaded_bytes)} over {bus}, {stats.num_demand_loads} not "
             f"foreseen; {stats.num_stalls} stalls, {stats.stall_ms:.1f} ms; {stats.num_evicted} residents gave their "
             "room to another phase",
         )

@@ -264,6 +264,10 @@ class SimulatedDevice:
 
     # ---- the device
 
+    @property
+    def copied_by(self) -> str:
+        return ""
+
     def total_bytes(self) -> int:
         return self.memory_bytes
 

@@ -73,6 +73,12 @@ def test_a_report() -> None:
     ]
 
 
+def test_a_report_says_what_copies() -> None:
+    report = Report.of(plan_of(3 * GIB), STATS, PHASES, copied_by="cudaMemcpyBatchAsync")
+    assert "43 loads, 19.0 GiB over the bus by cudaMemcpyBatchAsync, 3 not foreseen" in str(report)
+    assert report.as_dict()["copied_by"] == "cudaMemcpyBatchAsync"
+
+
 def test_a_report_before_anything_ran() -> None:
     assert str(Report.of(plan_of(None, None), Stats(), {})).splitlines() == [
         "no budget, the least of weights; peak reserved 0 B, weights at most 0 B; 0 B page-locked in host memory",

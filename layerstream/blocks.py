@@ -31,6 +31,16 @@ class Placement(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a unit takes, in bytes: `device` in a slot, `wire` over the bus at each load, `host` at home. They differ
+    where it has another form at home than on the device."""
+
+    device: int
+    wire: int
+    host: int
+
+
+@dataclass(frozen=True, slots=True)
 class UnitSpec:
     """One unit: a block of a stack, or a component's base.
 
@@ -43,6 +53,7 @@ class UnitSpec:
         is_repeated: the component runs many times a call (a denoiser), so its bytes matter most.
         also: other components that use tensors of this unit; only bases have any.
         block: name of the block that it is a piece of; None where it is the whole of it.
+        packed: its sizes, where it has another form at home; None: it has that of the device.
     """
 
     index: int
@@ -53,6 +64,12 @@ class UnitSpec:
     is_repeated: bool = False
     also: tuple[str, ...] = ()
     block: str | None = None
+    packed: Sizes | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """What it takes, where."""
+        return self.packed or Sizes(self.num_bytes, self.num_bytes, self.num_bytes)
 
     @property
     def is_block(self) -> bool:

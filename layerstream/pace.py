@@ -1,9 +1,14 @@
 """How long a pass takes when some of its blocks stream, and which choice of them is fastest. Pure numbers.
 
 A pass is a list of units in the order of their use, named by position: blocks, or pieces of blocks, which are computed
-together. Those that stream go through slots: copies run one after another, and a copy may start once the block that had
-its slot before has been computed. Compute waits for copies, copies wait for slots, and neither shows in a sum of bytes:
-two placements that stream as much may differ by a fifth. So placements are compared by playing the passes.
+together. Three *servers* work through it, each one thing after another: the bus copies, the decoder unpacks what has
+another form on the way (where there is any), and compute runs blocks. What they hand on lies in *rings* of buffers: a
+copy may start once the block that had its slot before has been computed; one that is unpacked goes to a wire buffer,
+which is free again when it has been, and the unpacking waits for the slot. The decoder runs on the same cores as
+compute: a block that runs meanwhile takes that much longer.
+
+Compute waits for loads, loads wait for buffers, and neither shows in a sum of bytes: two placements that stream as much
+may differ by a fifth. So placements are compared by playing the passes.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from functools import cached_property
 from math import floor, inf, log
 from typing import Literal
 
+LEAST_WIRES = 2  # one that is unpacked, one that is filled meanwhile
 _TOLERANCE = 1.02  # within it a pass takes as long as its compute, or as its copies
 _MOST_CELLS = 40
 _MOST_SHAPES = 5
@@ -55,8 +61,10 @@ class Pace:
     """The times of a list of blocks, and of passes in which some of them stream.
 
     Args:
-        blocks: (bytes, compute in ms) in the order of their use.
+        blocks: (bytes over the bus, compute in ms) in the order of their use.
         wholes: of each, what it is a piece of; pieces of one block follow each other. None: each is a block.
+        decode_ms: of each, what it takes to unpack; 0: it is copied to its slot as it is. None: so are all.
+        num_wires: buffers for what is to be unpacked.
     """
 
     def __init__(
@@ -64,7 +72,11 @@ class Pace:
         blocks: Sequence[tuple[int, float]],
         link_gb_per_s: float,
         wholes: Sequence[Hashable] | None = None,
+        decode_ms: Sequence[float] | None = None,
+        num_wires: int = LEAST_WIRES,
     ) -> None:
+        self.decode_ms = decode_ms if decode_ms is not None and any(decode_ms) else None
+        self.num_wires = num_wires
         self.ms_per_byte = 1 / (link_gb_per_s * 1e6)
         self.copy_ms = [num_bytes * self.ms_per_byte for num_bytes, _ in blocks]
         self.compute_ms = [ms for _, ms in blocks]
@@ -88,16 +100,17 @@ class Pace:
     def prediction(self, streamed: Sequence[int], num_slots: int, is_cyclic: bool) -> Prediction:
         """Of passes in which the blocks at these positions, in order, stream."""
         ms, bus_ms = self.pass_ms(streamed, num_slots, is_cyclic), sum(self.copy_ms[i] for i in streamed)
-        bound: Literal["compute", "bus"] = "compute" if self.total_ms >= bus_ms else "bus"
-        return Prediction(
-            ms, self.total_ms, bus_ms, bound if ms <= _TOLERANCE * max(self.total_ms, bus_ms) else "waits"
-        )
+        compute_ms = self.total_ms + sum(self.decode_ms[i] for i in streamed if self.decode_ms is not None)
+        bound: Literal["compute", "bus"] = "compute" if compute_ms >= bus_ms else "bus"
+        return Prediction(ms, compute_ms, bus_ms, bound if ms <= _TOLERANCE * max(compute_ms, bus_ms) else "waits")
 
     def pass_ms(self, streamed: Sequence[int], num_slots: int, is_cyclic: bool = True) -> float:
         """Time of one pass, from cold; of the third, if they follow each other. Infinite if a block's pieces need more
         slots than there are."""
         if not streamed:
             return self.total_ms
+        if self.decode_ms is not None and any(self.decode_ms[i] for i in streamed):
+            return self._pass_ms_unpacked(streamed, num_slots, is_cyclic, self.decode_ms)
         starts, firsts, ends, all_copy_ms = self.starts, self.firsts, self.ends, self.copy_ms
         steps: list[tuple[float, list[float], float]] = []  # residents before, copies, compute; of each block
         done, last, copies = 0.0, -1, [0.0]  # residents only delay the streamed blocks behind them
@@ -132,6 +145,118 @@ class Pace:
             return end
         # Where copies and compute are nearly even, it takes more passes until the slower of them shows.
         return max(end - before, self.total_ms, sum([sum(copies) for _, copies, _ in steps]))
+
+    def _pass_ms_unpacked(
+        self, streamed: Sequence[int], num_slots: int, is_cyclic: bool, decode_ms: Sequence[float]
+    ) -> float:
+        """`pass_ms`, where some of what streams is unpacked on the way."""
+        blocks: list[tuple[float, int, float]] = []  # residents before, units, compute; of each block that streams
+        done, last = 0.0, -1
+        for i in streamed:
+            if self.firsts[i] == last:
+                resident_ms, num_units, ms = blocks.pop()
+                blocks.append((resident_ms, num_units + 1, ms))
+                if num_units + 1 > num_slots:
+                    return inf
+                continue
+            last = self.firsts[i]
+            start, end = self.starts[last], self.starts[self.ends[i]]
+            blocks.append((start - done, 1, end - start))
+            done = end
+        num_passes = 3 if is_cyclic else 1
+        loads = _Loads(
+            [(self.copy_ms[i], decode_ms[i]) for i in streamed], num_passes, num_slots, max(1, self.num_wires)
+        )
+        end = before = 0.0
+        for _ in range(num_passes):
+            before = end
+            for resident_ms, num_units, ms in blocks:
+                end = loads.computed(end, resident_ms)
+                end = max(end, loads.there(num_units))
+                end = loads.computed(end, ms)
+                loads.leave(num_units, end)
+            end = loads.computed(end, self.total_ms - done)
+        if not is_cyclic:
+            return end
+        bus_ms = sum(self.copy_ms[i] for i in streamed)
+        return max(end - before, self.total_ms + sum(decode_ms[i] for i in streamed), bus_ms)
+
+
+class _Loads:
+    """The loads of some passes, as bus and decoder get on with them; compute asks for them in their order.
+
+    Args:
+        units: (copy in ms, unpacking in ms) of what streams, in the order of its use.
+    """
+
+    def __init__(self, units: Sequence[tuple[float, float]], num_passes: int, num_slots: int, num_wires: int) -> None:
+        self._units = units
+        self._num_loads = len(units) * num_passes
+        self._num_slots = num_slots
+        self._slots_free = [0.0] * num_slots  # when each slot's last block has been computed; those known so far
+        self._wires_free = [0.0] * num_wires
+        self._num_decodes = 0
+        self._copied = 0.0  # when the last copy ends
+        self._arrived: list[float] = []  # of each load, when its copy ends
+        self._there: list[float] = []  # when it is in its slot
+        self._num_used = 0
+
+    def computed(self, start: float, ms: float) -> float:
+        """When compute that begins at `start` ends: what is unpacked meanwhile takes its time from it."""
+        end = start + ms
+        while ms and (ready := self._next_decode()) is not None and ready < end:
+            end += self._units[len(self._there) % len(self._units)][1]
+            self._decode(ready)
+        return end
+
+    def there(self, count: int) -> float:
+        """When the next `count` units are in their slots."""
+        while len(self._there) < self._num_used + count:
+            ready = self._next_decode()
+            if ready is not None and len(self._there) < self._num_used + count:
+                self._decode(ready)
+        return self._there[self._num_used + count - 1]
+
+    def leave(self, count: int, end: float) -> None:
+        """The block with the next `count` units has been computed at `end`; their slots are free."""
+        self._slots_free += [end] * count
+        self._num_used += count
+
+    # ---- inside
+
+    def _next_decode(self) -> float | None:
+        """When the next load could be unpacked, once what goes before it is copied; None: no slot is known to be free
+        for it by now, or there is none."""
+        while self._has_slot() and not self._units[len(self._there) % len(self._units)][1]:
+            self._copy_raw()
+        if not self._has_slot():
+            return None
+        load = len(self._there)
+        if len(self._arrived) == load:
+            copy_ms, _ = self._units[load % len(self._units)]
+            wire_free = self._wires_free[self._num_decodes % len(self._wires_free)]
+            self._copied = max(self._copied, wire_free) + copy_ms
+            self._arrived.append(self._copied)
+        before = self._there[-1] if self._there else 0.0
+        return max(self._arrived[load], self._slots_free[load], before)
+
+    def _has_slot(self) -> bool:
+        """Whether there is a next load, and it is known when its slot is free."""
+        return len(self._there) < min(self._num_loads, len(self._slots_free))
+
+    def _decode(self, ready: float) -> None:
+        _, decode_ms = self._units[len(self._there) % len(self._units)]
+        self._wires_free[self._num_decodes % len(self._wires_free)] = ready + decode_ms
+        self._num_decodes += 1
+        self._there.append(ready + decode_ms)
+
+    def _copy_raw(self) -> None:
+        """The next load goes to its slot as it is, once that is free."""
+        load = len(self._there)
+        copy_ms, _ = self._units[load % len(self._units)]
+        self._copied = max(self._copied, self._slots_free[load]) + copy_ms
+        self._arrived.append(self._copied)
+        self._there.append(self._copied)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,12 +82,14 @@ class Costs:
         compute_ms: of one use, by unit index; may lack some units.
         uses: how often a pass uses a unit, by unit index, where that is not once: see `uses_per_pass`.
         seldom: of the units that hardly any pass uses, those that were used at all.
+        decode_gb_per_s: of bytes on the device, made of what has another form at home; None: nothing has.
     """
 
     link_gb_per_s: float
     compute_ms: Mapping[int, float]
     uses: Mapping[int, int] = field(default_factory=dict)
     seldom: frozenset[int] = frozenset()
+    decode_gb_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -455,6 +457,13 @@ def _has_room(owner: _Draft, blocks: Sequence[UnitSpec], room: int | None) -> bo
     return owner.has_room_for(blocks) and (room is None or sum(owner.size(b) for b in blocks) <= room)
 
 
+def _decode_ms(unit: UnitSpec, costs: Costs | None) -> float:
+    """To make of a unit's bytes at home those of the device; 0: they are the same."""
+    if unit.packed is None or costs is None or costs.decode_gb_per_s is None:
+        return 0.0
+    return unit.num_bytes / costs.decode_gb_per_s / 1e6
+
+
 def _reversed_bits(number: int) -> str:
     return f"{number:032b}"[::-1]
 
@@ -508,11 +517,13 @@ class _Draft:
             bool(self.looped) and costs is not None and all(b.index in costs.compute_ms for b in self.looped)
         )
         often = [self.uses.get(u.index, 1) for u in self.units]
-        times = [(n * u.num_bytes, n * ms) for n, u, ms in zip(often, self.units, self._compute_ms(costs), strict=True)]
+        each_ms = self._compute_ms(costs)
+        times = [(n * u.sizes.wire, n * ms) for n, u, ms in zip(often, self.units, each_ms, strict=True)]
+        decode_ms = [n * _decode_ms(u, costs) for n, u in zip(often, self.units, strict=True)]
         link = costs.link_gb_per_s if costs else _LINK_GB_PER_S
         wholes = [u.whole for u in self.units]
-        self.pace = Pace(times, link, wholes)
-        self.careful_pace = Pace(times, _CAREFUL_SHARE * link, wholes)
+        self.pace = Pace(times, link, wholes, decode_ms)
+        self.careful_pace = Pace(times, _CAREFUL_SHARE * link, wholes, decode_ms)
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit

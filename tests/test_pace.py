@@ -56,6 +56,66 @@ def test_unlike_neighbours_make_copies_and_compute_wait_for_each_other() -> None
     assert spread.ms_per_pass < waits.ms_per_pass
 
 
+# ---- what is unpacked on the way
+
+
+def unpacked(
+    blocks: Sequence[tuple[float, float, float]], slots: int = 2, wires: int = 2, *, is_cyclic: bool = True
+) -> float:
+    """A pass of blocks (copy, unpacking, compute in ms) that all stream."""
+    pace = Pace(
+        [(int(copy * MB), ms) for copy, _, ms in blocks], 1.0, decode_ms=[d for _, d, _ in blocks], num_wires=wires
+    )
+    return pace.pass_ms(range(len(blocks)), slots, is_cyclic)
+
+
+def test_unpacking_takes_from_compute() -> None:
+    assert unpacked([(5, 1, 10)] * 4) == pytest.approx(4 * 11)  # compute is busy throughout
+    assert unpacked([(20, 1, 5)] * 4) == pytest.approx(4 * 20)  # the bus is
+    # From cold: the first block waits for its copy and unpacking, the rest comes meanwhile.
+    assert unpacked([(5, 1, 10)] * 4, is_cyclic=False) == pytest.approx(6 + 4 * 10 + 3 * 1)
+
+
+def test_copies_wait_for_wires_and_unpacking_for_slots() -> None:
+    assert unpacked([(10, 5, 1)] * 4, wires=1) == pytest.approx(
+        4 * 15
+    )  # one wire: a copy waits for the unpacking before
+    assert unpacked([(10, 5, 1)] * 4, wires=2) == pytest.approx(4 * 10)
+    # One slot more than is computed from: what is copied waits in its wire until a slot is free.
+    assert unpacked([(1, 1, 10)] * 4, slots=1) == pytest.approx(4 * (10 + 1))
+
+
+def test_what_is_copied_as_it_is_goes_between() -> None:
+    mixed = unpacked([(5, 1, 10), (5, 0, 10)] * 3)
+    assert mixed == pytest.approx(6 * 10 + 3 * 1)
+    prediction = Pace([(5 * MB, 10.0)] * 2, 1.0, decode_ms=[1.0, 0.0]).prediction([0, 1], 2, True)
+    assert (prediction.compute_ms, prediction.bus_ms, prediction.bound) == (21.0, 10.0, "compute")
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.0, 5.0), st.floats(0.1, 40.0)), min_size=3, max_size=10),
+    st.integers(2, 4),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_what_holds_of_passes_with_unpacking(
+    blocks: list[tuple[int, float, float]], slots: int, wires: int, is_cyclic: bool
+) -> None:
+    ms = unpacked(blocks, slots, wires, is_cyclic=is_cyclic)
+    compute, bus = sum(ms for _, _, ms in blocks), sum(copy for copy, _, _ in blocks)
+    assert ms >= max(compute + sum(d for _, d, _ in blocks), bus) - 1e-6
+    assert ms <= compute + bus + sum(d for _, d, _ in blocks) + 1e-6
+    pace = Pace([(copy * MB, ms) for copy, _, ms in blocks], 1.0)
+    streamed = range(len(blocks))
+    plain = pace._pass_ms_unpacked(streamed, slots, is_cyclic, [0.0] * len(blocks))
+    assert plain == pytest.approx(pace.pass_ms(streamed, slots, is_cyclic)), (
+        "without it, the other way to play says so too"
+    )
+
+
+# ---- properties
+
 blocks_of = st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 40.0), st.booleans()), min_size=3, max_size=12)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from layerstream.blocks import Placement, UnitSpec
+from layerstream.blocks import Placement, Sizes, UnitSpec
 from layerstream.errors import BudgetError
 from layerstream.plan import LEAST_SLOTS, Costs, Phase, Plan, make_plan
 
@@ -267,3 +268,48 @@ def test_one_layer_of_many_that_took_far_longer_is_not_planned_with() -> None:
     assert planned(late) == planned([*even[:33], 4 * 1.5, *even[34:]]) == planned(even)
     uneven = [1.5, 1.5, 1.5, 5.0] * 10  # attention over all of the text in each fourth layer
     assert planned(uneven)[2] >= sum(uneven) - 1
+
+
+# ---- sizes
+
+
+def packed(units: list[UnitSpec], share: float) -> list[UnitSpec]:
+    """The same, with blocks that have another form at home, of this share of their bytes."""
+    return [
+        replace(u, packed=Sizes(u.num_bytes, int(share * u.num_bytes), int(share * u.num_bytes))) if u.is_block else u
+        for u in units
+    ]
+
+
+def test_a_unit_has_three_sizes() -> None:
+    unit = UnitSpec(0, "net.0", "net", "blocks", 100)
+    assert unit.sizes == Sizes(100, 100, 100)
+    assert packed([unit], 0.67)[0].sizes == Sizes(100, 67, 67)
+
+
+@pytest.mark.parametrize("budget", [4, 6, 8])
+def test_packed_blocks_take_less_of_the_bus_and_the_same_room(budget: int) -> None:
+    gib = 2**30
+    units = units_of(("net", True, gib // 8, [gib // 2] * 24))
+    costs = Costs(50.0, {u.index: 4.0 for u in units if u.is_block}, decode_gb_per_s=1500.0)
+    phase = [Phase(("net",), True, gib // 2)]
+    raw = make_plan(units, phase, budget * gib, costs=costs)
+    small = make_plan(packed(units, 0.67), phase, budget * gib, costs=costs)
+    check(small, budget * gib)
+    assert raw.least_bytes == small.least_bytes
+    before, after = raw.phases[0].prediction, small.phases[0].prediction
+    assert before is not None
+    assert after is not None
+    assert after.ms_per_pass <= before.ms_per_pass
+    num_streamed = sum(u.index not in small.phases[0].resident for u in units)
+    assert after.compute_ms == pytest.approx(24 * 4 + num_streamed * gib / 2 / 1500e6)
+    assert after.bus_ms == pytest.approx(num_streamed * int(0.67 * (gib // 2)) / 50e6)
+
+
+def test_costs_without_a_decoder_take_packed_blocks_as_smaller_ones() -> None:
+    units = units_of(("net", True, 50, [100] * 10))
+    costs = Costs(1e-6, {u.index: 10.0 for u in units if u.is_block})
+    plan = make_plan(packed(units, 0.5), [Phase(("net",), True, 0)], 500, costs=costs)
+    prediction = plan.phases[0].prediction
+    assert prediction is not None
+    assert prediction.compute_ms == pytest.approx(100.0)

@@ -9,7 +9,7 @@ time. What is then left in all phases goes to what they would load again once a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
@@ -370,29 +370,97 @@ def _drafts_within(
     return drafts, needed
 
 
+@dataclass(frozen=True)
+class _Claim:
+    """Units that somebody would have on the device in some phases: in its own they are resident, in others kept.
+
+    Attributes:
+        where: the phases; it is granted in all of them or in none.
+        chain: claims of one chain are granted until one is refused. So nobody is served before all that come earlier
+            are, and more budget never takes from one to give to another.
+    """
+
+    units: tuple[UnitSpec, ...]
+    where: tuple[_Draft, ...]
+    chain: str
+
+
+class _Grants:
+    """Gives out room, claim by claim."""
+
+    def __init__(self) -> None:
+        self.refused: set[str] = set()  # chains
+
+    def give_out(self, claims: Iterable[_Claim]) -> None:
+        """Grant claims, in their order, where there is room. Each is asked for after those before are granted."""
+        for claim in claims:
+            if claim.chain in self.refused:
+                continue
+            if all(draft.has_room_for(claim.units) for draft in claim.where):
+                for draft in claim.where:
+                    draft.add(claim.units)
+            else:
+                self.refused.add(claim.chain)
+
+
 def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | None) -> None:
-    """Give out what the reserves leave: phases that are repeated choose first, the rest goes by one order of priority.
+    """Give out what the reserves leave: phases that are repeated choose first, the rest goes by claims.
 
     They choose the least room that gives them their fastest pass: copies that compute hides cost nothing, and what
     would spare them is worth more to a text encoder, whose loads nothing hides. What is left in the end is theirs.
-
-    In the order of priority nobody is served before all that come earlier are, in every phase: a unit that must go once
-    a call is loaded once a call, wherever it had to go. So more budget never takes from one to give to another.
     """
-    sizes = {u.index: d.size(u) for d in drafts for u in d.units}
-    whole = {u.index for d in known for u in d.units}.union(*(d.resident for d in drafts))
-    if all(sum(sizes[i] for i in whole) <= (d.capacity_bytes or 0) for d in known):
+    everything = {u.index for d in known for u in d.units}.union(*(d.resident for d in drafts))
+    units = {u.index: u for d in drafts for u in d.units}
+    if all(sum(d.size(units[i]) for i in everything) <= (d.capacity_bytes or 0) for d in known):
         for draft in known:
-            draft.resident = {u.index for u in draft.units}
-            draft.kept = {i: sizes[i] for i in sorted(whole - draft.resident)}
             draft.num_slots = 0
+            draft.add([units[i] for i in sorted(everything)])
+            draft.resident = {u.index for u in draft.units}
         return
     for draft in known:
         if draft.phase.is_repeated:
             draft.choose(num_slots, is_frugal=len(known) > 1)
         else:
             draft.take_least(num_slots)
-    order = [
+    grants = _Grants()
+    grants.give_out(_claims(drafts, known, num_slots, grants))
+    shared = {unit for draft in known for unit in draft.kept}
+    for draft in known:
+        if draft.phase.is_repeated and draft.num_slots:
+            draft.spend(num_slots, shared)
+        grants.give_out(_Claim((block,), (draft,), f"seldom {block.index}") for block in draft.seldom)
+
+
+def _claims(
+    drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | None, grants: _Grants
+) -> Iterator[_Claim]:
+    """What every phase would have beside what it needs, the most urgent first."""
+    # Between two uses of a unit every other phase runs, so keeping it in some of them but not in all saves nothing.
+    everywhere = tuple(known)
+    order = _by_urgency(drafts)
+    for unit in order:
+        yield _Claim((unit,), everywhere, "once loaded")
+    if "once loaded" not in grants.refused:
+        yield from _claims_of_blocks_used_once(known, everywhere, grants)
+    # What no other phase can use goes to a phase's own blocks while it runs, spread: a loaded block that stays costs
+    # nothing more, and a text encoder often runs twice a call, a language model once per token.
+    once = [draft for draft in known if not draft.phase.is_repeated]
+    served = {unit for draft in known for unit in draft.kept}
+    for draft in once:
+        chain = f"its own of {draft.phase.name}"
+        yield _Claim(tuple(b for b in draft.blocks if b.index not in draft.resident), (draft,), chain)
+        if chain in grants.refused and not draft.shares_blocks:
+            draft.choose(num_slots)
+    others = [u for d in once for u in d.units if u.index in d.resident and u.index not in served]
+    for draft in once:
+        for unit in others:
+            if unit.index not in draft.kept and unit not in draft.units:
+                yield _Claim((unit,), (draft,), f"of others, while {draft.phase.name} runs")
+
+
+def _by_urgency(drafts: Sequence[_Draft]) -> list[UnitSpec]:
+    """What is resident while its own phase runs: bases of phases that are repeated, their blocks, and the rest."""
+    return [
         u
         for is_repeated in (True, False)
         for is_block in ((False, True) if is_repeated else (None,))
@@ -401,60 +469,24 @@ def _fill(drafts: Sequence[_Draft], known: Sequence[_Draft], num_slots: int | No
         for u in d.units
         if u.index in d.resident and is_block in (None, u.is_block)
     ]
-    # Between two uses of a unit every other phase runs, so keeping it in some of them but not in all saves nothing.
-    served = min(draft.num_that_fit(order) for draft in known)
-    for draft in known:
-        draft.keep(order[:served])
-    if served == len(order):
-        _fill_with_blocks_used_once(known)
-    _fill_rooms([d for d in known if not d.phase.is_repeated], order[:served], num_slots)
-    shared = {unit for draft in known for unit in draft.kept}
-    for draft in known:
-        if draft.phase.is_repeated and draft.num_slots:
-            draft.spend(num_slots, shared)
-        draft.add_seldom()
 
 
-def _fill_rooms(once: Sequence[_Draft], served: Sequence[UnitSpec], num_slots: int | None) -> None:
-    """What no other phase can use goes to a phase's own blocks while it runs, spread: a loaded block that stays costs
-    nothing more, and a text encoder often runs twice a call, a language model once per token."""
-    for draft in once:
-        left = [b for b in draft.blocks if b.index not in draft.resident]
-        if draft.has_room_for(left):
-            draft.add(left)
-        elif not draft.shares_blocks:
-            draft.choose(num_slots)
-    others = {u.index for u in served}
-    order = [u for d in once for u in d.units if u.index in d.resident and u.index not in others]
-    for draft in once:
-        draft.keep([u for u in order if u.index not in draft.kept])
-
-
-def _fill_with_blocks_used_once(known: Sequence[_Draft]) -> None:
-    """Blocks of phases that are not repeated stay for the next call where every phase has room: small stacks first."""
+def _claims_of_blocks_used_once(
+    known: Sequence[_Draft], everywhere: tuple[_Draft, ...], grants: _Grants
+) -> Iterator[_Claim]:
+    """Blocks of phases that are not repeated, for the next call: small stacks first, and of the first that does not fit
+    as many as do, spread."""
     stacks = [(d, c) for d in known if not d.phase.is_repeated for c in d.phase.components]
-    groups = [(d, [b for b in d.blocks if b.component == c and b.index not in d.resident]) for d, c in stacks]
-    for owner, blocks in sorted(groups, key=lambda g: sum(b.num_bytes for b in g[1])):
-        room = min((d.room_bytes for d in known if d is not owner), default=None)
-        taken: list[UnitSpec] = []
-        if _has_room(owner, blocks, room):
-            taken = blocks
-        else:
-            for i in sorted(range(len(blocks)), key=_reversed_bits):  # spread: halves, quarters, eighths
-                if not _has_room(owner, [*taken, blocks[i]], room):
-                    break
-                taken.append(blocks[i])
-        owner.add(taken)
-        owner.shares_blocks |= bool(taken)
-        for draft in known:
-            if draft is not owner:
-                draft.kept.update((b.index, owner.size(b)) for b in taken)
-        if len(taken) < len(blocks):
-            break
-
-
-def _has_room(owner: _Draft, blocks: Sequence[UnitSpec], room: int | None) -> bool:
-    return owner.has_room_for(blocks) and (room is None or sum(owner.size(b) for b in blocks) <= room)
+    groups = [(d, c, [b for b in d.blocks if b.component == c and b.index not in d.resident]) for d, c in stacks]
+    for owner, component, blocks in sorted(groups, key=lambda g: sum(b.num_bytes for b in g[2])):
+        chain = f"all of {component}"
+        yield _Claim(tuple(blocks), everywhere, chain)
+        if chain in grants.refused:
+            for position in sorted(range(len(blocks)), key=_reversed_bits):  # spread: halves, quarters, eighths
+                yield _Claim((blocks[position],), everywhere, f"some of {component}")
+        owner.shares_blocks |= any(b.index in owner.resident for b in blocks)
+        if chain in grants.refused:
+            return
 
 
 def _decode_ms(unit: UnitSpec, costs: Costs | None) -> float:
@@ -500,6 +532,7 @@ class _Draft:
         self.phase = phase
         self.granularity = granularity
         self.units = [u for u in units if any(c in phase.components for c in (u.component, *u.also))]
+        self.own = {u.index for u in self.units}
         self.bases = [u for u in self.units if not u.is_block]
         self.blocks = [u for u in self.units if u.is_block]
         self.uses = costs.uses if costs is not None and phase.is_repeated else {}
@@ -606,12 +639,6 @@ class _Draft:
         if self._pass_ms(*before) < self._pass_ms(self.resident, self.num_slots):
             self.resident, self.num_slots = before
 
-    def add_seldom(self) -> None:
-        """Room that nothing else has a use for goes to what few passes need: experts that only a prompt runs, say."""
-        for block in self.seldom:
-            if self.size(block) <= self.room_bytes:
-                self.resident.add(block.index)
-
     def _pass_ms(self, resident: Collection[int], num_slots: int) -> float:
         streamed = [i for i, u in enumerate(self.units) if u.index not in resident and u.index not in self.on_demand]
         return round(self.pace.pass_ms(streamed, num_slots), 6)
@@ -634,35 +661,22 @@ class _Draft:
 
     # ---- beside the others
 
-    def num_that_fit(self, order: Sequence[UnitSpec]) -> int:
-        """How many of these units, from the first on, fit beside its own; its own count as fitting."""
-        room = self.room_bytes
-        own = {u.index for u in self.units}
-        for position, unit in enumerate(order):
-            if unit.index not in own:
-                room -= self.size(unit)
-                if room < 0:
-                    return position
-        return len(order)
-
-    def keep(self, order: Sequence[UnitSpec]) -> None:
-        """Keep these units of other phases, from the first on, as long as they fit."""
-        own = {u.index for u in self.units}
-        for unit in order[: self.num_that_fit(order)]:
-            if unit.index not in own:
-                self.kept[unit.index] = self.size(unit)
-
-    def has_room_for(self, blocks: Sequence[UnitSpec]) -> bool:
-        """Whether these blocks of its own may be resident, with the smaller or fewer slots that this allows."""
-        resident, num_slots = set(self.resident), self.num_slots
-        self.add(blocks)
+    def has_room_for(self, units: Sequence[UnitSpec]) -> bool:
+        """Whether these may be there beside what is: its own as residents, with the smaller or fewer slots that this
+        allows, others kept."""
+        before = set(self.resident), dict(self.kept), self.num_slots
+        self.add(units)
         fits = self.room_bytes >= 0
-        self.resident, self.num_slots = resident, num_slots
+        self.resident, self.kept, self.num_slots = before
         return fits
 
-    def add(self, blocks: Sequence[UnitSpec]) -> None:
-        self.resident.update(b.index for b in blocks)
-        self.num_slots = min(self.num_slots, len(self.streamed))
+    def add(self, units: Sequence[UnitSpec]) -> None:
+        """Have these, too."""
+        own = [unit for unit in units if unit.index in self.own]
+        self.resident.update(unit.index for unit in own)
+        self.kept.update((unit.index, self.size(unit)) for unit in units if unit.index not in self.own)
+        if own:
+            self.num_slots = min(self.num_slots, len(self.streamed))
 
     # ---- inside
 

@@ -100,7 +100,7 @@ class Case:
 
     def _counted(self, name: str) -> Counts:
         module = self.modules[name]
-        blocks = sorted({u.whole[len(name) + 1 :] for u in self.units if u.component == name and u.is_block})
+        blocks = sorted({u.block_name[len(name) + 1 :] for u in self.units if u.component == name and u.is_block})
         return count(module, lambda: module(**self.model.inputs(module)), blocks)
 
     @property
@@ -174,10 +174,10 @@ class Case:
             own = [u for u in self.units if u.component == name]
             num_bytes: Counter[str] = Counter()
             for unit in own:
-                num_bytes[unit.whole] += unit.num_bytes
+                num_bytes[unit.block_name] += unit.num_bytes
             for unit in own:
-                flops = counts.flops.get(unit.whole[len(name) + 1 :] if unit.is_block else OUTSIDE, 0)
-                found[unit.index] = flops / 1e12 * unit.num_bytes / num_bytes[unit.whole]
+                flops = counts.flops.get(unit.block_name[len(name) + 1 :] if unit.is_block else OUTSIDE, 0)
+                found[unit.index] = flops / 1e12 * unit.num_bytes / num_bytes[unit.block_name]
         return found
 
 

@@ -77,7 +77,7 @@ class UnitSpec:
         return self.stack is not None
 
     @property
-    def whole(self) -> str:
+    def block_name(self) -> str:
         """What all pieces of a block have in common."""
         return self.name if self.block is None else self.block
 

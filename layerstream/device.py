@@ -139,7 +139,7 @@ class Device(Protocol):
     def is_done(self, event: Event) -> bool:
         """Whether the device has passed the event."""
 
-    def prepare(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> Copies:
+    def prepare(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> Copies:
         """What `copy` needs to copy (device view, host view) pairs, of `COPY_BYTES` at most; made once, used often.
 
         Args:
@@ -248,23 +248,23 @@ class _Turn:
     """Copies that are queued together.
 
     Args:
-        pieces: (device, host) pairs.
+        pairs: (device, host) pairs.
         is_locked: the host ones are page-locked.
     """
 
-    def __init__(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], is_locked: bool) -> None:
-        self.pieces, self.is_locked = pieces, is_locked
-        self.targets = [target.data_ptr() for target, _ in pieces]
-        self.sources = [source.data_ptr() for _, source in pieces]
-        self.sizes = [target.numel() for target, _ in pieces]
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], is_locked: bool) -> None:
+        self.pairs, self.is_locked = pairs, is_locked
+        self.targets = [target.data_ptr() for target, _ in pairs]
+        self.sources = [source.data_ptr() for _, source in pairs]
+        self.sizes = [target.numel() for target, _ in pairs]
         self.num_bytes = sum(self.sizes)
 
 
-def _turns(pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool) -> list[_Turn]:
-    """The pieces in turns of `COPY_BYTES` at most, in their order."""
+def _turns(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool) -> list[_Turn]:
+    """The pairs in turns of `COPY_BYTES` at most, in their order."""
     turns: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     left_bytes = 0
-    for target, source in pieces:
+    for target, source in pairs:
         if target.numel() > left_bytes:
             turns.append([])
             left_bytes = COPY_BYTES
@@ -314,7 +314,7 @@ class _CopyStreams:
                 return
             self._batched = None
         with torch.cuda.stream(self.now):
-            for target, source in turn.pieces:
+            for target, source in turn.pairs:
                 target.copy_(source, non_blocking=True)
 
     def _next_turn(self) -> None:
@@ -446,8 +446,8 @@ class CudaDevice:
     def is_done(self, event: Any) -> bool:
         return bool(event.query())
 
-    def prepare(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> list[_Turn]:
-        return _turns(pieces, is_locked=is_locked)
+    def prepare(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> list[_Turn]:
+        return _turns(pairs, is_locked=is_locked)
 
     def copy(self, copies: list[_Turn], after: Sequence[Event]) -> torch.cuda.Event:
         for event in after:

@@ -68,7 +68,7 @@ class RawHome:
         """Whether all of it is page-locked, so that a load does not block the host."""
         return all(s.is_pinned for s in self.segments)
 
-    def pieces(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+    def pairs(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
         """What to copy into a device buffer: (its range, the host bytes, whether these are page-locked), segment by
         segment, in parts of `COPY_BYTES` at most."""
         return [

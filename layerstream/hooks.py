@@ -174,11 +174,11 @@ class Hooks:
             return  # a copy of a block, which carries the hook along
         component = units[0].spec.component
         lane = self._lanes.here
-        is_whole = self._attached.of_component[component].is_whole and lane.is_running_here
+        all_stays = self._attached.of_component[component].all_stays and lane.is_running_here
         timeline = self._passes.timeline
         if timeline is not None:
-            is_whole = False  # each block is told of
-        if is_whole and self._device.stream_number() == self._residency.stream_number:
+            all_stays = False  # each block is told of
+        if all_stays and self._device.stream_number() == self._residency.stream_number:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         self._come_in(lane, f"a block of `{component}`")
@@ -186,7 +186,7 @@ class Hooks:
             if id(block) not in self._attached.units_of:
                 self._go_out(lane)
                 return
-            if is_whole:
+            if all_stays:
                 self._residency.wait_on_this_stream()
                 return
             self._replay.deviate()
@@ -214,7 +214,7 @@ class Hooks:
             if lane is self._lanes.main:
                 self._timer.enter_block(tuple(unit.index for unit in units))
             if timeline is not None:
-                timeline.enter(BLOCKS, id(block), units[0].spec.whole)
+                timeline.enter(BLOCKS, id(block), units[0].spec.block_name)
 
     def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
@@ -242,7 +242,7 @@ class Hooks:
                 if unit.slot is not None:
                     replaced = without_aliases(replaced, unit.slot.buffer)
             if any(unit.may_be_saved for unit in units):
-                refuse_backward(replaced, units[0].spec.whole)
+                refuse_backward(replaced, units[0].spec.block_name)
             if lane.is_empty:
                 self._end(lane)
             return None if replaced is output else replaced

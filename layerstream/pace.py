@@ -23,7 +23,7 @@ from typing import Literal
 LEAST_WIRES = 2  # one that is unpacked, one that is filled meanwhile
 _TOLERANCE = 1.02  # within it a pass takes as long as its compute, or as its copies
 _MOST_CELLS = 40
-_MOST_SHAPES = 5
+_MOST_SLOT_SIZES = 5
 _MOST_STEPS = 3000  # of play in a cell: about 150 passes of 20 streamed blocks, a few ms
 _STRETCH = 1.01  # from one target of a pass's time to the next
 _MOST_TARGETS = 10
@@ -309,9 +309,9 @@ class Search:
         self._blocks = [i for i, size in enumerate(sizes) if size]
         self._total = sum(sizes)
         self._least_ms_per_byte = min((pace.copy_ms[i] / sizes[i] for i in self._blocks), default=0.0)
-        self._shapes = [_Shape.of(sizes, slot_bytes) for slot_bytes in sorted(set(sizes))]
-        self._shapes = [s for s in self._shapes if len(s.others) > counts[0]]
-        self._least = min((s.bytes_with(counts[0]) for s in self._shapes), default=self._total)
+        self._slot_sizes = [_SlotSize.of(sizes, slot_bytes) for slot_bytes in sorted(set(sizes))]
+        self._slot_sizes = [s for s in self._slot_sizes if len(s.others) > counts[0]]
+        self._least = min((s.bytes_with(counts[0]) for s in self._slot_sizes), default=self._total)
         num_cells = max(2, min(_MOST_CELLS, len(self._blocks) ** 2 // 32))  # the more blocks, the more there is in each
         self._width = max(1, -(-(self._total - self._least) // num_cells))
         self._walked: dict[tuple[int, int, int], int] = {}
@@ -426,28 +426,30 @@ class Search:
             yield changed, slots, choice.streamed_bytes + added - removed, slot_bytes
 
     def _starts(self, low: int, high: int) -> Iterator[tuple[int, int]]:
-        shapes = [s for s in self._shapes if s.bytes_with(self._counts[0]) <= high]
-        if len(shapes) > _MOST_SHAPES:
-            shapes = [shapes[i * (len(shapes) - 1) // (_MOST_SHAPES - 1)] for i in range(_MOST_SHAPES)]
+        slot_sizes = [s for s in self._slot_sizes if s.bytes_with(self._counts[0]) <= high]
+        if len(slot_sizes) > _MOST_SLOT_SIZES:
+            slot_sizes = [
+                slot_sizes[i * (len(slot_sizes) - 1) // (_MOST_SLOT_SIZES - 1)] for i in range(_MOST_SLOT_SIZES)
+            ]
         bound_ms = self._bound(high)[0]  # rounded: 0 of what takes less than a nanosecond
         target = floor(log(bound_ms / self._pace.total_ms, _STRETCH)) if bound_ms and self._pace.total_ms else 0
-        for shape in shapes:
+        for slot_size in slot_sizes:
             for slots in self._counts:
                 # What the residents among the others may take.
-                least, most = low - shape.bytes_with(slots), high - shape.bytes_with(slots)
-                if slots >= len(shape.others) or most < 0:
+                least, most = low - slot_size.bytes_with(slots), high - slot_size.bytes_with(slots)
+                if slots >= len(slot_size.others) or most < 0:
                     break
-                yield from ((streamed, slots) for streamed in shape.even(least, most))
+                yield from ((streamed, slots) for streamed in slot_size.even(least, most))
                 for k in range(target, target + _MOST_TARGETS) if self._pace.total_ms else ():
-                    streamed, resident_bytes = self._walk(shape, slots, k)
+                    streamed, resident_bytes = self._walk(slot_size, slots, k)
                     if resident_bytes < least:
                         break
                     yield streamed, slots
 
-    def _walk(self, shape: _Shape, slots: int, target: int) -> tuple[int, int]:
+    def _walk(self, slot_size: _SlotSize, slots: int, target: int) -> tuple[int, int]:
         """Stream every block that is there in time when a pass takes so long; the rest is resident, so many bytes."""
         pace, copy_ms = self._pace, self._pace.copy_ms
-        key = shape.slot_bytes, slots, target
+        key = slot_size.slot_bytes, slots, target
         streamed = self._walked.get(key)
         if streamed is None:
             stretch = _STRETCH**target
@@ -456,7 +458,7 @@ class Search:
             for _ in range(2):  # the second as it is when passes follow each other
                 streamed = 0
                 block, num_taken = -1, 0
-                for i in shape.others:
+                for i in slot_size.others:
                     if pace.firsts[i] != block:
                         block, num_taken = pace.firsts[i], 0
                     start = begin + pace.starts[block] * stretch
@@ -469,7 +471,7 @@ class Search:
                         num_taken += 1
                 begin += pace.total_ms * stretch
             self._walked[key] = streamed = streamed or 0
-        return streamed, sum([self._sizes[i] for i in shape.others if not streamed >> i & 1])
+        return streamed, sum([self._sizes[i] for i in slot_size.others if not streamed >> i & 1])
 
     # ---- inside
 
@@ -479,13 +481,13 @@ class Search:
     def _bound(self, room: int) -> tuple[float, int]:
         """No choice in this room ranks before it."""
         slots = self._counts[0]
-        spare = [slots * s.slot_bytes for s in self._shapes if s.bytes_with(slots) <= room]
+        spare = [slots * s.slot_bytes for s in self._slot_sizes if s.bytes_with(slots) <= room]
         num_bytes = self._total - room + min(spare, default=0)
         return round(max(self._pace.total_ms, num_bytes * self._least_ms_per_byte), 6), num_bytes
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _SlotSize:
     """One size of slot: larger blocks are resident, the others may stream."""
 
     slot_bytes: int
@@ -494,7 +496,7 @@ class _Shape:
     sizes: Sequence[int]
 
     @classmethod
-    def of(cls, sizes: Sequence[int], slot_bytes: int) -> _Shape:
+    def of(cls, sizes: Sequence[int], slot_bytes: int) -> _SlotSize:
         others = tuple(i for i, size in enumerate(sizes) if 0 < size <= slot_bytes)
         return cls(slot_bytes, sum(s for s in sizes if s > slot_bytes), others, sizes)
 

@@ -164,7 +164,7 @@ class Passes:
             self._residency.use(bases, is_touch=False, is_grad=begun[-1])
             self._ledger.start_interval(self._transfer.weights_bytes)
         self._begun_before()[begun] = self._ledger.reserve
-        self._phase_changes.mark_whole(phase_plan)
+        self._phase_changes.mark_staying(phase_plan)
         if self._ledger.wants_times and may_time:
             self._residency.listen_to(self._residency.quiet())
             self._timer.begin(self._ledger.starts_timing())
@@ -235,7 +235,7 @@ class Passes:
         if known is None or self._timer.is_ready or not self._ledger.again(known, self._transfer.weights_bytes):
             return False
         if self._residency.applied is not None:
-            self._phase_changes.mark_whole(self._residency.applied)  # the pass before has loaded its blocks
+            self._phase_changes.mark_staying(self._residency.applied)  # the pass before has loaded its blocks
             self._phase_changes.quieten(self._residency.applied)
         return True
 

@@ -64,14 +64,14 @@ class PhaseChanges:
         wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
         is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
         has_freed = self._make_way(phase_plan, is_new_ring)
-        missing = [unit for i in sorted(phase_plan.resident) if (unit := self._units[i]).own is None]
+        missing = [unit for i in sorted(phase_plan.resident) if (unit := self._units[i]).own_slot is None]
         if has_freed or is_new_ring or missing:
             # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
             self._device.empty_cache()
         if is_new_ring:
             self._residency.allocating(functools.partial(transfer.lay_ring, *wanted))
         for unit in missing:
-            self._residency.allocating(functools.partial(transfer.give_own, unit))
+            self._residency.allocating(functools.partial(transfer.give_own_slot, unit))
         if self._ledger.link_gb_per_s is None:
             self._ledger.link_gb_per_s = transfer.measure_link()
         self._residency.applied = phase_plan
@@ -82,7 +82,7 @@ class PhaseChanges:
         goes back with the last reference to it."""
         transfer = self._transfer
         stay = phase_plan.resident | phase_plan.kept
-        given_up = [unit for unit in transfer.with_own if unit.index not in stay]
+        given_up = [unit for unit in transfer.with_own_slot if unit.index not in stay]
         for unit in given_up:
             self._residency.give_up(unit)
         for slot in transfer.ring:
@@ -93,14 +93,14 @@ class PhaseChanges:
             transfer.drop_ring()
         return bool(given_up)
 
-    def mark_whole(self, phase_plan: PhasePlan) -> None:
+    def mark_staying(self, phase_plan: PhasePlan) -> None:
         """Where all blocks are planned to stay, and have arrived, their hooks have nothing more to do."""
         if phase_plan.num_slots:
             return
         for component in phase_plan.phase.components:
             attachment = self._attached.of_component[component]
-            if not attachment.is_whole:
-                attachment.is_whole = all(unit.is_settled for unit in attachment.units)
+            if not attachment.all_stays:
+                attachment.all_stays = all(unit.is_settled for unit in attachment.units)
 
     def quieten(self, phase_plan: PhasePlan) -> None:
         """Blocks that stay, and have arrived, need no hooks until they are to go; and what runs 300 times for a token
@@ -143,7 +143,7 @@ class PhaseChanges:
         blocks: dict[str, list[int]] = {}  # with their pieces
         for spec in self._attached.specs():
             if spec.is_block and spec.component in phase_plan.phase.components:
-                blocks.setdefault(spec.whole, []).append(spec.index)
+                blocks.setdefault(spec.block_name, []).append(spec.index)
         streams = {name: not phase_plan.resident.issuperset(units) for name, units in blocks.items()}
         return {unit for before, name in pairwise(blocks) if streams[before] for unit in blocks[name]}
 

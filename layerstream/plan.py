@@ -501,7 +501,7 @@ def _reversed_bits(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _SlotSize:
     """One size of slot: larger blocks must be resident, the others may stream.
 
     The slots are smaller for it, which pays where a few blocks are far larger than the rest.
@@ -542,9 +542,9 @@ class _Draft:
         self.looped = [b for b in self.blocks if b.index not in self.on_demand]
         self.seldom = [b for b in self.blocks if costs is not None and b.index in self.on_demand & costs.seldom]
         self.base_bytes = sum(self.size(u) for u in self.bases)
-        self.shapes = [self._shape(size) for size in sorted({self.size(b) for b in self.blocks} | {0})]
-        self.least_shape = min(self.shapes, key=lambda s: s.bytes_with(LEAST_SLOTS))
-        self.least_bytes = self.base_bytes + self.least_shape.bytes_with(LEAST_SLOTS)
+        self.slot_sizes = [self._slot_size(size) for size in sorted({self.size(b) for b in self.blocks} | {0})]
+        self.least_slot_size = min(self.slot_sizes, key=lambda s: s.bytes_with(LEAST_SLOTS))
+        self.least_bytes = self.base_bytes + self.least_slot_size.bytes_with(LEAST_SLOTS)
         self.needed_bytes = self.least_bytes + (phase.reserve_bytes or 0)
         self.is_measured = (
             bool(self.looped) and costs is not None and all(b.index in costs.compute_ms for b in self.looped)
@@ -554,7 +554,7 @@ class _Draft:
         times = [(n * u.sizes.wire, n * ms) for n, u, ms in zip(often, self.units, each_ms, strict=True)]
         decode_ms = [n * _decode_ms(u, costs) for n, u in zip(often, self.units, strict=True)]
         link = costs.link_gb_per_s if costs else _LINK_GB_PER_S
-        wholes = [u.whole for u in self.units]
+        wholes = [u.block_name for u in self.units]
         self.pace = Pace(times, link, wholes, decode_ms)
         self.careful_pace = Pace(times, _CAREFUL_SHARE * link, wholes, decode_ms)
         self.capacity_bytes: int | None = None  # for weights; None: not known
@@ -591,16 +591,16 @@ class _Draft:
 
     def take_least(self, num_slots: int | None) -> None:
         """What can stream streams; with as many slots as asked for, where they fit."""
-        shape = self.least_shape
+        slot_size = self.least_slot_size
         if num_slots is not None:
             wanted = num_slots
-            asked = min(self.shapes, key=lambda s: s.bytes_with(wanted))
+            asked = min(self.slot_sizes, key=lambda s: s.bytes_with(wanted))
             if self.capacity_bytes is None or self.base_bytes + asked.bytes_with(num_slots) <= self.capacity_bytes:
-                shape = asked
+                slot_size = asked
             else:
                 num_slots = None
-        self.resident = {u.index for u in (*self.bases, *shape.forced)}
-        self.num_slots = shape.num_slots(num_slots or LEAST_SLOTS)
+        self.resident = {u.index for u in (*self.bases, *slot_size.forced)}
+        self.num_slots = slot_size.num_slots(num_slots or LEAST_SLOTS)
         self.takes_least = True
 
     def choose(self, num_slots: int | None, *, is_frugal: bool = False, stay: Collection[int] = ()) -> None:
@@ -618,7 +618,7 @@ class _Draft:
         sizes = [self.size(u) if u.index in looped else 0 for u in self.units]
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
         most = (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + _SLOTS_PER_PIECE * (self.pace.most_pieces - 1)
-        usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_shape.num_slots(LEAST_SLOTS)}
+        usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_slot_size.num_slots(LEAST_SLOTS)}
         for counts in (*asked, sorted(n for n in usual if n >= LEAST_SLOTS)):
             choice = Search(self.pace, sizes, counts).fastest(room)
             if choice is not None:
@@ -687,7 +687,7 @@ class _Draft:
         often = [b for b in self.looped if self.uses.get(b.index, 1) > 1 and b.index not in chosen]
         for block in sorted(often, key=lambda b: (-self.uses[b.index], self.size(b))):
             others = [b for b in self.looped if b.index not in chosen and b is not block]
-            pieces = max(Counter(b.whole for b in others).values(), default=0)
+            pieces = max(Counter(b.block_name for b in others).values(), default=0)
             slots = min(len(others), max(LEAST_SLOTS, pieces + 1)) * max((self.size(b) for b in others), default=0)
             taken = sum(self.size(b) for b in self.blocks if b.index in chosen) + self.size(block)
             if taken + slots > room:
@@ -695,13 +695,13 @@ class _Draft:
             chosen.add(block.index)
         return chosen
 
-    def _shape(self, slot_bytes: int) -> _Shape:
+    def _slot_size(self, slot_bytes: int) -> _SlotSize:
         # What has no bytes needs no slot.
         others = tuple(b for b in self.blocks if 0 < self.size(b) <= slot_bytes)
         forced = tuple(b for b in self.blocks if not 0 < self.size(b) <= slot_bytes)
-        pieces = Counter(b.whole for b in others)
+        pieces = Counter(b.block_name for b in others)
         num_pieces = max(pieces.values(), default=1)
-        return _Shape(slot_bytes, forced, others, sum(self.size(b) for b in forced), num_pieces)
+        return _SlotSize(slot_bytes, forced, others, sum(self.size(b) for b in forced), num_pieces)
 
     def _compute_ms(self, costs: Costs | None) -> list[float]:
         """Of each unit; what was not measured is assumed to be like what was."""
@@ -726,17 +726,17 @@ class _Draft:
     def too_small(self, budget_bytes: int, whole: Sequence[WholeSpec]) -> str:
         whole_bytes, reserve = sum(spec.num_bytes for spec in whole), self.phase.reserve_bytes
         needed = self.needed_bytes + whole_bytes
-        shape, name = self.least_shape, " and ".join(f"`{c}`" for c in self.phase.components)
+        slot_size, name = self.least_slot_size, " and ".join(f"`{c}`" for c in self.phase.components)
         parts = []
-        if shape.others:
-            largest = max(shape.others, key=lambda b: b.num_bytes)
+        if slot_size.others:
+            largest = max(slot_size.others, key=lambda b: b.num_bytes)
             each = format_bytes(self.size(largest))
-            parts.append(f"{shape.num_slots(LEAST_SLOTS)} slot(s) for `{largest.name}` ({each} each)")
-        if shape.forced:
-            larger = "larger " if shape.others else ""
-            most = max(shape.forced, key=lambda b: b.num_bytes)
+            parts.append(f"{slot_size.num_slots(LEAST_SLOTS)} slot(s) for `{largest.name}` ({each} each)")
+        if slot_size.forced:
+            larger = "larger " if slot_size.others else ""
+            most = max(slot_size.forced, key=lambda b: b.num_bytes)
             named = f", `{most.name}` alone {format_bytes(self.size(most))}" if self.size(most) > budget_bytes else ""
-            parts.append(f"{len(shape.forced)} {larger}block(s) ({format_bytes(shape.forced_bytes)}{named})")
+            parts.append(f"{len(slot_size.forced)} {larger}block(s) ({format_bytes(slot_size.forced_bytes)}{named})")
         if self.bases:
             largest = max(self.bases, key=lambda b: b.num_bytes)
             named = (

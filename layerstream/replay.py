@@ -223,7 +223,7 @@ class Replay:
 
     def _is_free(self, unit: StreamedUnit) -> bool:
         """Whether a unit can be let go of without anything to write back, keep or refuse."""
-        if unit.own is not None or unit.is_lent or unit.may_be_saved or unit.is_quiet:
+        if unit.own_slot is not None or unit.is_lent or unit.may_be_saved or unit.is_quiet:
             return False
         for running, _ in self._lanes.main.running:
             if running in unit.called:

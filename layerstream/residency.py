@@ -131,15 +131,15 @@ class Residency:
     def prefetch(self, held: Sequence[StreamedUnit]) -> None:
         """Start loading the units expected next, in their order, as far as there are slots that nobody holds."""
         transfer = self._transfer
-        wanted = [unit for unit in dict.fromkeys(held) if unit.slot is not unit.own]
+        wanted = [unit for unit in dict.fromkeys(held) if unit.slot is not unit.own_slot]
         num_slots = len(transfer.ring)
         with engine_tensors():
             for unit in self.ahead(2 * num_slots + LOOK_AHEAD):
                 if unit.slot is not None:
-                    if unit.own is None and unit not in wanted:
+                    if unit.own_slot is None and unit not in wanted:
                         wanted.append(unit)
                     continue
-                if unit.own is None:
+                if unit.own_slot is None:
                     if unit not in wanted:
                         wanted.append(unit)
                     if len(wanted) > num_slots or unit.home.device_bytes > transfer.slot_bytes:
@@ -180,7 +180,7 @@ class Residency:
             resident = phase.resident
             taken = transfer.slots_bytes + self._device.rounded_bytes(unit.home.device_bytes)
             soon = _positions(self.ahead(len(self.units)))
-            payers = [u for u in transfer.with_own if u not in held and u is not unit]
+            payers = [u for u in transfer.with_own_slot if u not in held and u is not unit]
             payers.sort(key=lambda u: (u.index in resident, u.spec.is_block, -soon.get(u, len(soon))))
             for payer in payers:
                 if taken <= phase.weights_bytes:
@@ -226,7 +226,7 @@ class Residency:
             if b not in replaced or not self._transfer.is_in_slot(b.tensor)
         )
         # A unit whose hooks had nothing to do was seen by nobody: its graphs are refused as well.
-        if unit.may_be_saved or unit.own is not None:
+        if unit.may_be_saved or unit.own_slot is not None:
             binding.forbid_backward()
         self.forget_autocast([unit])
         unit.unbind()
@@ -235,7 +235,7 @@ class Residency:
     def _empty(self, unit: StreamedUnit, replaced: Sequence[BoundTensor]) -> Slot:
         """Free the slot of a unit that is absent."""
         slot = unit.holding()
-        is_own = slot is unit.own
+        is_own = slot is unit.own_slot
         was_grad = unit.may_be_in_graph or is_own
         if slot.readers and (unit.is_lent or not was_grad) and slot.is_aliased():
             # Somebody else looks at the slot (`weight.detach()` kept by user code) and keeps the bytes. (Graphs hold
@@ -260,7 +260,7 @@ class Residency:
             if unit.slot is not None:
                 self._empty(unit, elsewhere)
                 self.epoch += 1
-                self._attached.of_component[unit.spec.component].is_whole = False
+                self._attached.of_component[unit.spec.component].all_stays = False
 
     def drop_extra_slots(self, held: Sequence[StreamedUnit]) -> None:
         """Extra slots go as soon as nobody holds their unit; they are memory beyond the plan."""
@@ -276,10 +276,10 @@ class Residency:
         if unit.slot is not None:
             self.evict(unit)
             self._stats.num_evicted += 1
-        self._transfer.drop_own(unit)
+        self._transfer.drop_own_slot(unit)
         attachment = self._attached.of_component.get(unit.spec.component)
         if attachment is not None:
-            attachment.is_whole = False
+            attachment.all_stays = False
 
     def allocating(self, allocate: Callable[[], Any]) -> Any:
         """Run `allocate`; where the budget has no room, say so with numbers."""

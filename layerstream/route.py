@@ -62,14 +62,14 @@ class Copy:
         self._staging: _StagingRing | None = None
 
     def prepare(self, home: RawHome, buffer: torch.Tensor) -> Issue:
-        pieces = home.pieces(buffer)
+        pairs = home.pairs(buffer)
         if home.is_pinned:
             return functools.partial(
-                self._device.copy, self._device.prepare([(target, source) for target, source, _ in pieces])
+                self._device.copy, self._device.prepare([(target, source) for target, source, _ in pairs])
             )
         if self._staging is None:
             self._staging = _StagingRing(self._device)
-        return functools.partial(self._staging.copy, pieces)
+        return functools.partial(self._staging.copy, pairs)
 
     def close(self) -> None:
         """Let go of the buffers. The device must be idle."""
@@ -91,10 +91,10 @@ class _StagingRing:
         self._events: list[Event] = [None] * len(self._buffers)
         self._next = 0
 
-    def copy(self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor, bool]], after: Sequence[Event]) -> Event:
-        """Like `Device.copy`, for pieces of which some are page-locked; blocks the host for the others."""
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor, bool]], after: Sequence[Event]) -> Event:
+        """Like `Device.copy`, for pairs of which some are page-locked; blocks the host for the others."""
         event = self._copy([], after)
-        for target, source, is_pinned in pieces:
+        for target, source, is_pinned in pairs:
             if is_pinned or not self._buffers:
                 event = self._copy([(target, source)], [], is_locked=is_pinned)
                 continue
@@ -107,6 +107,6 @@ class _StagingRing:
         return event
 
     def _copy(
-        self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, is_locked: bool = True
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event], *, is_locked: bool = True
     ) -> Event:
-        return self._device.copy(self._device.prepare(pieces, is_locked=is_locked), after)
+        return self._device.copy(self._device.prepare(pairs, is_locked=is_locked), after)

@@ -9,7 +9,7 @@ with NaN. Optional checks:
 - *poison*: from the moment a copy into a slot is issued, the slot holds NaN until the copy runs.
 - *happens-before* (`checking()`): every operator that touches a slot is compared with the copies into it by
   vector clocks, as a race detector does. It catches the missing wait that happens to give the right values.
-- *faults*: `fail_at(n, exc)` raises at the n-th device operation from now; the pieces of a copy are one each.
+- *faults*: `fail_at(n, exc)` raises at the n-th device operation from now; the pairs of a copy are one each.
 - *two places*: to torch both are "cpu", so that moving a module to the host cannot be seen by where its tensors end up.
   With `is_named_apart`, "cpu" is what user code calls the host, as it is beside a GPU.
 - *memory*: buffers, and within `checking()` or `accounting()` every storage that an operator makes, take device
@@ -74,7 +74,7 @@ class SimulatedEvent:
 
 @dataclass(eq=False)
 class _Copy:
-    pieces: list[tuple[torch.Tensor, torch.Tensor]]
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]
     is_done: bool = False
 
 
@@ -375,9 +375,9 @@ class SimulatedDevice:
         return True
 
     def prepare(
-        self, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return list(pieces)
+        return list(pairs)
 
     def copy(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any]) -> SimulatedEvent:
         self._step("copy")
@@ -392,15 +392,15 @@ class SimulatedDevice:
             try:
                 for number, (target, source) in enumerate(copies):
                     if number:
-                        self._step("piece", progresses=False)  # what fails here leaves the pieces before on their way
+                        self._step("piece", progresses=False)  # what fails here leaves the pairs before on their way
                     self._check_overwrite(target)
                     self._check_source(source)
                     if self.is_poisoned:
                         target.fill_(0xFF)
-                    queued.pieces.append((target, source))
+                    queued.pairs.append((target, source))
                     self._copy_time_ms += target.numel() / self.link_gb_per_s / 1e6
             except BaseException:
-                if not queued.pieces:
+                if not queued.pairs:
                     self._queue.remove(queued)
                     queued.is_done = True
                 raise
@@ -459,7 +459,7 @@ class SimulatedDevice:
     def unregister(self, address: int) -> None:
         with self._lock:
             end = address + self.registered[address]
-            sources = (source.data_ptr() for queued in self._queue for _, source in queued.pieces)
+            sources = (source.data_ptr() for queued in self._queue for _, source in queued.pairs)
             if any(address <= source < end for source in sources):
                 raise TransferError("host memory unregistered while a copy from it is in flight")
             del self.registered[address]
@@ -530,9 +530,9 @@ class SimulatedDevice:
         with self._lock, engine_tensors(), self._own_operations():
             if self._queue:
                 queued = self._queue.popleft()
-                for target, source in queued.pieces:
+                for target, source in queued.pairs:
                     target.copy_(source)
-                queued.pieces = []  # events that are kept must not look like somebody who looks at the slot
+                queued.pairs = []  # events that are kept must not look like somebody who looks at the slot
                 queued.is_done = True
 
     @contextlib.contextmanager

@@ -384,7 +384,7 @@ class Streamer:
                 for layout in attachment.layouts:
                     if not is_hookable(layout):
                         for unit in attachment.units:
-                            self._residency.allocating(functools.partial(self._transfer.give_own, unit))
+                            self._residency.allocating(functools.partial(self._transfer.give_own_slot, unit))
                         self._residency.use(attachment.units, is_touch=False, is_grad=False)
 
     def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
@@ -401,7 +401,7 @@ class Streamer:
         """A unit that is let go of leaves its slot; its tensors are at home already."""
         if unit.slot is not None:
             self._transfer.vacate(unit)
-        self._transfer.drop_own(unit)
+        self._transfer.drop_own_slot(unit)
         self._transfer.forget(unit)
         if unit.is_quiet:
             unit.is_quiet = False
@@ -445,8 +445,8 @@ class Streamer:
         self._ledger.check(components, [unit.spec for unit in division.units], division.whole(), outside)
 
     def _count_placements(self) -> None:
-        blocks = {s.whole for s in self._attached.specs() if s.is_block}
-        streamed = {s.whole for s in self._attached.specs() if self.plan.placement(s.index) is Placement.STREAMED}
+        blocks = {s.block_name for s in self._attached.specs() if s.is_block}
+        streamed = {s.block_name for s in self._attached.specs() if self.plan.placement(s.index) is Placement.STREAMED}
         self.stats.num_streamed_blocks = len(streamed)
         self.stats.num_resident_blocks = len(blocks) - len(streamed)
 

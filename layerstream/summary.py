@@ -77,8 +77,8 @@ def stacks_of(
         sizes: Counter[str] = Counter()  # by block, with its pieces
         placements: dict[str, set[Placement]] = {}
         for unit in members:
-            sizes[unit.whole] += unit.num_bytes
-            placements.setdefault(unit.whole, set()).add(placement(unit.index))
+            sizes[unit.block_name] += unit.num_bytes
+            placements.setdefault(unit.block_name, set()).add(placement(unit.index))
         streamed_bytes = sum(u.num_bytes for u in members if placement(u.index) is Placement.STREAMED)
         streams = any(Placement.STREAMED in found for found in placements.values())
         yield StackSummary(

@@ -353,12 +353,12 @@ class _Check:
         if not spec.is_block:
             self.add("hint", f"{what}, outside of blocks, is read by {reader} between two calls of `{spec.component}`")
             return
-        block = spec.whole.removeprefix(f"{spec.component}.")
+        block = spec.block_name.removeprefix(f"{spec.component}.")
         _note(self.resident, spec.component, block)
         self.add(
             "slow",
-            f"weights of `{spec.whole}` are read outside of its block's forward, by {reader}: {what}. Each time its "
-            f'whole block is loaded. Name it in resident ("{block}"), or read them inside the forward',
+            f"weights of `{spec.block_name}` are read outside of its block's forward, by {reader}: {what}. Each time "
+            f'all of it is loaded. Name it in resident ("{block}"), or read them inside the forward',
         )
 
     def not_foreseen(self, unit: StreamedUnit) -> None:
@@ -368,7 +368,7 @@ class _Check:
             if self.has_one_order
             else "since blocks run in another order in each call; if what runs depends on the input, so it must be"
         )
-        self.add("slow", f"`{unit.spec.whole}` was not foreseen from call {_SETTLED} on, {why}")
+        self.add("slow", f"`{unit.spec.block_name}` was not foreseen from call {_SETTLED} on, {why}")
 
     def found_entrance(self, component: str, entrance: str) -> None:
         _note(self.entrances, component, entrance)
@@ -431,7 +431,7 @@ class _Check:
         units = [unit for unit in self.plan.units if unit.component == layout.name]
         blocks = [unit for unit in units if unit.is_block]
         largest = max(units, key=lambda unit: unit.num_bytes, default=None)
-        names = dict.fromkeys(unit.whole for unit in blocks)
+        names = dict.fromkeys(unit.block_name for unit in blocks)
         return ComponentSummary(
             name=layout.name,
             class_name=type(layout.root).__name__,
@@ -481,7 +481,7 @@ class _Watch:
         """The engine is as it was."""
         engine = self._engine
         self._check.used |= {
-            engine._units[unit].spec.whole for unit in engine._residency.order.seen if unit in engine._units
+            engine._units[unit].spec.block_name for unit in engine._residency.order.seen if unit in engine._units
         }
         for owner, name in (
             (engine._residency, "make_room"),

@@ -79,13 +79,13 @@ class TransferEngine:
             self._free(self.ring.pop())
         self.slot_bytes = 0
 
-    def give_own(self, unit: StreamedUnit) -> None:
+    def give_own_slot(self, unit: StreamedUnit) -> None:
         """Allocate a slot for `unit` alone, in which it stays."""
-        unit.own = self._make_slot(unit.home.device_bytes)
+        unit.own_slot = self._make_slot(unit.home.device_bytes)
 
-    def drop_own(self, unit: StreamedUnit) -> None:
+    def drop_own_slot(self, unit: StreamedUnit) -> None:
         """Free the slot of `unit`, which is empty."""
-        slot, unit.own = unit.own, None
+        slot, unit.own_slot = unit.own_slot, None
         if slot is not None:
             self._free(slot)
 
@@ -95,9 +95,9 @@ class TransferEngine:
         return tuple([-1 if slot.unit is None else slot.unit.index for slot in self.ring])
 
     @property
-    def with_own(self) -> list[StreamedUnit]:
+    def with_own_slot(self) -> list[StreamedUnit]:
         """The units that have a slot of their own, loaded or not."""
-        return [unit for unit in self._units.values() if unit.own is not None]
+        return [unit for unit in self._units.values() if unit.own_slot is not None]
 
     def add_extra(self, unit: StreamedUnit) -> Slot:
         """A slot for one use of `unit`, when more units are in use at once than there is room for."""
@@ -127,7 +127,7 @@ class TransferEngine:
         self._slots, self.ring, self.extra = {}, [], []
         self._copy.close()
         for unit in self._units.values():
-            unit.slot = unit.own = None
+            unit.slot = unit.own_slot = None
         self.slots_bytes = self.slot_bytes = 0
         with contextlib.ExitStack() as each:  # all of them, also when one fails
             for slot in slots:
@@ -160,8 +160,8 @@ class TransferEngine:
 
     def empty_slot(self, unit: StreamedUnit) -> Slot | None:
         """Where `unit` can go without making room: its own slot, or one of the ring that is empty and large enough."""
-        if unit.own is not None:
-            return unit.own
+        if unit.own_slot is not None:
+            return unit.own_slot
         if unit.home.device_bytes > self.slot_bytes:
             return None
         return next((s for s in self.ring if s.unit is None), None)
@@ -249,10 +249,10 @@ class TransferEngine:
         slot = unit.holding()
         if slot.is_extra:
             return  # it goes when it is vacated, and whoever looks at its memory keeps that
-        is_own = unit.own is slot
+        is_own = unit.own_slot is slot
         fresh = self._make_slot(unit.home.device_bytes if is_own else self.slot_bytes)
         if is_own:
-            unit.own = fresh
+            unit.own_slot = fresh
         else:
             self.ring[self.ring.index(slot)] = fresh
         fresh.ready, unit.slot, fresh.unit = fresh.after[0], fresh, unit

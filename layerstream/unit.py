@@ -145,7 +145,7 @@ class StreamedUnit:
         self.of_32_bits = tuple(bound for bound in binding.tensors if bound.dtype is torch.float32)
         self.index = spec.index  # its number in plans
         self.slot: Slot | None = None
-        self.own: Slot | None = None
+        self.own_slot: Slot | None = None
         self.is_lent = self.is_cloned = self.is_quiet = self.is_called_alone = False
         self.may_be_saved = self.may_be_in_graph = False
         self.is_bound = False
@@ -168,7 +168,7 @@ class StreamedUnit:
     @property
     def is_settled(self) -> bool:
         """Whether it is where the plan wants it to stay, with its tensors bound."""
-        return self.own is not None and self.slot is self.own and self.is_bound
+        return self.own_slot is not None and self.slot is self.own_slot and self.is_bound
 
     def holding(self) -> Slot:
         """The slot that it is in.

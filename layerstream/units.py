@@ -150,26 +150,26 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
         AdapterError: a block stands twice, or inside another.
         PipelineError: weights on the meta device, which have no bytes to stream.
     """
-    drafts: list[_Draft] = []
+    owners: list[_Owner] = []
     division = Division([], [], {}, [])
     uses: dict[int, _Use] = {}  # one per tensor object
     for layout in layouts:
-        base = _Draft(f"{layout.name} (base)", layout, None, None)
+        base = _Owner(f"{layout.name} (base)", layout, None, None)
         blocks = [
-            _Draft(f"{layout.name}.{name}", layout, stack.name, module)
+            _Owner(f"{layout.name}.{name}", layout, stack.name, module)
             for stack in layout.stacks
             for name, module in stack.blocks
         ]
         _refuse_overlaps(blocks)
-        drafts += [base, *blocks]
+        owners += [base, *blocks]
         seen: set[int] = set()
         others = {(id(part), id(base)) for part in layout.without}
-        for path, module, draft in _walk(layout.root, "", base, {id(b.module): b for b in blocks}, others):
+        for path, module, owner in _walk(layout.root, "", base, {id(b.module): b for b in blocks}, others):
             for place in _places(module):
                 name = ".".join(part for part in (layout.name, path, place.name) if part)
                 if id(module) in seen:
                     if id(place.tensor) in uses:
-                        uses[id(place.tensor)].used_by(draft, module)
+                        uses[id(place.tensor)].used_by(owner, module)
                     continue
                 if not _moves(place.tensor):
                     division.others.setdefault(layout.name, []).append(place)
@@ -184,11 +184,11 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
                 if use is None:
                     tensor = _ordinary(place.tensor) if place.tensor.is_inference() else place.tensor
                     use = uses[id(place.tensor)] = _Use(name, place.tensor, tensor)
-                use.used_by(draft, module)
+                use.used_by(owner, module)
                 if place.tensor.is_inference():
                     division.stand_ins.append((place, use.tensor))
             seen.add(id(module))
-    bases = {id(d.layout): d for d in drafts if d.module is None}
+    bases = {id(d.layout): d for d in owners if d.module is None}
     also: dict[int, set[str]] = {}  # by base: other components that use what it holds
     for group in _sharing_bytes(uses.values(), lambda use: use.found):
         users = [user for use in group for user in use.users]
@@ -202,22 +202,22 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
         writer = next((module for module in use.modules if isinstance(module, NormBase)), None)
         is_statistic = writer is not None and use.name.rpartition(".")[2] in ("running_mean", "running_var")
         use.owner.tensors.append(BoundTensor.of(use.name, use.tensor, writer if is_statistic else None))
-    for draft in drafts:
-        pieces = _pieces(draft.tensors) if draft.module is not None else [draft.tensors]
+    for owner in owners:
+        pieces = _pieces(owner.tensors) if owner.module is not None else [owner.tensors]
         for number, tensors in enumerate(pieces):
             if tensors:
                 is_whole = len(pieces) == 1
                 spec = UnitSpec(
                     index=len(division.units),
-                    name=draft.name if is_whole else f"{draft.name} ({number + 1} of {len(pieces)})",
-                    component=draft.layout.name,
-                    stack=draft.stack,
+                    name=owner.name if is_whole else f"{owner.name} ({number + 1} of {len(pieces)})",
+                    component=owner.layout.name,
+                    stack=owner.stack,
                     num_bytes=unit_bytes(b.num_bytes for b in tensors),
-                    is_repeated=draft.layout.is_repeated,
-                    also=tuple(sorted(also[id(draft)])),
-                    block=None if is_whole else draft.name,
+                    is_repeated=owner.layout.is_repeated,
+                    also=tuple(sorted(also[id(owner)])),
+                    block=None if is_whole else owner.name,
                 )
-                division.units.append(Unit(spec, UnitBinding(tensors), draft.module, tuple(draft.twins)))
+                division.units.append(Unit(spec, UnitBinding(tensors), owner.module, tuple(owner.twins)))
     return division
 
 
@@ -267,7 +267,7 @@ def connected(layouts: Sequence[ComponentLayout], division: Division) -> list[li
 
 
 @dataclass(eq=False)
-class _Draft:
+class _Owner:
     """A unit while its tensors are being collected."""
 
     name: str
@@ -289,16 +289,16 @@ class _Use:
     tensor: torch.Tensor
 
     def __post_init__(self) -> None:
-        self.users: list[_Draft] = []
+        self.users: list[_Owner] = []
         self.modules: list[nn.Module] = []  # of each user, the one that the tensor hangs in
-        self.owner: _Draft | None = None
+        self.owner: _Owner | None = None
 
-    def used_by(self, user: _Draft, module: nn.Module) -> None:
+    def used_by(self, user: _Owner, module: nn.Module) -> None:
         self.users.append(user)
         self.modules.append(module)
 
 
-def _leaf_of(group: Sequence[_Use]) -> _Draft | None:
+def _leaf_of(group: Sequence[_Use]) -> _Owner | None:
     """The unit of a single layer whose weight hangs in like layers outside the stacks, too: T5 has its embedding twice,
     as `shared` and as `encoder.embed_tokens`. All of them are that unit."""
     pairs = [pair for use in group for pair in zip(use.users, use.modules, strict=True)]
@@ -321,8 +321,8 @@ def _leaf_of(group: Sequence[_Use]) -> _Draft | None:
 
 
 def _walk(
-    module: nn.Module, path: str, owner: _Draft, blocks: dict[int, _Draft], done: set[tuple[int, int]]
-) -> Iterator[tuple[str, nn.Module, _Draft]]:
+    module: nn.Module, path: str, owner: _Owner, blocks: dict[int, _Owner], done: set[tuple[int, int]]
+) -> Iterator[tuple[str, nn.Module, _Owner]]:
     """Every module once for each unit it is part of, however often it is reached."""
     owner = blocks.get(id(module), owner)
     if (id(module), id(owner)) in done:
@@ -333,7 +333,7 @@ def _walk(
         yield from _walk(child, f"{path}.{name}" if path else name, owner, blocks, done)
 
 
-def _refuse_overlaps(blocks: Sequence[_Draft]) -> None:
+def _refuse_overlaps(blocks: Sequence[_Owner]) -> None:
     """A module inside two blocks is legal (its tensors become part of the base); a block inside a block is not."""
     names = {id(block.module): block.name for block in blocks}
     for position, block in enumerate(blocks):

@@ -391,7 +391,7 @@ def test_a_large_block_is_cut_into_pieces_of_about_equal_size(monkeypatch: pytes
         "net.blocks.0 (1 of 2)", "net.blocks.0 (2 of 2)", "net.blocks.1 (1 of 2)", "net.blocks.1 (2 of 2)",
     ]  # fmt: skip
     assert [u.spec.index for u in found] == [0, 1, 2, 3]
-    assert {u.spec.whole for u in found} == {"net.blocks.0", "net.blocks.1"}
+    assert {u.spec.block_name for u in found} == {"net.blocks.0", "net.blocks.1"}
     assert all(u.spec.is_block and u.spec.stack == "blocks" for u in found)
     assert [[b.name[-1] for b in u.binding.tensors] for u in found[:2]] == [["a"], ["b", "c", "d", "e"]]
     assert found[0].module is found[1].module, "the hooks of one block bring all of its pieces"
@@ -404,7 +404,7 @@ def test_a_block_that_is_not_much_larger_than_a_piece_stays_whole(
     found = wide_units(piece_bytes, monkeypatch)
     assert [u.spec.name for u in found] == ["net.blocks.0", "net.blocks.1"]
     assert [u.spec.block for u in found] == [None, None]
-    assert [u.spec.whole for u in found] == ["net.blocks.0", "net.blocks.1"]
+    assert [u.spec.block_name for u in found] == ["net.blocks.0", "net.blocks.1"]
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 50, 150, 300])

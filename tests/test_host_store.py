@@ -849,7 +849,7 @@ def test_a_large_tensor_is_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(torch.cat([part for _, part in parts]), source)
     unit = RawHome(SimulatedDevice(), [0], 256 + source.numel(), segments=[segment])
     buffer = torch.zeros(unit.device_bytes, dtype=torch.uint8)
-    for target, part, _ in unit.pieces(buffer):
+    for target, part, _ in unit.pairs(buffer):
         target.copy_(part)
     assert torch.equal(buffer[256:], source)
     assert not buffer[:256].any()

@@ -77,7 +77,7 @@ def test_a_part_of_a_block_may_stay() -> None:
             placements: dict[str, set[Placement]] = {}
             for unit in streamer.plan.units:
                 if unit.is_block:
-                    placements.setdefault(unit.whole, set()).add(streamer.plan.placement(unit.index))
+                    placements.setdefault(unit.block_name, set()).add(streamer.plan.placement(unit.index))
             mixed.append(sum(len(found) > 1 for found in placements.values()))
             streamed = sum(Placement.STREAMED in found for found in placements.values())
             stats = streamer.stats()

@@ -107,7 +107,7 @@ def test_weights_read_outside_of_their_block() -> None:
     assert (
         "weights of `Net.layers.1` are read outside of its block's forward, by `Net.forward` (test_testing.py:" in text
     )
-    assert ": `Net.layers.1.up.weight`. Each time its whole block is loaded. Name it in resident" in text
+    assert ": `Net.layers.1.up.weight`. Each time all of it is loaded. Name it in resident" in text
     line = 'layerstream.register_adapter("Net", layerstream.Adapter(stacks=["layers"], is_repeated=True, resident=['
     assert f'{line}"layers.1"]))' in text
 

@@ -197,7 +197,7 @@ def describe(name: str, cls: type[nn.Module], example: nn.Module | None) -> Row:
     blocks: dict[str, set[str]] = {}
     for unit in units:
         if unit.stack is not None:
-            blocks.setdefault(unit.stack, set()).add(unit.whole)
+            blocks.setdefault(unit.stack, set()).add(unit.block_name)
     return Row(
         name=name,
         stacks=tuple(f"`{stack}` {len(names)}" for stack, names in blocks.items()),

@@ -51,7 +51,7 @@ def _counters(streamer: layerstream.LayerStreamer) -> Counters:
     def held_bytes(module: nn.Module) -> int:
         # What stays of other components is of no use to this one.
         transfer, name = engine()._transfer, component_of(module)
-        others = (unit.own for unit in transfer.with_own if unit.spec.component != name)
+        others = (unit.own_slot for unit in transfer.with_own_slot if unit.spec.component != name)
         held: int = transfer.weights_bytes - sum(slot.buffer.numel() for slot in others)
         return held
 

@@ -2,8 +2,6 @@
 
 from layerstream import _import_torch  # noqa: F401 - before anything else imports torch
 from layerstream._version import __version__
-from layerstream.adapters.base import Adapter
-from layerstream.adapters.registry import register_adapter
 from layerstream.api import LayerStreamer, active, offload, plan
 from layerstream.errors import (
     AdapterError,
@@ -22,7 +20,9 @@ from layerstream.errors import (
     StreamerStateError,
     TransferError,
 )
-from layerstream.plan import Plan
+from layerstream.model.adapters.base import Adapter
+from layerstream.model.adapters.registry import register_adapter
+from layerstream.planning.plan import Plan
 from layerstream.report import Report
 from layerstream.stats import Stats
 

@@ -23,26 +23,9 @@ import torch
 from torch import nn
 
 from layerstream.budget import format_budget, format_bytes, parse_reserve, resolve_budget
-from layerstream.changes import (
-    CHANGING_METHODS,
-    MERGING_METHODS,
-    READING_METHODS,
-    adapter_layers,
-    entries_of,
-    merging_on,
-    methods_of,
-)
-from layerstream.compiled import uncompiled
-from layerstream.components import (
-    components_of,
-    containers_of,
-    is_plain,
-    layouts_of,
-    refuse_scripted,
-    some_components_of,
-)
-from layerstream.decorating import decorated
-from layerstream.device import CudaDevice, Device, find_device
+from layerstream.device.base import Device
+from layerstream.device.cuda import CudaDevice, find_device
+from layerstream.engine.streamer import Streamer
 from layerstream.errors import (
     AlreadyOffloadedError,
     ArgumentError,
@@ -51,16 +34,34 @@ from layerstream.errors import (
     StreamerStateError,
     brief,
 )
-from layerstream.intercept import Interception, refuse_rivals
+from layerstream.hooks.compiled import uncompiled
+from layerstream.hooks.intercept import Interception, refuse_rivals
 from layerstream.interrupts import twice_if_interrupted
-from layerstream.pipeline_watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
-from layerstream.plan import Phase, Plan, make_plan
-from layerstream.remembered import RememberedDevices
+from layerstream.model.components import (
+    components_of,
+    containers_of,
+    is_plain,
+    layouts_of,
+    refuse_scripted,
+    some_components_of,
+)
+from layerstream.model.remembered import RememberedDevices
+from layerstream.model.units import divide
+from layerstream.pipeline.changes import (
+    CHANGING_METHODS,
+    MERGING_METHODS,
+    READING_METHODS,
+    adapter_layers,
+    entries_of,
+    merging_on,
+    methods_of,
+)
+from layerstream.pipeline.decorating import decorated
+from layerstream.pipeline.watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
+from layerstream.planning.plan import Phase, Plan, make_plan
 from layerstream.report import Report, entered_line, streamer_html
 from layerstream.saying import warn
 from layerstream.stats import Stats
-from layerstream.streamer import Streamer
-from layerstream.units import divide
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -330,7 +331,7 @@ class LayerStreamer:
             else:
                 self._watch()
 
-    # ---- what is told of pipelines and modules (`pipeline_watch.Owner`)
+    # ---- what is told of pipelines and modules (`pipeline.watch.Owner`)
 
     @property
     def number(self) -> int:
@@ -738,7 +739,7 @@ def _device_of(device: torch.device | str | int | Device | None) -> Device:
     torch_device = find_device(device)
     if torch_device.type != "cpu":
         return CudaDevice(torch_device)
-    from layerstream.simulated import SimulatedDevice  # beside a GPU nobody needs it
+    from layerstream.device.simulated import SimulatedDevice  # beside a GPU nobody needs it
 
     return SimulatedDevice()
 

@@ -17,7 +17,7 @@ from layerstream import demo
 from layerstream._version import __version__
 from layerstream.arguments import Parser, budget, positive
 from layerstream.budget import format_bytes
-from layerstream.device import find_device
+from layerstream.device.cuda import find_device
 from layerstream.errors import LayerstreamError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

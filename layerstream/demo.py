@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerstream.adapters.registry import adapter_for
 from layerstream.api import offload
-from layerstream.device import find_device
+from layerstream.device.cuda import find_device
 from layerstream.errors import BudgetError, PipelineError
+from layerstream.model.adapters.registry import adapter_for
 from layerstream.standins import DEMO_CALL, build_demo
 from layerstream.stats import Stats
 

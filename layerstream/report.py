@@ -8,9 +8,9 @@ from typing import Any
 
 from layerstream.blocks import UnitSpec
 from layerstream.budget import format_budget, format_bytes
-from layerstream.plan import Plan
+from layerstream.planning.plan import Plan
+from layerstream.planning.summary import PlanSummary, gain_lines
 from layerstream.stats import PhaseStats, Stats
-from layerstream.summary import PlanSummary, gain_lines
 from layerstream.tables import Page, Table
 
 _LEAST_SLOW_SHARE = 1.25  # a loop that takes this many times its compute is told of

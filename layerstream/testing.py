@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 import layerstream.api as api
-from layerstream.adapters.registry import adapter_for
 from layerstream.budget import format_bytes
 from layerstream.comparing import (
     assert_restored,
@@ -34,15 +33,16 @@ from layerstream.comparing import (
     state_differences,
     tensors_in,
 )
-from layerstream.compiled import uncompiled
-from layerstream.components import held_modules, is_plain, layouts_of, some_components_of
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.engine.streamer import Streamer
 from layerstream.errors import ArgumentError, LayerstreamWarning, brief
-from layerstream.simulated import SimulatedDevice
-from layerstream.streamer import Streamer
+from layerstream.hooks.compiled import uncompiled
+from layerstream.model.adapters.registry import adapter_for
+from layerstream.model.components import held_modules, is_plain, layouts_of, some_components_of
+from layerstream.model.units import ComponentLayout, divide
 from layerstream.tables import Page, Table
 from layerstream.torch_private import tree_leaves
-from layerstream.unit import StreamedUnit
-from layerstream.units import ComponentLayout, divide
+from layerstream.transfer.unit import StreamedUnit
 
 __all__ = [
     "AdapterReport",
@@ -468,13 +468,13 @@ class _Watch:
         self.is_settled = False
         self.streams_all = streams_all  # else blocks that come back when their phase begins may be waited for
         self._engine, self._check = engine, check
-        self._make_room, self._make_present = engine._residency.make_room, engine.hooks.make_present
-        self._look = engine.hooks.look_for_entrance
+        self._make_room, self._make_present = engine._residency.make_room, engine.listener.make_present
+        self._look = engine.listener.look_for_entrance
         self._watch_entrance = engine._attached.watch_entrance
         self._counts = (0, 0)
         engine._residency.make_room = self._noting_room  # type: ignore[method-assign]
-        engine.hooks.make_present = self._noting_reading  # type: ignore[method-assign]
-        engine.hooks.look_for_entrance = self._noting_search  # type: ignore[method-assign]
+        engine.listener.make_present = self._noting_reading  # type: ignore[method-assign]
+        engine.listener.look_for_entrance = self._noting_search  # type: ignore[method-assign]
         engine._attached.watch_entrance = self._noting_entrance  # type: ignore[method-assign]
 
     def remove(self) -> None:
@@ -485,8 +485,8 @@ class _Watch:
         }
         for owner, name in (
             (engine._residency, "make_room"),
-            (engine.hooks, "make_present"),
-            (engine.hooks, "look_for_entrance"),
+            (engine.listener, "make_present"),
+            (engine.listener, "look_for_entrance"),
             (engine._attached, "watch_entrance"),
         ):
             vars(owner).pop(name, None)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from layerstream import api, compiled
+from layerstream import api
+from layerstream.hooks import compiled
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.testing import assert_restored, describe, harsh_device
 
 __all__ = [

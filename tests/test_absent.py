@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layerstream.absent import AbsentClasses, AbsentParameter, AbsentTensor, is_absent, nan_scalar
-from layerstream.binding import BoundTensor, UnitBinding
-from layerstream.home import handed_back
+from layerstream.host.home import handed_back
+from layerstream.weights.absent import AbsentClasses, AbsentParameter, AbsentTensor, is_absent, nan_scalar
+from layerstream.weights.binding import BoundTensor, UnitBinding
 
 CPU = torch.device("cpu")
 

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.adapters import registry
-from layerstream.adapters.base import Adapter
-from layerstream.adapters.generic import GenericAdapter
-from layerstream.adapters.named import NAMED
-from layerstream.adapters.registry import adapter_for, register_adapter
-from layerstream.components import layouts_of
 from layerstream.errors import AdapterError, brief
+from layerstream.model.adapters import registry
+from layerstream.model.adapters.base import Adapter
+from layerstream.model.adapters.generic import GenericAdapter
+from layerstream.model.adapters.named import NAMED
+from layerstream.model.adapters.registry import adapter_for, register_adapter
+from layerstream.model.components import layouts_of
+from layerstream.model.units import divide
 from layerstream.testing import check_adapter
-from layerstream.units import divide
 from tests.fakes import adversary
 
 

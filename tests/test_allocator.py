@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerstream.allocator import GrowingSegments
+from layerstream.device.allocator import GrowingSegments
 
 
 class Settings:

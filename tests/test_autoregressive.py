@@ -14,7 +14,7 @@ from torch import nn
 
 import layerstream
 from layerstream.blocks import ALIGNMENT_BYTES
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.standins import AUTOREGRESSIVE, build_autoregressive, run_autoregressive
 from tests.fakes import adversary, assert_restored, describe
 

@@ -406,7 +406,7 @@ def test_a_cast_that_stays_is_what_the_user_gets() -> None:
 
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
-    from layerstream.adapters import registry
+    from layerstream.model.adapters import registry
 
     before = dict(registry._REGISTERED)
     yield

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from layerstream.absent import AbsentClasses, is_absent, nan_scalar
-from layerstream.binding import BoundTensor, UnitBinding
-from layerstream.home import handed_back
+from layerstream.host.home import handed_back
+from layerstream.weights.absent import AbsentClasses, is_absent, nan_scalar
+from layerstream.weights.binding import BoundTensor, UnitBinding
 
 CPU = torch.device("cpu")
 

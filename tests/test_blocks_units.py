@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from layerstream import units as units_module
 from layerstream.blocks import unit_bytes
 from layerstream.errors import AdapterError, PipelineError
-from layerstream.units import ComponentLayout, Division, StackLayout, Unit, divide, part_of
+from layerstream.model import units as units_module
+from layerstream.model.units import ComponentLayout, Division, StackLayout, Unit, divide, part_of
 
 
 def component(root: nn.Module, *stacks: str, name: str = "net", is_repeated: bool = False) -> ComponentLayout:

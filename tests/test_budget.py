@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import layerstream
 from layerstream.budget import format_budget, format_bytes, parse_bytes, parse_reserve, resolve_budget
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.errors import BudgetError
-from layerstream.simulated import SimulatedDevice
 
 GIB = 2**30
 

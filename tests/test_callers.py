@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.absent import at_home, is_absent
-from layerstream.pipeline_watch import ACTIVE, owners_of
+from layerstream.pipeline.watch import ACTIVE, owners_of
 from layerstream.standins import build_tiny, run_tiny
+from layerstream.weights.absent import at_home, is_absent
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 TIMEOUT_S = 60

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.absent import is_absent
 from layerstream.standins import build_tiny, run_tiny
+from layerstream.weights.absent import is_absent
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 

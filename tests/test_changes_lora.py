@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import changes
+from layerstream.pipeline import changes
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import adversary, assert_equal
 from tests.test_changes import assert_same, denoiser, image, kinds, left, middle

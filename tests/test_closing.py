@@ -10,7 +10,7 @@ import pytest
 
 import layerstream
 from layerstream import api
-from layerstream.binding import UnitBinding
+from layerstream.weights.binding import UnitBinding
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy
 
 

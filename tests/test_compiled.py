@@ -22,8 +22,9 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from layerstream import compiled
-from layerstream.compiled import (
+from layerstream.errors import CompiledWholeError, LayerstreamError
+from layerstream.hooks import compiled
+from layerstream.hooks.compiled import (
     compile_safe,
     describe_compiled,
     drop_dynamo_caches,
@@ -32,7 +33,6 @@ from layerstream.compiled import (
     refuse_fullgraph,
     uncompiled,
 )
-from layerstream.errors import CompiledWholeError, LayerstreamError
 
 _NUM_BLOCKS = 3
 _WIDTH = 8

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.absent import AbsentParameter, AbsentTensor
-from layerstream.adapters.registry import adapter_for
+from layerstream.model.adapters.registry import adapter_for
+from layerstream.model.units import ComponentLayout, Unit, divide
 from layerstream.standins import TINY_PIPELINES, build_tiny
 from layerstream.standins.components import finish
 from layerstream.standins.weights import skip_init
-from layerstream.units import ComponentLayout, Unit, divide
+from layerstream.weights.absent import AbsentParameter, AbsentTensor
 from tests.fakes import adversary
 
 pytest.importorskip("diffusers")

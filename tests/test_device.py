@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from layerstream import batched_copy
-from layerstream import device as device_module
-from layerstream.batched_copy import BatchedCopy
-from layerstream.device import COPY_BYTES, CudaDevice, Device
+from layerstream.device import batched_copy
+from layerstream.device import cuda as device_module
+from layerstream.device.base import COPY_BYTES, Device
+from layerstream.device.batched_copy import BatchedCopy
+from layerstream.device.cuda import CudaDevice
 
 MIB = 2**20
 GIB = 2**30

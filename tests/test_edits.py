@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import edits as module_of_edits
-from layerstream.absent import is_absent
+from layerstream.engine import edits as module_of_edits
 from layerstream.standins import build_tiny, run_tiny
+from layerstream.weights.absent import is_absent
 from tests.fakes import Toy, adversary, assert_equal, run, toy, twin
 
 BUDGETS: dict[str, int | str] = {"streamed": "min", "everything fits": 10**8, "some stay": 60_000}

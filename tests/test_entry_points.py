@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.absent import AbsentParameter, AbsentTensor
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.standins.components import finish
 from layerstream.standins.repository.tiny.recipes import picture, replaced
 from layerstream.standins.repository.tokenizers import QWEN_VOCAB_SIZE
+from layerstream.weights.absent import AbsentParameter, AbsentTensor
 from tests.fakes import adversary, assert_restored, describe
 
 pytest.importorskip("diffusers")

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.home import RawHome
-from layerstream.host_store import HostStore
-from layerstream.page_locks import page_locks_of
-from layerstream.streamer import Streamer
-from layerstream.unit import StreamedUnit
+from layerstream.engine.streamer import Streamer
+from layerstream.host.home import RawHome
+from layerstream.host.page_locks import page_locks_of
+from layerstream.host.store import HostStore
+from layerstream.transfer.unit import StreamedUnit
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.host_memory import PageMapping
+from layerstream.host.memory import PageMapping
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from layerstream import gate as gates
+from layerstream.engine import gate as gates
+from layerstream.engine.gate import Gate
 from layerstream.errors import ConcurrentUseError
-from layerstream.gate import Gate
 
 TIMEOUT_S = 30
 Submit = Callable[..., Future[Any]]

@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from layerstream import home, host_memory, host_store, page_locks
-from layerstream.binding import BoundTensor, UnitBinding
 from layerstream.blocks import ALIGNMENT_BYTES
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.errors import HostMemoryError, LayerstreamWarning
-from layerstream.home import RawHome, Segment, handed_back
-from layerstream.host_memory import PAGE_BYTES, MemoryMaps, PageMapping
-from layerstream.host_store import IN_PLACE_LEAST_BYTES, HostStore, Stretches
-from layerstream.simulated import SimulatedDevice
+from layerstream.host import home, page_locks
+from layerstream.host import memory as host_memory
+from layerstream.host import store as host_store
+from layerstream.host.home import RawHome, Segment, handed_back
+from layerstream.host.memory import PAGE_BYTES, MemoryMaps, PageMapping
+from layerstream.host.store import IN_PLACE_LEAST_BYTES, HostStore, Stretches
+from layerstream.weights.binding import BoundTensor, UnitBinding
 
 MIB = 2**20
 LARGE = 3 * MIB // 4  # floats: 3 MiB

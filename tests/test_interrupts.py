@@ -18,7 +18,7 @@ from torch import nn
 import layerstream
 from layerstream.comparing import state_differences
 from layerstream.interrupts import twice_if_interrupted, undo_all
-from layerstream.pipeline_watch import ACTIVE
+from layerstream.pipeline.watch import ACTIVE
 from tests.fakes import adversary, assert_equal, describe, run, toy, twin
 
 _PACKAGE = layerstream.__path__[0]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from layerstream import offload
+from layerstream.engine.lane import Lane
 from layerstream.errors import ConcurrentUseError
-from layerstream.lane import Lane
 from tests.fakes import adversary, toy, toy_input
 
 TIMEOUT_S = 30

@@ -17,10 +17,10 @@ from torch import nn
 
 import layerstream
 from layerstream.blocks import UnitSpec
-from layerstream.ledger import Ledger
-from layerstream.order import OrderLearner
-from layerstream.plan import PhasePlan
-from layerstream.simulated import SimulatedDevice, SimulatedOutOfMemoryError
+from layerstream.device.simulated import SimulatedDevice, SimulatedOutOfMemoryError
+from layerstream.engine.ledger import Ledger
+from layerstream.planning.order import OrderLearner
+from layerstream.planning.plan import PhasePlan
 from layerstream.stats import Stats
 from tests.fakes import Sized
 

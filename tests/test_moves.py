@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import Toy, adversary, assert_equal, assert_restored, describe, run, toy, twin
 

@@ -11,11 +11,16 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import binding, home, hooks, host_store, intercept, passes, residency, transfer
+from layerstream.device.simulated import RaceError, SimulatedDevice
+from layerstream.engine import listener, passes, residency
 from layerstream.errors import TransferError
-from layerstream.host_memory import PAGE_BYTES
-from layerstream.simulated import RaceError, SimulatedDevice
-from layerstream.unit import Slot
+from layerstream.hooks import intercept
+from layerstream.host import home
+from layerstream.host import store as host_store
+from layerstream.host.memory import PAGE_BYTES
+from layerstream.transfer import transfer
+from layerstream.transfer.unit import Slot
+from layerstream.weights import binding
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 
@@ -220,7 +225,7 @@ def what_is_lent_is_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_use_without_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(hooks.Hooks, "_go_out", lambda self, lane: None)
+    patch.setattr(listener.EngineListener, "_go_out", lambda self, lane: None)
 
 
 def too_few_pages_locked(patch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerstream import order
-from layerstream.order import OrderLearner
+from layerstream.planning import order
+from layerstream.planning.order import OrderLearner
 
 Pass = Sequence[int]
 

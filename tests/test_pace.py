@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layerstream
-from layerstream import ledger
-from layerstream import units as unit_division
-from layerstream.adapters import registry
-from layerstream.pace import Choice, Pace, Search, predict_pass
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.engine import ledger
+from layerstream.model import units as unit_division
+from layerstream.model.adapters import registry
+from layerstream.planning.pace import Choice, Pace, Search, predict_pass
 from tests.fakes import Sized
 
 MB = 10**6  # 1 ms at 1 GB/s

@@ -16,7 +16,7 @@ import pytest
 
 import layerstream
 from layerstream import standins
-from layerstream.adapters import registry
+from layerstream.model.adapters import registry
 from layerstream.standins import build_tiny, repository
 
 ROOT = Path(__file__).parent.parent

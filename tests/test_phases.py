@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerstream import phases as module
-from layerstream.phases import GROWTH, Key, PhaseTracker, Reserve
+from layerstream.planning import phases as module
+from layerstream.planning.phases import GROWTH, Key, PhaseTracker, Reserve
 
 PIPE = [("encoder", False), ("net", True), ("control", True), ("vae", False)]
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import units
 from layerstream.blocks import Placement, UnitSpec
-from layerstream.plan import Costs, Phase, make_plan
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.model import units
+from layerstream.planning.plan import Costs, Phase, make_plan
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import adversary, assert_restored, describe, toy, toy_input
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import layerstream
 from layerstream.blocks import Placement
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import Sized, adversary, assert_restored, describe, run, toy
 

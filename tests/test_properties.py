@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import layerstream
-from layerstream import units
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.model import units
 from tests.fakes import assert_equal, assert_restored, describe, twin
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

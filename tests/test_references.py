@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from layerstream import references
-from layerstream.references import is_held
+from layerstream.weights import references
+from layerstream.weights.references import is_held
 
 
 def made() -> torch.Tensor:

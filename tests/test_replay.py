@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import compiled
-from layerstream.replay import Replay
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.engine.replay import Replay
+from layerstream.hooks import compiled
 from tests.fakes import Toy, adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
 
 _SETTLED = 8  # passes after which the plan stays as it is

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import layerstream
-from layerstream.adapters import registry
-from layerstream.plan import Costs
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.model.adapters import registry
+from layerstream.planning.plan import Costs
 from layerstream.report import Report, entered_line, predicted_line, streamer_html
-from layerstream.simulated import SimulatedDevice
 from layerstream.stats import PhaseStats, Stats
 from tests.fakes import Sized
 from tests.html_reading import html_cells, html_text

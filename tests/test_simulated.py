@@ -10,9 +10,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from layerstream.device import Device
+from layerstream.device.base import Device
+from layerstream.device.simulated import PAGE_BYTES, RaceError, SimulatedDevice, SimulatedOutOfMemoryError
 from layerstream.errors import TransferError
-from layerstream.simulated import PAGE_BYTES, RaceError, SimulatedDevice, SimulatedOutOfMemoryError
 
 KIB = 1024
 Copies = Literal["at_once", "late", "random"]

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import compiled
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.hooks import compiled
 from tests.fakes import Toy, adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
 
 

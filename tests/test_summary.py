@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from layerstream.blocks import UnitSpec
-from layerstream.plan import Costs, Phase, Plan, make_plan
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.planning.plan import Costs, Phase, Plan, make_plan
 from tests.html_reading import html_cells, html_text
 from tests.test_plan import units_of
 
@@ -213,7 +213,7 @@ def test_showing_a_plan_plans_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("planned")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["layerstream.plan"], "make_plan", never)
+        patch.setattr(sys.modules["layerstream.planning.plan"], "make_plan", never)
         for show in (str, repr, Plan._repr_html_, Plan.as_dict):
             shown, shown_with_gain = show(plan), show(asked)
             assert (shown == shown_with_gain) == (show is repr)

@@ -141,9 +141,9 @@ def test_the_budget_that_an_error_names_does(name: str) -> None:
 def test_the_simulated_device_is_imported_where_it_is_used() -> None:
     code = (
         "import sys, torch, layerstream\n"
-        "assert 'layerstream.simulated' not in sys.modules\n"
+        "assert 'layerstream.device.simulated' not in sys.modules\n"
         "layerstream.plan(torch.nn.Linear(2, 2), vram_budget='min', device='cpu')\n"
-        "assert 'layerstream.simulated' in sys.modules\n"
+        "assert 'layerstream.device.simulated' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import layerstream
-from layerstream.adapters import registry
 from layerstream.comparing import output_differences, state_differences
+from layerstream.model.adapters import registry
 from layerstream.testing import AdapterReport, check_adapter, describe, harsh_device
 from tests.fakes import toy, toy_input
 from tests.token_loops import token_pipeline

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.phases import Key, Reserve
-from layerstream.simulated import SimulatedDevice
-from layerstream.timing import PassTimer
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.planning.phases import Key, Reserve
+from layerstream.transfer.timing import PassTimer
 from tests.fakes import assert_equal, run, toy, toy_input, twin
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import compiled
-from layerstream.adapters import registry
 from layerstream.blocks import UnitSpec
-from layerstream.order import OrderLearner
-from layerstream.phases import READ, Key, PhaseTracker
-from layerstream.plan import uses_per_pass
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.hooks import compiled
+from layerstream.model.adapters import registry
+from layerstream.planning.order import OrderLearner
+from layerstream.planning.phases import READ, Key, PhaseTracker
+from layerstream.planning.plan import uses_per_pass
 from tests.fakes import adversary, assert_restored, describe
 from tests.token_loops import TokenPipeline, token_pipeline
 
@@ -101,7 +101,7 @@ def test_what_the_pipeline_remembers_is_put_right_and_back() -> None:
 
 
 def test_devices_of_a_pipeline_are_replaced_by_name_and_kind() -> None:
-    from layerstream.remembered import RememberedDevices
+    from layerstream.model.remembered import RememberedDevices
 
     class Pipe:
         pass

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import layerstream
-from layerstream import compiled, timeline
 from layerstream.errors import LayerstreamWarning, StreamerStateError
+from layerstream.hooks import compiled
 from layerstream.standins import build_tiny, run_tiny
+from layerstream.transfer import timeline
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 

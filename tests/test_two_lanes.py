@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.engine.residency import Residency
+from layerstream.engine.streamer import Streamer
 from layerstream.errors import ConcurrentUseError
-from layerstream.residency import Residency
-from layerstream.simulated import SimulatedDevice
-from layerstream.streamer import Streamer
 from tests.fakes import Toy, adversary, assert_equal, assert_restored, describe, toy, toy_input, twin
 
 TIMEOUT_S = 60

@@ -10,7 +10,7 @@ import torch
 
 import layerstream
 from layerstream.errors import TransferError
-from layerstream.unit import StreamedUnit, UnitState
+from layerstream.transfer.unit import StreamedUnit, UnitState
 from tests.fakes import adversary, run, toy
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.simulated import SimulatedDevice
-from layerstream.units import whole_bytes
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.model.units import whole_bytes
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
 
 

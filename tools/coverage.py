@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerstream.components import layouts_of
 from layerstream.errors import LayerstreamError
+from layerstream.model.components import layouts_of
+from layerstream.model.units import divide
 from layerstream.standins.repository.tiny.pipelines import RECIPES
 from layerstream.standins.repository.tiny.recipes import Recipe
 from layerstream.standins.repository.tiny.variants import NOT_SWEPT, RECIPES_OF_VARIANTS
 from layerstream.standins.weights import skip_init
-from layerstream.units import divide
 from tools.coverage_configs import CANNOT, CONFIGS
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"

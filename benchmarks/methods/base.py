@@ -14,8 +14,8 @@ from torch import nn
 from benchmarks.cases import FORMS, Form, Work
 from benchmarks.records import Record, tensors_of
 from benchmarks.repeats import Counters
-from layerstream.adapters.registry import adapter_for
 from layerstream.budget import parse_bytes
+from layerstream.model.adapters.registry import adapter_for
 
 
 class MissingPeerError(Exception):

@@ -11,7 +11,7 @@ import layerstream
 from benchmarks.methods.base import Method, Setup
 from benchmarks.records import Record
 from benchmarks.repeats import Counters
-from layerstream.simulated import SimulatedDevice
+from layerstream.device.simulated import SimulatedDevice
 
 
 def _apply(setup: Setup) -> None:

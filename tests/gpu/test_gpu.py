@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import page_locks, units
-from layerstream.device import CudaDevice
-from layerstream.host_memory import PageMapping
+from layerstream.device.cuda import CudaDevice
+from layerstream.host import page_locks
+from layerstream.host.memory import PageMapping
+from layerstream.model import units
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import assert_equal, assert_restored, describe, toy, toy_input
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import page_locks
+from layerstream.host import page_locks
 from layerstream.standins import TINY_PIPELINES, build_tiny, run_tiny
 from tests.fakes import assert_restored, describe
 

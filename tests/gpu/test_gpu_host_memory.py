@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream import page_locks
-from layerstream.host_memory import PageMapping
+from layerstream.host import page_locks
+from layerstream.host.memory import PageMapping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import layerstream
-from layerstream.device import CudaDevice
+from layerstream.device.cuda import CudaDevice
 from tests.fakes import toy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]

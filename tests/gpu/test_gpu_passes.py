@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.home import RawHome
-from layerstream.host_store import HostStore
-from layerstream.replay import Replay
-from layerstream.unit import StreamedUnit
+from layerstream.engine.replay import Replay
+from layerstream.host.home import RawHome
+from layerstream.host.store import HostStore
+from layerstream.transfer.unit import StreamedUnit
 from tests.fakes import assert_equal, assert_restored, describe
 from tests.gpu.test_gpu import Stack, memory_comes_back, resident, stack, wide_input
 from tests.test_two_lanes import Turns

@@ -1,0 +1,1 @@
+"""What is asked of a device, CUDA, and a simulated device. Knows memory, streams, copies and events; no weights."""

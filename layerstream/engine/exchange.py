@@ -1,0 +1,133 @@
+"""Gives units other homes while streaming goes on, such as one with the bytes packed, or elsewhere in memory.
+
+There is one safe point, `HomeExchanges.at_rest`: no component is in the middle of a call, so that nothing is being
+loaded that a hook has asked for, and host bytes have one reader, the copies that are on their way. One unit is taken at
+a time. Its old home is released once the last load from it is over, for which nobody waits: it is asked the next time.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from layerstream.device.base import Device, Event, engine_tensors
+from layerstream.engine.attachments import Attachments
+from layerstream.engine.edits import Edits
+from layerstream.host.home import RawHome
+from layerstream.host.store import HostStore
+from layerstream.interrupts import twice_if_interrupted
+from layerstream.transfer.transfer import TransferEngine
+from layerstream.transfer.unit import StreamedUnit
+
+_log = logging.getLogger("layerstream.exchange")
+
+MakeHome = Callable[[HostStore, StreamedUnit], RawHome | None]
+
+
+@dataclass(eq=False)
+class _Retired:
+    """A home that was given up, in whose memory the load may still be reading after which `last_load` was recorded."""
+
+    store: HostStore
+    home: RawHome
+    last_load: Event
+
+
+class HomeExchanges:
+    """The exchanges of one streamer that are wanted, and the homes whose release is due.
+
+    Args:
+        has_exchanged: called when a unit has another home.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        attached: Attachments,
+        transfer: TransferEngine,
+        edits: Edits,
+        has_exchanged: Callable[[], None],
+    ) -> None:
+        self._device = device
+        self._attached = attached
+        self._transfer = transfer
+        self._edits = edits
+        self._has_exchanged = has_exchanged
+        self._wanted: deque[tuple[int, MakeHome]] = deque()
+        self._retired: list[_Retired] = []
+
+    def ask(self, unit: int, make: MakeHome) -> None:
+        """Exchange the home of a unit when that can be done.
+
+        Args:
+            unit: its index. If it is streamed no longer by then, nothing is done.
+            make: makes the new home, page-locked, of the same bytes; None: the unit keeps the one it has, and so it
+                does if that raises.
+        """
+        self._wanted.append((unit, make))
+
+    @property
+    def num_wanted(self) -> int:
+        """How many units wait for their exchange."""
+        return len(self._wanted)
+
+    def at_rest(self) -> None:
+        """No component is in the middle of a call: exchange one unit's home, and release what is due."""
+        if not self._wanted and not self._retired:
+            return
+        self._release()
+        for _ in range(len(self._wanted)):
+            index, make = self._wanted.popleft()
+            unit = self._attached.units.get(index)
+            if unit is None:
+                continue
+            if self._is_looked_at(unit):
+                self._wanted.append((index, make))  # at home, by somebody who may write there; the next one's turn
+                continue
+            with engine_tensors():
+                self._exchange(unit, make)
+            return
+
+    def forget(self) -> None:
+        """All is handed back, and the device is idle: nothing is wanted any more, and nothing is left to be released,
+        since stores release what is theirs."""
+        self._wanted.clear()
+        self._retired.clear()
+
+    # ---- inside
+
+    def _is_looked_at(self, unit: StreamedUnit) -> bool:
+        """Whether somebody has been given the unit's memory at home: an entry of a `state_dict`, or what a pickle was
+        made of."""
+        return unit.is_lent or any(
+            self._edits.has_entry(bound) or (bound.stand_in is not None and bound.stand_in() is not None)
+            for bound in unit.binding.tensors
+        )
+
+    def _exchange(self, unit: StreamedUnit, make: MakeHome) -> None:
+        store = self._attached.of_component[unit.spec.component].store
+        try:
+            home = make(store, unit)
+        except Exception as error:  # the pipeline's call has nothing to do with it
+            _log.warning("`%s` keeps its home: %r", unit.spec.name, error)
+            return
+        if home is None:
+            return
+        old = unit.home
+        twice_if_interrupted(functools.partial(self._adopt, store, unit, home))
+        self._retired.append(_Retired(store, old, unit.last_load))
+        self._has_exchanged()
+
+    def _adopt(self, store: HostStore, unit: StreamedUnit, home: RawHome) -> None:
+        store.adopt(home, unit.binding)
+        unit.home = home
+        self._transfer.forget_loads(unit)
+
+    def _release(self) -> None:
+        """Give up homes whose last load is over."""
+        for retired in [r for r in self._retired if r.last_load is None or self._device.is_done(r.last_load)]:
+            self._retired.remove(retired)
+            retired.store.release(retired.home)

@@ -1,0 +1,153 @@
+"""Phases change: units give up their room, slots are laid out as the plan says, and what stays is left alone.
+
+The order is: evict, free, and only then allocate, so that the budget holds at each moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from itertools import pairwise
+
+from torch import nn
+
+from layerstream.device.base import Device
+from layerstream.engine.attachments import Attachments
+from layerstream.engine.ledger import Ledger
+from layerstream.engine.residency import Residency
+from layerstream.hooks import compiled
+from layerstream.planning.plan import PhasePlan
+from layerstream.transfer.profiling import Ranges
+from layerstream.transfer.transfer import TransferEngine
+from layerstream.transfer.unit import StreamedUnit
+
+
+class PhaseChanges:
+    """Makes slots and hooks what the plan of a phase says.
+
+    Args:
+        count_placements: called when other slots were laid out.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        attached: Attachments,
+        transfer: TransferEngine,
+        residency: Residency,
+        ledger: Ledger,
+        ranges: Ranges,
+        count_placements: Callable[[], None],
+    ) -> None:
+        self._device = device
+        self._attached = attached
+        self._units = attached.units
+        self._transfer = transfer
+        self._residency = residency
+        self._ledger = ledger
+        self._ranges = ranges
+        self._count_placements = count_placements
+
+    def apply(self, phase_plan: PhasePlan) -> None:
+        """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
+        if phase_plan is self._residency.applied:
+            return
+        timeline, name = self._ranges.timeline, phase_plan.phase.name
+        told = contextlib.nullcontext() if timeline is None else timeline.changing(name)
+        with self._ranges("phase", name), told:
+            self._lay_out(phase_plan)
+
+    def _lay_out(self, phase_plan: PhasePlan) -> None:
+        self._residency.forget_plan()
+        transfer = self._transfer
+        wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
+        is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
+        has_freed = self._make_way(phase_plan, is_new_ring)
+        missing = [unit for i in sorted(phase_plan.resident) if (unit := self._units[i]).own_slot is None]
+        if has_freed or is_new_ring or missing:
+            # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
+            self._device.empty_cache()
+        if is_new_ring:
+            self._residency.allocating(functools.partial(transfer.lay_ring, *wanted))
+        for unit in missing:
+            self._residency.allocating(functools.partial(transfer.give_own_slot, unit))
+        if self._ledger.link_gb_per_s is None:
+            self._ledger.link_gb_per_s = transfer.measure_link()
+        self._residency.applied = phase_plan
+        self._count_placements()
+
+    def _make_way(self, phase_plan: PhasePlan, is_new_ring: bool) -> bool:
+        """Free what the plan has no room for; returns whether there was any. No slot is held here afterwards: memory
+        goes back with the last reference to it."""
+        transfer = self._transfer
+        stay = phase_plan.resident | phase_plan.kept
+        given_up = [unit for unit in transfer.with_own_slot if unit.index not in stay]
+        for unit in given_up:
+            self._residency.give_up(unit)
+        for slot in transfer.ring:
+            # What is to stay goes to a slot of its own.
+            if slot.unit is not None and (is_new_ring or slot.unit.index in phase_plan.resident):
+                self._residency.evict(slot.unit)
+        if is_new_ring:
+            transfer.drop_ring()
+        return bool(given_up)
+
+    def mark_staying(self, phase_plan: PhasePlan) -> None:
+        """Where all blocks are planned to stay, and have arrived, their hooks have nothing more to do."""
+        if phase_plan.num_slots:
+            return
+        for component in phase_plan.phase.components:
+            attachment = self._attached.of_component[component]
+            if not attachment.all_stays:
+                attachment.all_stays = all(unit.is_settled for unit in attachment.units)
+
+    def quieten(self, phase_plan: PhasePlan) -> None:
+        """Blocks that stay, and have arrived, need no hooks until they are to go; and what runs 300 times for a token
+        has no time for any. Reads of them on streams that nobody has told us of are covered when they go."""
+        if self._ranges.timeline is not None:
+            return  # each block is told of
+        if self._residency.quiet_for is phase_plan or compiled.is_in_use() or not self._ledger.knows_uses(phase_plan):
+            return
+        if self._residency.with_autocast.intersection(phase_plan.phase.components):
+            return  # each block's end lets go of what autocast keeps of it
+        is_all = True
+        found: list[StreamedUnit] = []
+        behind = self._behind_streamed(phase_plan)
+        self._residency.listen_to(
+            [unit for unit in self._residency.quiet() if unit.is_called_alone or unit.index in behind]
+        )
+        for unit in [self._units[index] for index in phase_plan.resident - behind]:
+            if unit.is_quiet or unit.is_called_alone:
+                continue
+            blocks = unit.called
+            units = {u for block in blocks for u in self._attached.units_of[id(block)]}
+            stay = all(u.index in phase_plan.resident for u in units)
+            if not blocks or not stay or any(_is_encoder_layer(block) for block in blocks):
+                continue
+            if all(u.is_settled and self._device.is_done(u.holding().ready) for u in units):
+                found += [u for u in units if not u.is_quiet]
+                for each in units:
+                    each.is_quiet = True  # first: who takes the unit away puts hooks back
+                for block in blocks:
+                    self._attached.stop_listening(block)
+            else:
+                is_all = False
+        if found:
+            self._residency.order.leave_out([u.index for u in found])
+        if is_all:
+            self._residency.quiet_for = phase_plan
+
+    def _behind_streamed(self, phase_plan: PhasePlan) -> set[int]:
+        """Units behind one that streams: when their block begins its slot is free, and the next load can."""
+        blocks: dict[str, list[int]] = {}  # with their pieces
+        for spec in self._attached.specs():
+            if spec.is_block and spec.component in phase_plan.phase.components:
+                blocks.setdefault(spec.block_name, []).append(spec.index)
+        streams = {name: not phase_plan.resident.issuperset(units) for name, units in blocks.items()}
+        return {unit for before, name in pairwise(blocks) if streams[before] for unit in blocks[name]}
+
+
+def _is_encoder_layer(block: nn.Module) -> bool:
+    """Of these the forward asks whether its weights are ordinary before it looks at them."""
+    return isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)

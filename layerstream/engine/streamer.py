@@ -1,0 +1,527 @@
+"""The engine between start and close: the one owner of what state each unit is in.
+
+What is true of a unit is in `transfer/unit.py`. `residency.py` brings units to the device and takes them away,
+`phase_changes.py` lays out the slots that a plan asks for, `listener.py` is told by hooks, `passes.py` begins and ends
+what they tell of. Here is the rest: entering, leaving, pauses, and changes between calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import IO
+
+from layerstream.blocks import Placement
+from layerstream.device.base import Device, engine_tensors
+from layerstream.engine.attachments import Attachment, Attachments, is_hookable
+from layerstream.engine.edits import Edits
+from layerstream.engine.exchange import HomeExchanges
+from layerstream.engine.gate import Gate
+from layerstream.engine.lane import Lanes
+from layerstream.engine.ledger import Ledger
+from layerstream.engine.listener import EngineListener
+from layerstream.engine.passes import Passes
+from layerstream.engine.phase_changes import PhaseChanges
+from layerstream.engine.replay import Replay
+from layerstream.engine.residency import Residency
+from layerstream.engine.standstill import standstill
+from layerstream.errors import BudgetError, StreamerStateError
+from layerstream.hooks import compiled
+from layerstream.interrupts import twice_if_interrupted
+from layerstream.model.units import ComponentLayout, Division, divide, whole_bytes
+from layerstream.planning.order import OrderLearner
+from layerstream.planning.plan import Plan
+from layerstream.progress import Progress
+from layerstream.saying import warn
+from layerstream.stats import PhaseStats, Stats
+from layerstream.torch_private import without_subclasses
+from layerstream.transfer.profiling import Ranges
+from layerstream.transfer.timeline import Timeline
+from layerstream.transfer.timing import PassTimer
+from layerstream.transfer.transfer import TransferEngine
+from layerstream.transfer.unit import StreamedUnit
+from layerstream.weights.absent import keep_out_of_graphs
+
+Describe = Callable[[], Sequence[ComponentLayout]]
+
+_log = logging.getLogger("layerstream.streamer")
+
+
+class Streamer:
+    """Streams the units of one pipeline within a budget, from `open` to `close`.
+
+    Args:
+        describe: gives the components as adapters describe them; asked again when streaming resumes after a pause.
+        budget_bytes: of reserved device memory; None: as little as works, and no limit for the rest.
+        call_timeout: seconds that a caller waits for another's call to end; None: as long as it takes.
+        num_slots: fixes the number of slots of every phase; the plan chooses otherwise.
+        find_replaced: names a component that is another module than it was.
+        let_go: lets go of components that the pipeline has no longer; called between two calls.
+    """
+
+    def __init__(
+        self,
+        describe: Describe,
+        device: Device,
+        budget_bytes: int | None,
+        *,
+        call_timeout: float | None = None,
+        num_slots: int | None = None,
+        find_replaced: Callable[[], str | None] = lambda: None,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.stats = Stats(budget_bytes=budget_bytes or 0)
+        self.gate = Gate(call_timeout)
+        self.owner: object = None
+        self._is_opened = self.is_closed = False
+        self.has_shown_progress = False
+        self.device = device
+        self.is_paused = False
+        self._describe = describe
+        self._let_go = let_go
+        self._device = device
+        self._attached = Attachments(device, self._reading, self._unit_home, self.gate.number)
+        self._units = self._attached.units
+        self._ranges = Ranges()
+        self._transfer = TransferEngine(device, self._units, self.stats, self._ranges)
+        self.edits = Edits(device, self._units, self._attached.records, self.stats)
+        self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
+        self._lanes = Lanes()
+        self._stacks: list[tuple[list[int], bool]] = []
+        self._residency = Residency(
+            device,
+            self._attached,
+            self._transfer,
+            self.edits,
+            self._ledger,
+            self._lanes,
+            self.stats,
+        )
+        self._phase_changes = PhaseChanges(
+            device,
+            self._attached,
+            self._transfer,
+            self._residency,
+            self._ledger,
+            self._ranges,
+            self._count_placements,
+        )
+        self._timer = PassTimer(device)
+        self.exchanges = HomeExchanges(
+            device, self._attached, self._transfer, self.edits, self._residency.has_other_homes
+        )
+        self._replay = Replay(device, self._transfer, self._residency, self._lanes, self._timer, self._ranges)
+        self._passes = Passes(
+            device,
+            self._attached,
+            self._transfer,
+            self._residency,
+            self._phase_changes,
+            self.edits,
+            self._ledger,
+            self._lanes,
+            self.gate,
+            self._timer,
+            self.exchanges,
+            self._replay,
+            self._ranges,
+            find_replaced,
+        )
+        self._mutex = threading.RLock()
+        self.listener = EngineListener(
+            device,
+            self._attached,
+            self._residency,
+            self._passes,
+            self.edits,
+            self._lanes,
+            self.gate,
+            self._timer,
+            self._replay,
+            self._mutex,
+            self._catch_up,
+            self._changing,
+        )
+        self._changed_inside: set[str] = set()  # components of which a running call has cast something
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the phase that runs, or ran last."""
+        return self._ledger.plan
+
+    @property
+    def phase_stats(self) -> dict[str, PhaseStats]:
+        """Counters by the name of the phase."""
+        return self._ledger.stats_of
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no component is in the middle of a call, as far as this thread can tell."""
+        return self._lanes.are_idle()
+
+    @property
+    def is_paused_here(self) -> bool:
+        """Whether it is paused, by this thread."""
+        return self.is_paused and self.gate.is_inside
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in the middle of a call, of a pipeline or of a component."""
+        return self.listener.is_inside
+
+    @contextlib.contextmanager
+    def traced(self, file: IO[str]) -> Iterator[None]:
+        """Write to `file` what was done inside, when it is left.
+
+        Raises:
+            StreamerStateError: it is traced already.
+        """
+        if self._ranges.timeline is not None:
+            raise StreamerStateError("it is traced already: one trace at a time.")
+        self._ranges.timeline = timeline = Timeline(self.device)
+        try:
+            yield
+        finally:
+            self._ranges.timeline = None
+            self._ranges.is_on = False
+            timeline.write(file)
+
+    def look(self) -> Stats:
+        """The counters, with the device's memory as it is now."""
+        if self.gate.running is None and not self.is_closed:
+            self._ledger.end_interval()  # all that was to be seen of the last call was seen
+        self._ledger.look()
+        return self.stats
+
+    @property
+    def least_bytes(self) -> int | None:
+        """The smallest budget in which all that has run would run again; None: that is not known."""
+        return self._ledger.least_bytes
+
+    # ---- entering and leaving
+
+    def open(self, layouts: Sequence[ComponentLayout]) -> None:
+        """Start streaming. Whatever fails, the pipeline is as it was before the error leaves.
+
+        Args:
+            layouts: the components as `describe` gives them now.
+        """
+        started = time.perf_counter()
+        division = divide(layouts)
+        _refuse_compiled_wholes(layouts)
+        self._check_budget(layouts, division)
+        keep_out_of_graphs(compiled.compile_safe)
+        # Calls in other threads meet our hooks as soon as these are on, and wait until the rest is ready for them.
+        modules = [module for layout in layouts for _, module in layout.modules()]
+        stops = [
+            *(layout.outermost for layout in layouts),
+            *(block for unit in division.units for block in unit.called),
+        ]
+        with self.gate.entered("entering"), standstill(self.gate, modules, stops, self.listener.enter_late):
+            self._open(layouts, division)
+        self.stats.enter_s = time.perf_counter() - started
+
+    def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
+        self._is_opened = True
+        try:
+            self._attach(layouts, division, all_names=[c.name for c in layouts], changed=())
+            self._ledger.open(self._transfer.weights_bytes)
+            self._move_others()  # under the limit
+            self._load_fixed()
+        except BaseException:
+            twice_if_interrupted(self.close)
+            raise
+
+    def close(self) -> None:
+        """Give everything back, from any state; what the device can no longer do is said, not raised. What was never
+        opened has nothing to give.
+
+        An interrupt while it waits for the device is raised once all is given back.
+        """
+        if not self._is_opened:
+            self.is_closed = True
+            return
+        started = time.perf_counter()
+        with self.gate.reading_lock, self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
+            attempt = functools.partial(_attempt, afterwards)
+            attempt(self._ledger.end_interval, "read the device's memory counters")
+            self._detach(self._attached.all, attempt)
+            self.exchanges.forget()
+            attempt(self._transfer.close, "free device memory")
+            attempt(self._ledger.close, "give back the limit on device memory")
+            attempt(self._device.empty_cache, "free cached device memory")
+            self.stats.exit_s = time.perf_counter() - started
+            self.is_closed = True
+
+    @contextlib.contextmanager
+    def paused(self, component: str | None = None) -> Iterator[None]:
+        """Inside, the weights are at home and the hooks are off; afterwards streaming resumes with what is there then.
+
+        Args:
+            component: only this one, and those that share weights with it; None: all.
+        Raises:
+            StreamerStateError: a call is running.
+        """
+        with self.gate.entered("a pause", is_pause=True):
+            if self.is_paused or self.is_closed:  # the outer one resumes
+                yield
+                return
+            names = self._pause(component)
+            try:
+                yield  # without a lock: code here may start threads that read other components' weights
+            finally:
+                with self.gate.reading_lock, self._mutex:
+                    self.is_paused = False
+                    if not self.is_closed:
+                        self._resume(names, component is None)
+
+    def _reading(self, units: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        return self.listener.reading(units)
+
+    def _pause(self, component: str | None) -> set[str]:
+        """Take a component's weights home, or all; returns the names of the components that this concerns."""
+        with self.gate.reading_lock, self._mutex:
+            if not self._lanes.are_idle():
+                raise StreamerStateError(
+                    "a component is in the middle of its forward: weights cannot be changed or handed back now. Do it "
+                    "between two calls."
+                )
+            taken = [a for a in self._attached.all if component is None or component in a.names]
+            try:
+                with engine_tensors(), contextlib.ExitStack() as afterwards:
+                    self._ledger.end_interval()
+                    self._detach(taken, functools.partial(_attempt, afterwards))
+            except BaseException:
+                twice_if_interrupted(self.close)
+                raise
+            self._residency.forget_plan()
+            self.is_paused = True
+            return {name for a in taken for name in a.names}
+
+    def _resume(self, names: set[str], is_all: bool) -> None:
+        """Attach what was detached for a pause, as it is now; where that fails, nothing stays streamed."""
+        try:
+            described = self._describe()
+            layouts = [layout for layout in described if is_all or layout.name in names]
+            division = divide(layouts)
+            _refuse_compiled_wholes(layouts)
+            self._attach(layouts, division, all_names=[c.name for c in described], changed=names)
+            self._move_others()
+            self._load_fixed()
+            with engine_tensors():
+                self.edits.after_pause()
+            self.stats.num_relaid += len(layouts)
+        except BaseException:
+            twice_if_interrupted(self.close)
+            raise
+
+    def _attach(
+        self,
+        layouts: Sequence[ComponentLayout],
+        division: Division,
+        *,
+        all_names: Sequence[str],
+        changed: Collection[str],
+    ) -> None:
+        """Take hold of components. Failing half-way leaves it to `close`.
+
+        Args:
+            all_names: the pipeline's components, these among them, in its order.
+        """
+        # Everything is looked at, and then page-locked.
+        progress = Progress(2 * sum(unit.spec.num_bytes for unit in division.units))
+        try:
+            with engine_tensors():
+                self._attached.attach(layouts, division, self.listener, progress)
+        finally:
+            self.has_shown_progress |= progress.close()
+        self._device.empty_cache()  # what the components had on the device is given up
+        self._note_components(all_names, changed)
+
+    def _note_components(self, all_names: Sequence[str], changed: Collection[str]) -> None:
+        """Units came or went: order, ledger and stats go by what there is now."""
+        by_name = {layout.name: layout for a in self._attached.all for layout in a.layouts}
+        # In the order of the pipeline, in which its components usually run; what it has dropped is yet to be let go of.
+        layouts = [by_name[name] for name in dict.fromkeys([*all_names, *by_name]) if name in by_name]
+        names = tuple(by_name)
+        specs = [
+            # What no hook can bring to the device when it is needed is there always.
+            replace(spec, also=names) if not is_hookable(by_name[spec.component]) else spec
+            for spec in self._attached.specs()
+        ]
+        blocks = {
+            layout.name: [s.index for s in specs if s.component == layout.name and s.is_block] for layout in layouts
+        }
+        stacks = [(blocks[c.name], c.is_repeated) for c in layouts if blocks[c.name]]
+        if stacks != self._stacks:  # what was only cast is used in the same order
+            self._stacks, self._residency.order = stacks, OrderLearner(stacks)
+        whole = [spec for a in self._attached.all for spec in a.division.whole()]
+        self._ledger.components(
+            [(c.name, c.is_repeated) for c in layouts], specs, whole, changed, self._residency.order
+        )
+        self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attached.all)
+        self.stats.pin_s = sum(a.store.pin_s for a in self._attached.all)
+        self._count_placements()
+
+    def _move_others(self) -> None:
+        """Bring to the device what cannot stream."""
+        with engine_tensors():
+            self._attached.move_others(self._residency.allocating)
+        self._transfer.whole_bytes = self.stats.whole_bytes = self._attached.whole_bytes
+        self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, self._transfer.weights_bytes)
+
+    def _load_fixed(self) -> None:
+        """Bring to the device what no hook can bring there when it is needed."""
+        with engine_tensors():
+            for attachment in self._attached.all:
+                for layout in attachment.layouts:
+                    if not is_hookable(layout):
+                        for unit in attachment.units:
+                            self._residency.allocating(functools.partial(self._transfer.give_own_slot, unit))
+                        self._residency.use(attachment.units, is_touch=False, is_grad=False)
+
+    def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
+        """Let go of components: hooks off, written tensors home, everything as it was found."""
+        taken = list(attachments)
+        self._passes.drop_times()  # perhaps of units that will be others
+        for attachment in taken:
+            attachment.interception.remove()
+        attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
+        attempt(self._device.synchronize, "wait for the device")
+        self._attached.detach(taken, self._forget_slots, attempt)
+
+    def _forget_slots(self, unit: StreamedUnit) -> None:
+        """A unit that is let go of leaves its slot; its tensors are at home already."""
+        if unit.slot is not None:
+            self._transfer.vacate(unit)
+        self._transfer.drop_own_slot(unit)
+        self._transfer.forget(unit)
+        if unit.is_quiet:
+            unit.is_quiet = False
+            self._residency.order.take_in([unit.index])
+
+    def _bring_home(self, attachments: Sequence[Attachment]) -> None:
+        """What was written on the device, or edited elsewhere, goes where it is handed back from."""
+        self._residency.unguard(self._transfer.loaded)
+        if self.edits:
+            self._residency.discard(self.edits.settle(is_new_use=True))
+        for unit in [unit for a in attachments for unit in a.units]:
+            if not unit.is_present:
+                self._residency.take_in(unit)
+            else:
+                self._residency.write_back(unit, may_replace=True)
+                # Graphs may hold what they saved of weights that stayed resident, too.
+                unit.binding.forbid_backward()
+
+    def _unit_home(self, unit: StreamedUnit) -> None:
+        """Copy home what was written to a unit on the device, which stays as it is."""
+        with self._mutex, engine_tensors():
+            if unit.is_present:
+                is_guarded = unit.binding.is_guarded
+                if is_guarded:
+                    unit.binding.unguard()
+                self._residency.write_back(unit, may_replace=False)
+                if is_guarded:
+                    unit.binding.guard()
+
+    def _check_budget(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
+        """Refuse a budget that cannot do before anything has moved."""
+        target = self._device.torch_device
+        tensors = [b for unit in division.units for b in unit.binding.tensors]
+        places = [p for places in division.others.values() for p in places]
+        own = 0
+        if not self._device.is_simulated:
+            own = sum(b.num_bytes for b in tensors if b.home_device == target)
+            own += sum({id(p.tensor): whole_bytes(p.tensor) for p in places if p.tensor.device == target}.values())
+        outside = max(0, self._device.allocated_bytes() - own)
+        components = [(layout.name, layout.is_repeated) for layout in layouts]
+        self._ledger.check(components, [unit.spec for unit in division.units], division.whole(), outside)
+
+    def _count_placements(self) -> None:
+        blocks = {s.block_name for s in self._attached.specs() if s.is_block}
+        streamed = {s.block_name for s in self._attached.specs() if self.plan.placement(s.index) is Placement.STREAMED}
+        self.stats.num_streamed_blocks = len(streamed)
+        self.stats.num_resident_blocks = len(blocks) - len(streamed)
+
+    def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
+        """What an out-of-memory error under the budget means, with numbers and what to do."""
+        return self._passes.explain(error, is_for_weights=is_for_weights)
+
+    # ---- changes
+
+    def _changing(self, component: str) -> contextlib.AbstractContextManager[None]:
+        """A component, or a part of it, is about to be cast: at home, and laid out anew afterwards.
+
+        In the middle of a call it is cast where it is (layerwise casting keeps layers in 8 bits, and casts each while
+        it runs), and laid out anew before the next call if it stayed so. A block that leaves its slot as it was not
+        found cannot be: its host bytes have another form.
+        """
+        if self._lanes.are_idle():
+            return self.paused(component)
+        self._changed_inside.add(component)
+        return contextlib.nullcontext()
+
+    def _catch_up(self, component: str | None = None) -> None:
+        """Between two calls: what was cast, reshaped or exchanged is laid out anew, what was dropped is let go of.
+
+        Args:
+            component: is about to be entered.
+        """
+        self._let_go()
+        taken: set[str] = set()
+        is_new_use = self.gate.running is not self._passes.last_use
+        units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
+        with without_subclasses():
+            changed = [unit for unit in units if not unit.is_bound and unit.binding.is_changed_while_absent()]
+        for unit in changed:
+            if not self._residency.take_in(unit):
+                taken.add(unit.spec.component)
+        for name in taken | self._components_of_another_form():
+            if name in self._attached.of_component:  # it may share weights with one before it
+                with self.paused(name):
+                    pass
+        self._changed_inside.clear()
+
+    def _components_of_another_form(self) -> set[str]:
+        """Components that must be laid out anew, since a weight has another dtype, shape or strides, or since whoever
+        pointed it at other memory has an entry of a `state_dict` that is its memory at home."""
+        units: set[StreamedUnit] = set()
+        for name in self._changed_inside:
+            units.update(self._attached.of_component[name].units)
+        found = set()
+        for unit in units.union(self.edits.lent):
+            if not unit.is_present:
+                continue
+            binding = unit.binding
+            has_other_form = not all(bound.has_form_of(bound.tensor) for bound in binding.tensors)
+            replaced = () if binding.is_guarded else binding.replaced()  # guarded, nobody has looked at them
+            if has_other_form or any(map(self.edits.has_entry, replaced)):
+                found.add(unit.spec.component)
+        return found
+
+
+def _attempt(afterwards: contextlib.ExitStack, step: Callable[[], object], what: str) -> None:
+    """Leaving must go on when the device has failed: the weights are on the host, and come back without it."""
+    try:
+        step()
+    except Exception as exc:
+        # Said at the end too: where warnings are errors, saying it raises.
+        message = f"leaving the offload context could not {what}: {exc!r}"
+        afterwards.callback(warn, message)
+    except BaseException as exc:
+        afterwards.callback(_raise, exc)
+
+
+def _refuse_compiled_wholes(layouts: Sequence[ComponentLayout]) -> None:
+    for layout in layouts:
+        if any(stack.blocks for stack in layout.stacks):
+            compiled.refuse_fullgraph(layout.outermost, layout.name)
+
+
+def _raise(error: BaseException) -> None:
+    raise error

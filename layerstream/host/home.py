@@ -1,0 +1,109 @@
+"""A unit's home: its bytes outside of the device. What a load reads, what is handed back, and who writes.
+
+A home belongs to one unit, and is the only writer of that unit's host bytes while it streams. Homes can be exchanged
+(`exchange.py`). There is one kind so far: a `RawHome` has the bytes as they are on the device, page-locked where that
+is possible.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from layerstream.device.base import COPY_BYTES, Device
+from layerstream.host.memory import Range
+from layerstream.weights.binding import BoundTensor, UnitBinding
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A range of host memory and where it lands in the slot.
+
+    Attributes:
+        source: uint8 [num_bytes], the host bytes.
+        offset: byte in the slot where the copy starts.
+        is_pinned: page-locked, so that the copy is asynchronous.
+    """
+
+    source: torch.Tensor
+    offset: int
+    is_pinned: bool
+
+    def parts(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Its bytes in parts that are copied one by one, each with where it begins."""
+        for at in range(0, self.source.numel(), COPY_BYTES):
+            yield at, self.source[at : at + COPY_BYTES]
+
+
+@dataclass(eq=False)
+class RawHome:
+    """The bytes of one unit as they are, in host memory.
+
+    Attributes:
+        offsets: byte offset of each bound tensor in the slot, in the order of the binding.
+        device_bytes: of the whole unit in a slot, alignment included.
+        ranges: its bytes on the host, each with its offset in the slot and what is to be locked for it.
+        locks: the page locks it holds.
+        segments: what to copy; filled by `HostStore.pin`.
+    """
+
+    device: Device
+    offsets: list[int]
+    device_bytes: int
+    ranges: list[tuple[torch.Tensor, int, Range]] = field(default_factory=list)
+    locks: list[Range] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+    # Both are asked for at every load, and settled once the segments are there.
+    @functools.cached_property
+    def wire_bytes(self) -> int:
+        """What a load brings over the bus."""
+        return sum(s.source.numel() for s in self.segments)
+
+    @functools.cached_property
+    def is_pinned(self) -> bool:
+        """Whether all of it is page-locked, so that a load does not block the host."""
+        return all(s.is_pinned for s in self.segments)
+
+    def pairs(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+        """What to copy into a device buffer: (its range, the host bytes, whether these are page-locked), segment by
+        segment, in parts of `COPY_BYTES` at most."""
+        return [
+            (buffer[s.offset + at : s.offset + at + part.numel()], part, s.is_pinned)
+            for s in self.segments
+            for at, part in s.parts()
+        ]
+
+    def views(self, binding: UnitBinding, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The unit's tensors inside a device buffer (uint8 [>= device_bytes]), with the strides they keep."""
+        views = []
+        for bound, offset in zip(binding.tensors, self.offsets, strict=True):
+            flat = buffer[offset : offset + bound.num_bytes].view(bound.dtype)
+            views.append(flat.as_strided(bound.shape, bound.strides))
+        return views
+
+    def value(self, bound: BoundTensor) -> torch.Tensor:
+        """What a tensor is handed back with. Touches no device unless that is where it came from."""
+        return handed_back(bound)
+
+    def write(self, bound: BoundTensor, value: torch.Tensor) -> None:
+        """What the next load reads, and what is handed back, is `value`, of the tensor's own form; blocks the host."""
+        if value.data_ptr() != bound.master.data_ptr():
+            self.device.copy_back(bound.master, value)
+        if bound.home is not bound.master and bound.home.data_ptr() != value.data_ptr():
+            bound.home.copy_(bound.master)
+
+    def replace(self, bound: BoundTensor, value: torch.Tensor) -> None:
+        """Hand back `value`, perhaps of another form, in place of what was found. What a load reads stays."""
+        bound.home, bound.is_exact = value.to(bound.home_device), True
+
+
+def handed_back(bound: BoundTensor) -> torch.Tensor:
+    """What a tensor is handed back with: the memory it was found in, or its values in memory of their own."""
+    if bound.is_exact:
+        return bound.home
+    home = torch.empty_strided(bound.shape, bound.strides, dtype=bound.dtype, device=bound.home_device)
+    return home.copy_(bound.home)

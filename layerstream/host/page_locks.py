@@ -1,0 +1,124 @@
+"""Page locks, counted per process: a page can be registered with the driver once, and several units may need it.
+
+A lock is a range that is registered as a whole and given up as a whole; whoever asks for a part of one holds all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from layerstream.device.base import Device
+from layerstream.host.memory import NUM_THREADS, Range
+from layerstream.saying import warn
+
+
+class PageLocks:
+    """The ranges that are registered, and how many hold each."""
+
+    def __init__(self) -> None:
+        self._holders: dict[Range, int] = {}
+        self._sorted: list[Range] = []  # disjoint
+        self._mutex = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def overlapping(self, span: Range) -> Range | None:
+        """A lock that shares pages with the span."""
+        with self._mutex:
+            return self._overlapping(span)
+
+    def acquire(
+        self, device: Device, spans: Sequence[Range], tell: Callable[[int], object] = lambda num_bytes: None
+    ) -> list[Range | None]:
+        """Hold a lock on each span, page-aligned and disjoint; `tell` hears of bytes that are done.
+
+        Returns: for each the lock that has it, perhaps a larger one; None where the system refused, or where a lock
+            has only a part of it: two registrations must not share a page, nor one tensor lie in two.
+        """
+        with self._mutex:
+            known = [self._overlapping(span) for span in spans]
+            missing = [span for span, lock in zip(spans, known, strict=True) if lock is None]
+            made: list[Range] = []
+            try:
+                self._register(device, missing, made, tell)
+            except BaseException:
+                for start, _ in made:
+                    device.unregister(start)
+                raise
+            registered = set(made)
+            locks = [
+                lock if lock is not None and lock[0] <= span[0] and span[1] <= lock[1] else None
+                for span, lock in zip(spans, known, strict=True)
+            ]
+            locks = [span if span in registered else lock for span, lock in zip(spans, locks, strict=True)]
+            for lock in locks:
+                if lock is not None:
+                    if lock not in self._holders:
+                        insort(self._sorted, lock)
+                    self._holders[lock] = self._holders.get(lock, 0) + 1
+            return locks
+
+    def release(self, device: Device, lock: Range) -> None:
+        """Give up one hold on a lock; its pages are unlocked with the last. No copy may be in flight then."""
+        with self._mutex:
+            self._holders[lock] -= 1
+            if not self._holders[lock]:
+                # First: whatever becomes of it, nobody must count on it.
+                del self._holders[lock], self._sorted[bisect_left(self._sorted, lock)]
+                device.unregister(lock[0])
+
+    def _overlapping(self, span: Range) -> Range | None:
+        position = bisect_right(self._sorted, (span[0], 2**64))  # the first that begins behind the span's start
+        for lock in self._sorted[max(position - 1, 0) : position + 1]:
+            if lock[0] < span[1] and span[0] < lock[1]:
+                return lock
+        return None
+
+    def _register(
+        self, device: Device, spans: Sequence[Range], made: list[Range], tell: Callable[[int], object]
+    ) -> None:
+        is_refused = threading.Event()
+
+        def register(span: Range) -> None:
+            # After the first refusal the rest would be refused too, one slow call at a time.
+            if not is_refused.is_set():
+                if device.register(span[0], span[1] - span[0]):
+                    made.append(span)
+                    tell(span[1] - span[0])
+                else:
+                    is_refused.set()
+
+        if device.is_simulated or len(spans) < 2:
+            for span in spans:
+                register(span)
+            return
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            list(pool.map(register, spans))
+
+
+# Real page locks belong to the process, whichever GPU asked for them; those of a simulated device belong to it.
+_BY_SIMULATED_DEVICE: weakref.WeakKeyDictionary[Device, PageLocks] = weakref.WeakKeyDictionary()
+_REAL = PageLocks()
+
+
+def page_locks_of(device: Device) -> PageLocks:
+    """The locks that a device's copies go by."""
+    return _BY_SIMULATED_DEVICE.setdefault(device, PageLocks()) if device.is_simulated else _REAL
+
+
+def _warn_at_fork() -> None:
+    if len(_REAL):
+        warn(
+            "the process forks while layerstream has host memory page-locked: the kernel copies those pages for the "
+            "child at once. Start worker processes before streaming, or with the 'spawn' method.",
+        )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_warn_at_fork)

@@ -1,0 +1,1 @@
+"""What is watched of pipelines and libraries around them: calls, changes, decorated functions."""

@@ -1,0 +1,1 @@
+"""What is on the device in each phase, what a pass does, what comes next. Pure: no torch, no device."""

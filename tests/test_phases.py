@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerstream.planning import phases as module
-from layerstream.planning.phases import GROWTH, Key, PhaseTracker, Reserve
+from layerstream.planning.phases import GROWTH, CallKind, Key, PhaseTracker
 
 PIPE = [("encoder", False), ("net", True), ("control", True), ("vae", False)]
 
@@ -22,7 +22,7 @@ def tracker() -> PhaseTracker:
     return PhaseTracker(PIPE)
 
 
-def measure(found: PhaseTracker, wanted: Key, *over_bytes: int) -> Reserve:
+def measure(found: PhaseTracker, wanted: Key, *over_bytes: int) -> CallKind:
     """Enter once per measurement, as the ledger does, and report what it took."""
     reserve = found.enter(wanted)
     for number, num_bytes in enumerate(over_bytes):
@@ -32,7 +32,7 @@ def measure(found: PhaseTracker, wanted: Key, *over_bytes: int) -> Reserve:
     return reserve
 
 
-def time(reserve: Reserve, compute_ms: dict[int, float]) -> None:
+def time(reserve: CallKind, compute_ms: dict[int, float]) -> None:
     """Three passes, of which each of the first two was late somewhere."""
     for late in (1, 2, None):
         assert not reserve.is_timed
@@ -98,7 +98,7 @@ def test_what_passes_no_mask_and_runs_once_a_call_is_measured_once(
 
 
 def test_passes_whose_times_are_on_their_way_are_neither_known_nor_timed_again() -> None:
-    reserve = Reserve(key())
+    reserve = CallKind(key())
     for number in range(module._TIMED_PASSES):
         assert reserve.num_untimed == module._TIMED_PASSES - number
         reserve.starts_timing()
@@ -216,7 +216,7 @@ def test_nothing_is_borrowed_from_what_did_not_fit() -> None:
 # ---- token loops
 
 
-def loop(found: PhaseTracker, first: int, last: int) -> list[Reserve]:
+def loop(found: PhaseTracker, first: int, last: int) -> list[CallKind]:
     """A cache of (2, length, 4) that grows by a token each time, entered with a token of one length."""
     return [found.enter(key("net", (1, 1), (2, length, 4))) for length in range(first, last + 1)]
 
@@ -263,7 +263,7 @@ def test_a_long_loop_is_measured_a_few_times() -> None:
 
 
 def test_a_margin_is_kept_and_grows_with_the_rest() -> None:
-    reserve = Reserve(key())
+    reserve = CallKind(key())
     assert reserve.kept_bytes(5) is reserve.needed_bytes(5) is None
     reserve.measured(100, 8)
     assert (reserve.over_bytes, reserve.kept_bytes(20), reserve.needed_bytes(20)) == (100, 128, 128)
@@ -435,7 +435,7 @@ def test_images_of_every_size_do_not_grow_without_end(monkeypatch: pytest.Monkey
     found = tracker()
     for size in range(1, 100):
         measure(found, key("net", (3 * size, 100 - size)), size, size)
-        assert len(found._reserves) <= 20
+        assert len(found._kinds) <= 20
     assert found.enter(key("net", (3 * 99, 1))).is_measured, "the latest is known"
     assert not found.enter(key("net", (3, 99))).is_measured, "the first is not"
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import layerstream
 from layerstream.device.simulated import SimulatedDevice
-from layerstream.planning.phases import Key, Reserve
+from layerstream.planning.phases import CallKind, Key
 from layerstream.transfer.timing import PassTimer
 from tests.fakes import assert_equal, run, toy, toy_input, twin
 
@@ -31,11 +31,11 @@ class Behind(SimulatedDevice):
         return float(end - start) if end <= self.passed else None
 
 
-def reserve() -> Reserve:
-    return Reserve(Key("net", "", ()))
+def reserve() -> CallKind:
+    return CallKind(Key("net", "", ()))
 
 
-def timed_pass(timer: PassTimer, owner: Reserve, *blocks: tuple[int, ...]) -> None:
+def timed_pass(timer: PassTimer, owner: CallKind, *blocks: tuple[int, ...]) -> None:
     timer.begin(owner)
     for units in blocks:
         timer.enter_block(units)

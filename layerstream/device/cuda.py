@@ -61,7 +61,7 @@ class _CopyStreams:
 
     def __init__(self, torch_device: torch.device) -> None:
         self._streams = torch.cuda.Stream(torch_device), torch.cuda.Stream(torch_device)
-        self._turn_ends = torch.cuda.Event(), torch.cuda.Event()
+        self._turn_ends: list[torch.cuda.Event | None] = [None, None]
         self._number = 0
         self._left_bytes = 0  # of the turn
         self._batched = BatchedCopy.find()
@@ -95,7 +95,8 @@ class _CopyStreams:
                 target.copy_(source, non_blocking=True)
 
     def _next_turn(self) -> None:
-        done = self._turn_ends[self._number]  # recorded anew: whoever waits has been told to by then
+        # Recorded anew at each turn: who waits for the one before has been told to by then.
+        self._turn_ends[self._number] = done = self._turn_ends[self._number] or torch.cuda.Event()
         done.record(self.now)
         self._number = 1 - self._number
         self.now.wait_event(done)

@@ -23,7 +23,7 @@ from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_byt
 from layerstream.device.base import Device
 from layerstream.errors import BudgetError
 from layerstream.planning.order import OrderLearner
-from layerstream.planning.phases import Key, PhaseTracker, Reserve
+from layerstream.planning.phases import CallKind, Key, PhaseTracker
 from layerstream.planning.plan import Costs, Phase, PhasePlan, Plan, check_budget, make_plan, uses_per_pass
 from layerstream.stats import PhaseStats, Stats
 
@@ -65,8 +65,8 @@ class Ledger:
         self._plan: Plan | None = None
         self._planned_costs: Costs | None = None
         self._refused: set[tuple[str, ...]] = set()  # components that cannot share a phase within the budget
-        self._reserve: Reserve | None = None  # of the call that runs, or ran last
-        self._planned_with: set[Reserve] = set()  # those that the present plan was found to do for
+        self._kind: CallKind | None = None  # of the call that runs, or ran last
+        self._planned_with: set[CallKind] = set()  # those that the present plan was found to do for
         self._outside_bytes = 0  # what others had when it began
         self._interval_weights: int | None = None  # our weights in the running interval; None: none runs
         self._is_open = False
@@ -118,7 +118,7 @@ class Ledger:
             self._counted, self._seldom = set(), frozenset()
         self._tracker = self._tracker.successor(components, changed)
         self._units, self._whole = units, whole
-        self._reserve = self._plan = None
+        self._kind = self._plan = None
         self._planned_with = set()
 
     def check(
@@ -180,58 +180,58 @@ class Ledger:
         Raises:
             BudgetError: it is known not to fit, whatever else is given up.
         """
-        reserve = self._tracker.enter(Key(component, entry, shapes, is_grad))
-        if self._plan is not None and self._reserve is not None and reserve in self._planned_with:
+        kind = self._tracker.enter(Key(component, entry, shapes, is_grad))
+        if self._plan is not None and self._kind is not None and kind in self._planned_with:
             phase_plan = self._plan.phase_of(component)
-            is_same_phase = self._reserve.key.component in phase_plan.phase.components
+            is_same_phase = self._kind.key.component in phase_plan.phase.components
             # The next token: its shapes have grown, and what is kept for them is enough.
-            if is_same_phase and self._goes_on(reserve, weights_bytes):
+            if is_same_phase and self._goes_on(kind, weights_bytes):
                 return phase_plan
         self._check_passes()
         self.end_interval()
         self._outside_bytes = max(0, self._device.allocated_bytes() - weights_bytes)
         self._merge_partners()
         before = self._plan
-        self._replan(reserve)
-        self._planned_with = {*(self._planned_with if self._plan is before else ()), reserve}
+        self._replan(kind)
+        self._planned_with = {*(self._planned_with if self._plan is before else ()), kind}
         phase_plan = self.plan.phase_of(component)
-        self._reserve = reserve
+        self._kind = kind
         self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
         self.phase_stats = self.stats_of.setdefault(phase_plan.phase.name, PhaseStats())
-        self._count_pass(reserve)
-        if reserve.over_bytes is not None:
-            self.phase_stats.reserve_bytes = reserve.over_bytes + self._outside_bytes
+        self._count_pass(kind)
+        if kind.over_bytes is not None:
+            self.phase_stats.reserve_bytes = kind.over_bytes + self._outside_bytes
         return phase_plan
 
     def begin_use(self, *, is_call: bool) -> None:
         """Somebody begins to use the components: a call of a pipeline, or of a bare component."""
         self._tracker.begin_use(is_call)
 
-    def again(self, reserve: Reserve, weights_bytes: int) -> bool:
+    def again(self, kind: CallKind, weights_bytes: int) -> bool:
         """A call begins that is like one before under the present plan; returns whether there is nothing to learn or to
         change: else it is to `begin`."""
-        if not self._goes_on(reserve, weights_bytes):
+        if not self._goes_on(kind, weights_bytes):
             return False
-        self._tracker.again(reserve.key.component)
+        self._tracker.again(kind.key.component)
         return True
 
-    def _goes_on(self, reserve: Reserve, weights_bytes: int) -> bool:
-        is_settled = self.is_settled and self._is_settled(reserve) and not self._has_new_times
+    def _goes_on(self, kind: CallKind, weights_bytes: int) -> bool:
+        is_settled = self.is_settled and self._is_settled(kind) and not self._has_new_times
         if not is_settled or self._uses_differ() or self.has_grown(weights_bytes):
             return False
-        self._reserve = reserve
-        self._count_pass(reserve)
+        self._kind = kind
+        self._count_pass(kind)
         return True
 
-    def _count_pass(self, reserve: Reserve) -> None:
+    def _count_pass(self, kind: CallKind) -> None:
         self.phase_stats.num_passes += 1
-        self.phase_stats.num_tokens += reserve.is_growing
+        self.phase_stats.num_tokens += kind.is_growing
 
     @property
-    def reserve(self) -> Reserve:
+    def kind(self) -> CallKind:
         """Of the call that runs."""
-        assert self._reserve is not None
-        return self._reserve
+        assert self._kind is not None
+        return self._kind
 
     def has_grown(self, weights_bytes: int) -> bool:
         """Whether others hold more than when the phase began: a scheduler's history, say, or another library."""
@@ -249,17 +249,17 @@ class Ledger:
     @property
     def is_settled(self) -> bool:
         """Whether the running call's reserve and times are known, so that the next like it changes nothing."""
-        return self._reserve is not None and self._is_settled(self._reserve)
+        return self._kind is not None and self._is_settled(self._kind)
 
-    def _is_settled(self, reserve: Reserve) -> bool:
-        return reserve.is_measured and not self._wants_times(reserve)
+    def _is_settled(self, kind: CallKind) -> bool:
+        return kind.is_measured and not self._wants_times(kind)
 
     def start_interval(self, weights_bytes: int) -> None:
         """All that the running call needs of us is on the device; the rest that appears is its own."""
-        assert self._reserve is not None
+        assert self._kind is not None
         if self._interval_weights is not None:
             return  # it goes on
-        if not self._reserve.is_measured:
+        if not self._kind.is_measured:
             self._device.empty_cache()  # what earlier phases left cached is not this one's
         self._device.reset_peaks()
         self._interval_weights = weights_bytes
@@ -274,17 +274,17 @@ class Ledger:
     def end_interval(self) -> None:
         """Something else begins, or streaming ends: read the peak."""
         weights, self._interval_weights = self._interval_weights, None
-        if weights is None or self._reserve is None:
+        if weights is None or self._kind is None:
             return
         peak = self.look()
         self.phase_stats.peak_weights_bytes = max(self.phase_stats.peak_weights_bytes, weights)
         self.phase_stats.most_beside_bytes = max(self.phase_stats.most_beside_bytes or 0, peak - weights)
-        if not self._reserve.is_measured:
+        if not self._kind.is_measured:
             over = max(0, peak - weights - self._outside_bytes)
             margin = _MARGIN_GRAINS * self._grain + self._device.page_bytes()
             if self.budget_bytes is not None:  # it has just run in what there was
                 margin = min(margin, max(0, self.budget_bytes - weights - self._outside_bytes - over))
-            self._reserve.measured(over, margin)
+            self._kind.measured(over, margin)
             self.phase_stats.reserve_bytes = self._outside_bytes + over
 
     # ---- time
@@ -292,23 +292,23 @@ class Ledger:
     @property
     def wants_times(self) -> bool:
         """Whether the running pass should be timed, block by block."""
-        return self._reserve is not None and self._wants_times(self._reserve)
+        return self._kind is not None and self._wants_times(self._kind)
 
-    def _wants_times(self, reserve: Reserve) -> bool:
-        if self._plan is None or not reserve.is_measured or reserve.num_untimed <= 0:
+    def _wants_times(self, kind: CallKind) -> bool:
+        if self._plan is None or not kind.is_measured or kind.num_untimed <= 0:
             return False
-        return self._plan.phase_of(reserve.key.component).num_slots > 0
+        return self._plan.phase_of(kind.key.component).num_slots > 0
 
-    def starts_timing(self) -> Reserve:
+    def starts_timing(self) -> CallKind:
         """The running pass is timed: of the key that this returns."""
-        assert self._reserve is not None
-        self._reserve.starts_timing()
-        return self._reserve
+        assert self._kind is not None
+        self._kind.starts_timing()
+        return self._kind
 
-    def timed(self, reserve: Reserve, compute_ms: Mapping[int, float]) -> None:
+    def timed(self, kind: CallKind, compute_ms: Mapping[int, float]) -> None:
         """A timed pass of that key took so much, by unit."""
-        reserve.timed(compute_ms)
-        self._has_new_times |= reserve.is_timed
+        kind.timed(compute_ms)
+        self._has_new_times |= kind.is_timed
 
     # ---- what does not fit
 
@@ -317,19 +317,19 @@ class Ledger:
         self.look()
         self._interval_weights = None
         self._num_ooms, self._is_unchecked = self._device.num_ooms(), False
-        if self._reserve is not None:
-            self._reserve.forget()
+        if self._kind is not None:
+            self._kind.forget()
 
     def check_operators(self) -> None:
         """Raise if an operator was refused memory and went another way, whose result may differ.
 
         cuDNN tries its algorithms in turn and takes the next one when there is no room for a workspace.
         """
-        if self._reserve is None or self._plan is None:
+        if self._kind is None or self._plan is None:
             return
         # In the steady state of a phase that runs many times that waits for the next component: reading takes time.
         self._is_unchecked = True
-        if not (self.is_settled and self._plan.phase_of(self._reserve.key.component).phase.is_repeated):
+        if not (self.is_settled and self._plan.phase_of(self._kind.key.component).phase.is_repeated):
             self._check_passes()
 
     def forgive(self, num_ooms: int) -> None:
@@ -367,12 +367,12 @@ class Ledger:
     def _error(self, what: str, wanted_bytes: int, weights_bytes: int) -> BudgetError:
         peak = max(self._device.peak_reserved_bytes(), self._device.reserved_bytes())
         others = max(0, peak - weights_bytes)
-        component = self._reserve.key.component if self._reserve is not None else None
+        component = self._kind.key.component if self._kind is not None else None
         where = f" in `{component}`" if component else ""
         plan = self.plan
         least = plan.phase_of(component).least_bytes + plan.whole_bytes if component else plan.least_bytes
         reached = least + max(others, wanted_bytes)
-        is_known = self._reserve is not None and self._reserve.is_measured
+        is_known = self._kind is not None and self._kind.is_measured
         needed = reached if is_known else self._certain_bytes(reached)
         is_limited = self.budget_bytes is not None and not is_unlimited(self.budget_bytes)
         budget = f"vram_budget {format_bytes(self.budget_bytes or 0)}" if is_limited else "the device"
@@ -402,7 +402,7 @@ class Ledger:
 
     # ---- planning
 
-    def _replan(self, reserve: Reserve) -> None:
+    def _replan(self, kind: CallKind) -> None:
         phases = self._tracker.phases(self._outside_bytes)
         costs = self._costs()
         self._has_new_times = False
@@ -419,15 +419,15 @@ class Ledger:
                 self._plan = self._make(attempt, costs)
                 break
         else:
-            self._plan = self._make_with_all_the_room(reserve, phases)
+            self._plan = self._make_with_all_the_room(kind, phases)
         self._planned_costs = costs
         self._stats.num_plans += 1
 
-    def _make_with_all_the_room(self, reserve: Reserve, phases: Sequence[Phase]) -> Plan:
+    def _make_with_all_the_room(self, kind: CallKind, phases: Sequence[Phase]) -> Plan:
         """Margins and room to grow are no reason to refuse a call, nor is what a larger call took: only what this one
         took itself."""
-        if reserve.is_measured and reserve.over_bytes is not None:
-            certain = reserve.over_bytes + self._outside_bytes
+        if kind.is_measured and kind.over_bytes is not None:
+            certain = kind.over_bytes + self._outside_bytes
             current = self._tracker.current
             for phase in phases:
                 if phase.components == current:

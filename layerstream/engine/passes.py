@@ -26,7 +26,7 @@ from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
 from layerstream.errors import BudgetError, StreamerStateError
-from layerstream.planning.phases import READ, Reserve
+from layerstream.planning.phases import READ, CallKind
 from layerstream.planning.plan import PhasePlan
 from layerstream.report import predicted_line, slow_loop_line
 from layerstream.transfer.profiling import Ranges
@@ -81,7 +81,7 @@ class Passes:
         self._replay = replay
         self._ranges = ranges
         self._find_replaced = find_replaced
-        self._begun: dict[tuple[object, ...], Reserve] = {}  # how calls entered that changed nothing in this epoch
+        self._begun: dict[tuple[object, ...], CallKind] = {}  # how calls entered that changed nothing in this epoch
         self._epoch = 0  # of the residency
         self._told: set[str] = set()  # phases whose predicted time is in the log
         self._num_tokens: dict[str, int] = {}  # by phase, in the last use
@@ -163,7 +163,7 @@ class Passes:
             bases = [unit for unit in residents if not unit.spec.is_block]
             self._residency.use(bases, is_touch=False, is_grad=begun[-1])
             self._ledger.start_interval(self._transfer.weights_bytes)
-        self._begun_before()[begun] = self._ledger.reserve
+        self._begun_before()[begun] = self._ledger.kind
         self._phase_changes.mark_staying(phase_plan)
         if self._ledger.wants_times and may_time:
             self._residency.listen_to(self._residency.quiet())
@@ -209,8 +209,8 @@ class Passes:
 
     def drop_times(self) -> None:
         """Forget what is being timed."""
-        for reserve in self._timer.drop():
-            reserve.not_timed()
+        for kind in self._timer.drop():
+            kind.not_timed()
 
     def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
@@ -239,7 +239,7 @@ class Passes:
             self._phase_changes.quieten(self._residency.applied)
         return True
 
-    def _begun_before(self) -> dict[tuple[object, ...], Reserve]:
+    def _begun_before(self) -> dict[tuple[object, ...], CallKind]:
         """How calls entered since all is as it is now, and the key of each."""
         if self._epoch != self._residency.epoch:
             self._epoch = self._residency.epoch
@@ -280,10 +280,10 @@ class Passes:
 
     def _read_times(self) -> None:
         """What timed passes took, as far as the device is through with them."""
-        for reserve, by_block in self._timer.take():
+        for kind, by_block in self._timer.take():
             times: dict[int, float] = {}
             for units, elapsed in by_block.items():
                 sizes = [self._units[unit].spec.num_bytes for unit in units]
                 for unit, size in zip(units, sizes, strict=True):  # only the sum of a block's pieces means anything
                     times[unit] = elapsed * size / (sum(sizes) or 1)
-            self._ledger.timed(reserve, times)
+            self._ledger.timed(kind, times)

@@ -88,12 +88,14 @@ class Key:
 
 
 @dataclass(eq=False)
-class Reserve:
-    """What a key takes on the device beside our weights and beside what others had there before.
+class CallKind:
+    """All that is known of a kind of call: what it takes on the device beside our weights, its *reserve*, and how long
+    its blocks compute.
 
     Attributes:
-        key: the shapes it was measured with.
-        over_bytes: reserved bytes beyond our weights and beyond what was allocated when it began; None: unknown.
+        key: component, entry and shapes that calls of this kind have.
+        over_bytes: its reserve: reserved bytes beyond our weights and beyond what was allocated when it began; None:
+            unknown.
         margin_bytes: kept beside that where there is room, since the allocator may cut its memory otherwise.
         is_measured: `over_bytes` is this key's own, not borrowed from a larger one.
         is_growing: its shapes grow token by token, so a quarter more is kept for it.
@@ -181,19 +183,19 @@ class PhaseTracker:
     def __init__(self, components: Sequence[tuple[str, bool]]) -> None:
         self._is_repeated = dict(components)
         self._groups: dict[str, tuple[str, ...]] = {name: (name,) for name in self._is_repeated}
-        self._reserves: dict[Key, Reserve] = {}
+        self._kinds: dict[Key, CallKind] = {}
         self._last_key: dict[tuple[str, str], Key] = {}
         self._turns: list[tuple[str, int]] = []  # (component, passes in a row), the most recent last
         self._is_in_use = False  # the turns are of one call of a pipeline
-        self._entered: Reserve | None = None  # the most recent
-        self._run: dict[tuple[str, ...], list[Reserve]] = {}  # reserves of the present, or last, run of each phase
-        self._before: dict[tuple[str, ...], list[Reserve]] = {}  # of the run before
+        self._entered: CallKind | None = None  # the most recent
+        self._run: dict[tuple[str, ...], list[CallKind]] = {}  # reserves of the present, or last, run of each phase
+        self._before: dict[tuple[str, ...], list[CallKind]] = {}  # of the run before
         self.current: tuple[str, ...] | None = None
 
-    def enter(self, key: Key) -> Reserve:
+    def enter(self, key: Key) -> CallKind:
         """A component is entered with `key`: its phase is the current one from now on."""
         self._take_turn(key.component)
-        reserve = self._reserve(key)
+        kind = self._kind(key)
         group = self._groups[key.component]
         if group != self.current:
             self._before[group] = self._run.get(group, [])
@@ -203,10 +205,10 @@ class PhaseTracker:
         if key.entry != READ and any(r.key.entry == READ for r in run):
             # What was read before the first call of a phase says nothing, and would keep it unknown.
             run = self._run[group] = [r for r in run if r.key.entry != READ]
-        if reserve not in run and (key.entry != READ or not run):
-            run.append(reserve)
-        self._entered = reserve
-        return reserve
+        if kind not in run and (key.entry != READ or not run):
+            run.append(kind)
+        self._entered = kind
+        return kind
 
     def again(self, component: str) -> None:
         """The same key as before is entered again."""
@@ -236,7 +238,7 @@ class PhaseTracker:
             Phase(
                 group,
                 any(self._is_repeated[c] for c in group),
-                self._most(group, expected, outside_bytes, Reserve.kept_bytes),
+                self._most(group, expected, outside_bytes, CallKind.kept_bytes),
                 is_loop=any(r.is_growing for r in expected),
             )
             for group, expected in self._all_expected()
@@ -245,15 +247,16 @@ class PhaseTracker:
     def needed_bytes(self, outside_bytes: int) -> tuple[int | None, ...]:
         """What each of `phases` takes, without the room that a plan keeps for tokens to come."""
         return tuple(
-            self._most(group, expected, outside_bytes, Reserve.needed_bytes) for group, expected in self._all_expected()
+            self._most(group, expected, outside_bytes, CallKind.needed_bytes)
+            for group, expected in self._all_expected()
         )
 
     def compute_ms(self) -> Mapping[int, float]:
         """Measured compute by unit index, of the keys that are expected in each phase."""
         found: dict[int, float] = {}
         for _, expected in self._all_expected():
-            for reserve in expected:
-                for unit, ms in reserve.compute_ms.items() if reserve.is_timed else ():
+            for kind in expected:
+                for unit, ms in kind.compute_ms.items() if kind.is_timed else ():
                     found[unit] = max(ms, found.get(unit, 0.0))
         return found
 
@@ -287,17 +290,17 @@ class PhaseTracker:
         """A tracker of the pipeline's components as they are now; what was measured of `changed` ones is forgotten."""
         new = PhaseTracker(components)
         kept = {name for name, _ in components} - set(changed)
-        new._reserves = {key: reserve for key, reserve in self._reserves.items() if key.component in kept}
+        new._kinds = {key: kind for key, kind in self._kinds.items() if key.component in kept}
         new._is_repeated |= {name: self._is_repeated[name] for name in kept if name in self._is_repeated}
         new._is_in_use = self._is_in_use
         return new
 
     # ---- inside
 
-    def _all_expected(self) -> list[tuple[tuple[str, ...], list[Reserve]]]:
+    def _all_expected(self) -> list[tuple[tuple[str, ...], list[CallKind]]]:
         return [(group, self._expected(group)) for group in dict.fromkeys(self._groups.values())]
 
-    def _expected(self, group: tuple[str, ...]) -> list[Reserve]:
+    def _expected(self, group: tuple[str, ...]) -> list[CallKind]:
         """The reserves that count: of the present run, and of the last one if this one began like it."""
         run, before = self._run.get(group, []), self._before.get(group, [])
         return list(dict.fromkeys([*run, *before])) if run and run[0] in before else run
@@ -314,9 +317,9 @@ class PhaseTracker:
     def _most(
         self,
         group: tuple[str, ...],
-        expected: Sequence[Reserve],
+        expected: Sequence[CallKind],
         outside_bytes: int,
-        bytes_of: Callable[[Reserve, int], int | None],
+        bytes_of: Callable[[CallKind, int], int | None],
     ) -> int | None:
         """The largest of what is expected in a phase; None if there is nothing, or it is not known.
 
@@ -325,33 +328,33 @@ class PhaseTracker:
         """
         is_current = group == self.current
         found = []
-        for reserve in expected:
-            num_bytes = bytes_of(reserve, outside_bytes)
-            if num_bytes is None and is_current and reserve is not self._entered:
-                num_bytes = None if reserve.known_bytes is None else reserve.known_bytes + outside_bytes
+        for kind in expected:
+            num_bytes = bytes_of(kind, outside_bytes)
+            if num_bytes is None and is_current and kind is not self._entered:
+                num_bytes = None if kind.known_bytes is None else kind.known_bytes + outside_bytes
                 if num_bytes is None:
                     continue
             found.append(num_bytes)
         known = [amount for amount in found if amount is not None]
         return max(known) if known and len(known) == len(found) else None
 
-    def _reserve(self, key: Key) -> Reserve:
+    def _kind(self, key: Key) -> CallKind:
         if key.entry == READ:  # a call of the component is to follow, perhaps of a part that nobody knows of
-            measured = [r for k, r in self._reserves.items() if k.component == key.component and r.is_measured]
-            return max(measured, key=lambda r: r.over_bytes or 0, default=Reserve(key, num_missing=_MOST_KEYS))
-        known = self._reserves.pop(key, None)
+            measured = [r for k, r in self._kinds.items() if k.component == key.component and r.is_measured]
+            return max(measured, key=lambda r: r.over_bytes or 0, default=CallKind(key, num_missing=_MOST_KEYS))
+        known = self._kinds.pop(key, None)
         if known is not None:
-            self._reserves[key] = known  # the first in line is the one not used for longest
+            self._kinds[key] = known  # the first in line is the one not used for longest
         entry = (key.component, key.entry)
         last_key, self._last_key[entry] = self._last_key.get(entry), key
         if known is not None and (known.key == key or known.is_growing):
             return known
-        last = self._reserves.get(last_key) if last_key is not None else None
+        last = self._kinds.get(last_key) if last_key is not None else None
         if last is not None and last_key is not None and key.is_a_token_after(last_key):
             if last.over_bytes is not None and key.num_elements > GROWTH * last.key.num_elements:
                 # Measured anew, with what was kept so far and a quarter more meanwhile: evicting everything every
                 # few hundred tokens would cost more than the loop does.
-                last = Reserve(
+                last = CallKind(
                     key,
                     last.kept_bytes(0),
                     is_growing=True,
@@ -360,20 +363,20 @@ class PhaseTracker:
                 )
             last.is_growing = True
             return self._remember(key, last)
-        larger = [r for k, r in self._reserves.items() if r.is_measured and r.key is k and key.is_covered_by(k)]
+        larger = [r for k, r in self._kinds.items() if r.is_measured and r.key is k and key.is_covered_by(k)]
         least = min(larger, key=lambda r: r.over_bytes or 0, default=None)
         # A VAE that decodes does the same each time, and would otherwise drive everything out once more. What runs many
         # times a call is measured twice, since that costs nothing.
         num_missing = _MEASUREMENTS if self._is_repeated[key.component] or key.may_pad else 1
         return self._remember(
-            key, Reserve(key, least.over_bytes if least is not None else None, num_missing=num_missing)
+            key, CallKind(key, least.over_bytes if least is not None else None, num_missing=num_missing)
         )
 
-    def _remember(self, key: Key, reserve: Reserve) -> Reserve:
-        while len(self._reserves) >= _MOST_KEYS:
-            self._reserves.pop(next(iter(self._reserves)))
-        self._reserves[key] = reserve
-        return reserve
+    def _remember(self, key: Key, kind: CallKind) -> CallKind:
+        while len(self._kinds) >= _MOST_KEYS:
+            self._kinds.pop(next(iter(self._kinds)))
+        self._kinds[key] = kind
+        return kind
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerstream.device.base import Device
-from layerstream.planning.phases import Reserve
+from layerstream.planning.phases import CallKind
 
 Units = tuple[int, ...]  # of a block
 
@@ -21,7 +21,7 @@ Units = tuple[int, ...]  # of a block
 class _Pass:
     """One pass: the marks before the blocks that run, and (units, before, after) of those that have run."""
 
-    reserve: Reserve
+    kind: CallKind
     running: dict[Units, Any] = field(default_factory=dict)
     blocks: list[tuple[Units, Any, Any]] = field(default_factory=list)
 
@@ -34,10 +34,10 @@ class PassTimer:
         self._current: _Pass | None = None
         self._unread: deque[_Pass] = deque()  # the oldest first
 
-    def begin(self, reserve: Reserve) -> None:
+    def begin(self, kind: CallKind) -> None:
         """A pass of that key begins, and is timed."""
         self.end()
-        self._current = _Pass(reserve)
+        self._current = _Pass(kind)
 
     def end(self) -> None:
         """Whatever runs next belongs to another pass."""
@@ -63,7 +63,7 @@ class PassTimer:
         """Whether there is a pass that `take` would give."""
         return bool(self._unread) and self._is_through(self._unread[0])
 
-    def take(self) -> Iterator[tuple[Reserve, Mapping[Units, float]]]:
+    def take(self) -> Iterator[tuple[CallKind, Mapping[Units, float]]]:
         """The ended passes that the device is through with, once: the key, and milliseconds by block.
 
         Of a block that ran several times in a pass, the longest.
@@ -75,12 +75,12 @@ class PassTimer:
                 elapsed = self._device.elapsed_ms(start, end)
                 if elapsed is not None:
                     times[units] = max(elapsed, times.get(units, 0.0))
-            yield done.reserve, times
+            yield done.kind, times
 
-    def drop(self) -> list[Reserve]:
+    def drop(self) -> list[CallKind]:
         """Forget all that was not taken; returns the keys, one for each pass."""
         self.end()
-        dropped = [each.reserve for each in self._unread]
+        dropped = [each.kind for each in self._unread]
         self._unread.clear()
         return dropped
 

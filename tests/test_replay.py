@@ -293,6 +293,40 @@ def test_a_pass_in_another_thread(counting: Counting) -> None:
         assert_equal(no_grad_run(model, 3), no_grad_run(resident, 3))
 
 
+class Decoder(Toy):
+    """Entered by a method, as autoencoders are."""
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward(x)
+
+
+def test_a_component_that_is_entered_by_a_method_from_several_threads(counting: Counting) -> None:
+    torch.manual_seed(0)
+    model = Decoder()
+    resident = twin(model)
+    found: list[torch.Tensor] = []
+
+    def calls(passes: int) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.extend(model.decode(toy_input()) for _ in range(passes))
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = resident.decode(toy_input())
+    with layerstream.offload({"vae": model}, vram_budget="min", device=adversary()) as streaming:
+        calls(_SETTLED + 2)
+        for _ in range(3):
+            counting.entered()
+            thread = threading.Thread(target=calls, args=(4,))
+            thread.start()
+            thread.join()
+            assert counting.entered()
+            calls(2)
+            engine = streaming._streamer
+            assert engine is not None
+            assert not engine._lanes.main.running
+    assert_equal(found, [expected] * len(found))
+
+
 def test_the_last_pass_of_a_loop_is_its_own_schedule(counting: Counting) -> None:
     """What follows a loop is loaded at its end, and the loop's first blocks in its middle."""
 

@@ -48,9 +48,17 @@ class Lane:
         Raises:
             ConcurrentUseError: another thread is in the middle of a call.
         """
+        self.run_here()
+        self.running.append((module, is_root))
+
+    def run_here(self) -> None:
+        """What runs from now on runs in this thread.
+
+        Raises:
+            ConcurrentUseError: another thread is in the middle of a call.
+        """
         self.check_thread()
         self._thread = threading.get_ident()
-        self.running.append((module, is_root))
 
     def leave(self, module: nn.Module) -> bool:
         """`module` ended; returns whether it was running in this thread."""

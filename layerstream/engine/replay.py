@@ -114,6 +114,7 @@ class Replay:
         key = (component, entry, self._transfer.ring_units, tuple(expected))
         bound = self._known.get(key)
         if bound is not None:
+            lane.run_here()
             self._thread, self._stream_number = get_ident(), self._device.stream_number()
             self._stream = self._device.compute_stream()
             self.bound, self._at, self.step = bound, 0, bound.steps[0]

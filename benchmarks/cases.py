@@ -117,6 +117,7 @@ _CASES: Mapping[str, Case] = {
         num_steps=4,
     ),
     "qwen": Case("single", "qwen", forms=("denoiser",), num_steps=4),
+    "sd15": Case("single", "sd15", forms=("denoiser",)),
     "wan22": Case(
         "single", "wan22", forms=("denoiser",), experts={"transformer": 950, "transformer_2": 500}, num_steps=4
     ),
@@ -208,7 +209,8 @@ class Work:
             for seed in _SEEDS[: self.num_inputs]
         ]
         for other in made[1:]:
-            other["hidden_states"] = made[0]["hidden_states"]
+            latents = "sample" if "sample" in other else "hidden_states"
+            other[latents] = made[0][latents]
         return made
 
     def turns(self, device: torch.device) -> list[tuple[str, dict[str, Any]]]:

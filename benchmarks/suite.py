@@ -62,6 +62,7 @@ _OURS: Mapping[str, tuple[str, Form, Sequence[str]]] = {
     "mammoth-call": ("mammoth", "pipeline", ("12GiB", "24GiB")),
     "glm-call": ("glm", "pipeline", ("12GiB", "24GiB")),
     "qwen-denoiser": ("qwen", "denoiser", ("12GiB", "24GiB")),
+    "sd15-denoiser": ("sd15", "denoiser", ("min", "auto")),
     "wan22-denoiser": ("wan22", "denoiser", ("12GiB",)),
     "longcat-rewrite": ("longcat-rewrite", "pipeline", ("12GiB",)),
 }

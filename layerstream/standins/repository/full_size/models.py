@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from layerstream.standins.repository.full_size import glm, longcat, ovis, qwen, sd35m, wan22
+from layerstream.standins.repository.full_size import glm, longcat, ovis, qwen, sd15, sd35m, wan22
 from layerstream.standins.repository.full_size.specs import DenoiserSpec, PipelineSpec
 
 _Spec = TypeVar("_Spec")
@@ -16,12 +16,13 @@ _MODULES: Mapping[str, Any] = {
     "glm": glm,
     "qwen": qwen,
     "wan22": wan22,
+    "sd15": sd15,
 }
 DENOISER_SPECS: Mapping[str, DenoiserSpec] = MappingProxyType(
     {name: module.DENOISER for name, module in _MODULES.items()}
 )
 PIPELINE_SPECS: Mapping[str, PipelineSpec] = MappingProxyType(
-    {name: module.PIPELINE for name, module in _MODULES.items()}
+    {name: module.PIPELINE for name, module in _MODULES.items() if hasattr(module, "PIPELINE")}
 )
 
 

@@ -407,8 +407,7 @@ def test_dynamo_is_not_imported_to_find_that_nothing_is_compiled() -> None:
     program = """
 import sys
 from torch import nn
-from layerstream.compiled import *
-from layerstream import compiled as c
+from layerstream.hooks import compiled as c
 m = nn.Linear(2, 2)
 assert c.uncompiled(m) is m and c.describe_compiled(m) is None and c.drop_dynamo_caches([m]) == 0
 c.refuse_fullgraph(m, "m"); c.exchange_for_block_compile(m, [])()

@@ -61,7 +61,7 @@ def test_an_engine_that_waits_sees_its_bytes(copies: Copies) -> None:
 
 
 def test_it_is_a_device() -> None:
-    names = [n for n in vars(Device) if not n.startswith("_")]
+    names = [n for n in [*dir(Device), *Device.__annotations__] if not n.startswith("_")]
     assert len(names) > 25
     device = SimulatedDevice()
     assert [n for n in names if not hasattr(device, n)] == []

@@ -107,6 +107,7 @@ class Passes:
             is_block: it is entered by a block, of which `entry` is the stack.
         """
         lane.handled = sys.exc_info()[1]
+        self._replay.stop()  # of a pass that was interrupted: nobody has told of its end
         self._ranges.ask()
         if self.timeline is not None:
             self.timeline.enter(PASSES, id(lane), f"{component}.{entry}" if entry else component)
@@ -121,7 +122,6 @@ class Passes:
         if self._lanes.others_run(lane):
             # What runs beside another pass runs under its plan: nothing may be laid out anew while that one computes.
             self._residency.makes_graphs |= makes_graphs
-            self._replay.stop()
             return
         self._residency.makes_graphs = makes_graphs
         if self._edits:

@@ -101,8 +101,7 @@ class Replay:
     # ---- once a pass
 
     def begin(self, lane: Lane, component: str, entry: str, *, is_grad: bool) -> None:
-        """A pass begins: follow the schedule that there is for it, or have one written down."""
-        self.stop()
+        """A pass begins, after `stop`: follow the schedule that there is for it, or have one written down."""
         if self._epoch != self._residency.epoch:
             self._known.clear()
             self._epoch = self._residency.epoch

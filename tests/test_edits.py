@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ import layerstream
 from layerstream.engine import edits as module_of_edits
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.weights.absent import is_absent
-from tests.fakes import Toy, adversary, assert_equal, run, toy, twin
+from tests.fakes import Toy, adversary, assert_equal, run, toy, toy_input, twin
 
 BUDGETS: dict[str, int | str] = {"streamed": "min", "everything fits": 10**8, "some stay": 60_000}
 Edit = Callable[[Toy], object]
@@ -470,3 +472,124 @@ def test_a_component_of_a_dict_that_comes_back() -> None:
         assert torch.equal(run_tiny(pipe, "sd3"), wanted)
         assert "text_encoder" in {unit.component for unit in streamer.plan.units}
     assert torch.equal(run_tiny(pipe, "sd3"), wanted)
+
+
+@pytest.mark.parametrize("copies", ["late", "random"])
+def test_a_kept_view_of_a_unit_that_is_being_loaded_again(copies: Any) -> None:
+    """The memory is its own slot's: it is compared only once the load is over."""
+    model, device = toy(num_blocks=4), adversary(copies=copies)
+    resident = twin(model)
+    kept: list[torch.Tensor] = []
+    with layerstream.offload(model, vram_budget="auto", device=device), device.checking(), torch.no_grad():
+        for each in (model, resident):
+            each.order = [0]  # passes do not use block 1
+            run(each, 2)
+
+            def keep(*args: object, each: Toy = each) -> None:
+                kept.append(each.blocks[1].scale.detach())
+
+            handle = each.blocks[0].register_forward_hook(keep)
+            run(each, 1)
+            handle.remove()
+            each.blocks[1].scale.mul_(1.5)
+            run(each, 2)
+            each.order = [0, 1, 2, 3]
+        assert_equal(run(model, 1), run(resident, 1))
+    assert torch.equal(model.blocks[1].scale, resident.blocks[1].scale)
+
+
+@pytest.mark.parametrize("budget", ["min", "auto"])
+def test_a_block_called_by_itself_whose_component_is_laid_out_anew(budget: str) -> None:
+    model = toy()
+    resident = twin(model)
+    with layerstream.offload(model, vram_budget=budget, device=adversary()), torch.no_grad():
+        run(model, 1)
+        run(resident, 1)
+        for each in (model, resident):
+            weight = each.blocks[3].up.weight
+            weight.data = weight.data.t().contiguous().t()
+        x = torch.ones(2, 16)
+        for _ in range(2):
+            assert torch.equal(model.blocks[3](x), resident.blocks[3](x))
+        assert_equal(run(model, 2), run(resident, 2))
+
+
+def test_views_kept_without_gradients_after_a_graph_is_gone() -> None:
+    """What a dead graph had looked at a slot allows no view in its place."""
+    model = toy()
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with layerstream.offload(model, vram_budget="min", device=adversary()):
+        output = run(model, 1)
+        del output
+
+        def keep(block: Any, args: object, output: object) -> None:
+            kept.append((block.scale.detach(), block.scale.detach().clone()))
+
+        handles = [block.register_forward_hook(keep) for block in model.blocks]
+        with torch.no_grad():
+            run(model, 1)
+            for handle in handles:
+                handle.remove()
+            run(model, 2)
+    assert len(kept) == len(model.blocks)
+    for view, value in kept:
+        assert torch.equal(view, value)
+
+
+@pytest.mark.parametrize("budget", ["min", 45_000])
+def test_a_weight_of_a_block_on_another_stream_read_on_this_one(budget: int | str) -> None:
+    """The next load waits for that read, too."""
+    model, device = toy(), adversary()
+    resident, side = twin(model), device.new_stream()
+
+    def forward(each: Toy, *, is_apart: bool) -> torch.Tensor:
+        x = each.embed(torch.ones(2, 4))
+        for number, block in enumerate(each.blocks):
+            if is_apart and number == 3:
+                with device.use_stream(side):
+                    x = block(x)
+                x = x + block.scale
+            else:
+                x = block(x)
+        return each.head(x)
+
+    model.forward, resident.forward = (  # type: ignore[method-assign, assignment]
+        functools.partial(forward, each) for each in (model, resident)
+    )
+    with layerstream.offload(model, vram_budget=budget, device=device), device.checking(), torch.no_grad():
+        for is_apart in [*[False] * 10, *[True] * 4]:
+            assert torch.equal(model(is_apart=is_apart), resident(is_apart=is_apart))
+
+
+def test_calls_beside_pauses_in_another_thread() -> None:
+    """A call that began in a pause runs to its end before hooks are on again."""
+    model = toy()
+    resident, wrong = twin(model), list[str]()
+    with torch.no_grad():
+        wanted = [resident(toy_input(number)) for number in range(4)]
+
+    def call() -> None:
+        for number in range(8):
+            try:
+                with torch.no_grad():
+                    output = model(toy_input(number % 4))
+                if not torch.equal(output, wanted[number % 4]):
+                    wrong.append("another output")
+            except Exception as error:
+                wrong.append(repr(error))
+
+    def read() -> None:
+        for _ in range(6):
+            model.state_dict()
+
+    for _ in range(3):
+        with layerstream.offload(model, vram_budget="min", device=adversary()):
+            for _ in range(8):
+                with torch.no_grad():
+                    model(toy_input())
+            threads = [threading.Thread(target=target) for target in (call, call, read)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert not wrong

@@ -263,6 +263,41 @@ def test_an_error_in_a_block_and_an_interrupt(counting: Counting) -> None:
         assert_restored(model, before)
 
 
+def test_an_interrupt_between_two_blocks_ends_the_replay(counting: Counting) -> None:
+    """Hooks are skipped then, and nobody tells of the end. A block that is called by itself next is its own call."""
+
+    class Stopped(Toy):
+        stops = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for number, block in enumerate(self.blocks):
+                x = block(x)
+                if self.stops and number == 2:
+                    raise KeyboardInterrupt
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Stopped()
+    resident = twin(model)
+    with layerstream.offload(model, vram_budget="min", device=adversary()), torch.no_grad():
+        entries = [each.state_dict()["blocks.3.scale"] for each in (model, resident)]
+        no_grad_run(model, _SETTLED + 4)
+        assert counting.entered()
+        model.stops = True
+        with pytest.raises(KeyboardInterrupt):
+            model(toy_input())
+        assert counting.entered() == 3
+        model.stops = False
+        for entry in entries:
+            entry.mul_(3)
+        x = torch.ones(2, 16)
+        for _ in range(2):
+            assert torch.equal(model.blocks[3](x), resident.blocks[3](x))
+        assert not counting.entered()
+        assert_equal(no_grad_run(model, 8), no_grad_run(resident, 8))
+
+
 def test_edits_between_passes_are_seen(counting: Counting) -> None:
     model = toy()
     resident = twin(model)

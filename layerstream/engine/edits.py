@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +68,14 @@ class Edits:
     Args:
         units: by index; the streamer adds and removes them.
         unit_of: by the id of a weight, the unit that it is part of.
+        wait: queues this thread's compute behind the load of a unit.
     """
 
     device: Device
     units: Mapping[int, StreamedUnit]
     unit_of: Mapping[int, Any]
     stats: Stats
+    wait: Callable[[StreamedUnit], object]
     _kept: list[_KeptView] = field(default_factory=list)
     _entries: list[_Entry] = field(default_factory=list)
     _has_told: bool = False
@@ -206,7 +208,13 @@ class Edits:
         found = set()
         for kept in self._kept:
             bound = self._bound_of(kept.tensor)
-            if bound is not None and _fits(kept.view, bound) and self._differ(kept.view, bound.master):
+            if bound is None or not _fits(kept.view, bound):
+                continue
+            unit = self._unit_of(kept.tensor)
+            slot = unit.slot
+            if slot is not None and slot.start <= kept.view.data_ptr() < slot.end:
+                self.wait(unit)  # it was left to whoever looks at it, and is being loaded again
+            if self._differ(kept.view, bound.master):
                 self._take(kept.view, bound)
                 found.add(self._unit_of(kept.tensor))
         return found

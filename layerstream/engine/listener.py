@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ from layerstream.hooks import compiled
 from layerstream.hooks.outputs import refuse_backward, without_aliases
 from layerstream.transfer.timeline import BLOCKS
 from layerstream.transfer.timing import PassTimer
+
+_FRAMES_TO_CALLER = 2  # a method of the listener, and what keeps dynamo out of it
 
 _log = logging.getLogger("layerstream.streamer")
 
@@ -105,6 +108,7 @@ class EngineListener:
                 self._residency.unguard(self._attached.units_of_component(name))
             lane.enter(root, is_root=True)
             if is_outermost:
+                lane.caller = sys._getframe(_FRAMES_TO_CALLER)
                 try:
                     self._passes.begin(lane, name, "", args, kwargs or {}, is_grad)
                 except BaseException:
@@ -145,6 +149,7 @@ class EngineListener:
                 # In tiles and slices a VAE takes less.
                 ways = [way for way in ("use_tiling", "use_slicing") if getattr(root, way, False)]
                 lane.method = id(root)
+                lane.caller = sys._getframe(_FRAMES_TO_CALLER)
                 entry = " ".join([entry, *ways])
                 reads = self._attached.units_below(root)
                 self._passes.begin(lane, component, entry, args, kwargs, is_grad, reads=reads)
@@ -193,9 +198,10 @@ class EngineListener:
             is_outermost = lane.is_outermost(block)
             if is_outermost:
                 self._catch_up_unless_others_run(lane, component)
-                if id(block) not in self._attached.units_of:
-                    self._go_out(lane)
-                    return
+            units = self._attached.units_of.get(id(block), ())  # it may have been laid out anew, here or meanwhile
+            if not units:
+                self._go_out(lane)
+                return
             lane.enter(block, is_root=False)
             if is_outermost:  # by a method that nobody watches
                 try:
@@ -324,6 +330,7 @@ class EngineListener:
 
     def _end(self, lane: Lane) -> None:
         """What was outermost in a lane ended."""
+        lane.caller = None
         try:
             self._passes.end(lane)
         finally:

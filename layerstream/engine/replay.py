@@ -7,15 +7,17 @@ edit, somebody who looks at a slot, a new plan) ends the replay at that block, a
 where it is.
 
 Guards, once a pass: the main lane alone, no gradients, nothing timed or profiled. Once a block: the block's identity,
-the residency's epoch, thread, stream and grad mode. Once a unit that is let go of: its flags, and its tensors' versions
-and addresses.
+that the component's call is still on the stack (an interrupt skips hooks), the residency's epoch, thread, stream and
+grad mode. Once a unit that is let go of: its flags, and its tensors' versions and addresses.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import get_ident
+from types import FrameType
 from typing import Any
 
 import torch
@@ -95,6 +97,7 @@ class Replay:
         self._at = 0  # steps done
         self._thread = self._stream_number = 0
         self._stream: Stream = None
+        self._caller: FrameType | None = None
         self._key: _Key | None = None  # of the pass that is written down
         self._blocks: list[nn.Module] = []
 
@@ -114,6 +117,7 @@ class Replay:
         bound = self._known.get(key)
         if bound is not None:
             lane.run_here()
+            self._caller = lane.caller
             self._thread, self._stream_number = get_ident(), self._device.stream_number()
             self._stream = self._device.compute_stream()
             self.bound, self._at, self.step = bound, 0, bound.steps[0]
@@ -143,7 +147,7 @@ class Replay:
     def stop(self) -> None:
         """Follow the schedule no further, nor write one down. What was used meanwhile has been used."""
         bound, done = self.bound, self._at
-        self.step = self.bound = self._key = None
+        self.step = self.bound = self._key = self._caller = None
         if self._residency.recorder is not None:
             self._residency.recorder.spoil()
             self._residency.recorder = None
@@ -173,8 +177,12 @@ class Replay:
     def enter(self, step: _BoundStep) -> bool:
         """The block of the next step begins, under the streamer's locks. Returns whether that was all there is to do;
         else it is to be worked out."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._caller:
+            frame = frame.f_back
         if (
-            self._residency.epoch != self._epoch
+            frame is None
+            or self._residency.epoch != self._epoch
             or get_ident() != self._thread
             or self._device.stream_number() != self._stream_number
             or torch.is_grad_enabled()
@@ -207,7 +215,7 @@ class Replay:
                     let_go.unbind()
                 if slot.readers and slot.is_aliased():
                     return False
-                transfer.vacate(let_go)
+                transfer.vacate(let_go, stream)
             if slot is None or unit.slot is not None:
                 return False
             transfer.load(unit, slot)

@@ -89,7 +89,7 @@ class Streamer:
         self._units = self._attached.units
         self._ranges = Ranges()
         self._transfer = TransferEngine(device, self._units, self.stats, self._ranges)
-        self.edits = Edits(device, self._units, self._attached.records, self.stats)
+        self.edits = Edits(device, self._units, self._attached.records, self.stats, self._transfer.wait)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._lanes = Lanes()
         self._stacks: list[tuple[list[int], bool]] = []
@@ -216,15 +216,21 @@ class Streamer:
         _refuse_compiled_wholes(layouts)
         self._check_budget(layouts, division)
         keep_out_of_graphs(compiled.compile_safe)
-        # Calls in other threads meet our hooks as soon as these are on, and wait until the rest is ready for them.
+        with self.gate.entered("entering"), self._standstill(layouts, division):
+            self._open(layouts, division)
+        self.stats.enter_s = time.perf_counter() - started
+
+    def _standstill(
+        self, layouts: Sequence[ComponentLayout], division: Division
+    ) -> contextlib.AbstractContextManager[None]:
+        """Calls in other threads meet our hooks as soon as these are on, and wait until the rest is ready for them.
+        Those that have begun without are waited for."""
         modules = [module for layout in layouts for _, module in layout.modules()]
         stops = [
             *(layout.outermost for layout in layouts),
             *(block for unit in division.units for block in unit.called),
         ]
-        with self.gate.entered("entering"), standstill(self.gate, modules, stops, self.listener.enter_late):
-            self._open(layouts, division)
-        self.stats.enter_s = time.perf_counter() - started
+        return standstill(self.gate, modules, stops, self.listener.enter_late)
 
     def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         self._is_opened = True
@@ -310,11 +316,12 @@ class Streamer:
             layouts = [layout for layout in described if is_all or layout.name in names]
             division = divide(layouts)
             _refuse_compiled_wholes(layouts)
-            self._attach(layouts, division, all_names=[c.name for c in described], changed=names)
-            self._move_others()
-            self._load_fixed()
-            with engine_tensors():
-                self.edits.after_pause()
+            with self._standstill(layouts, division):  # a call may have begun in the pause, when there were no hooks
+                self._attach(layouts, division, all_names=[c.name for c in described], changed=names)
+                self._move_others()
+                self._load_fixed()
+                with engine_tensors():
+                    self.edits.after_pause()
             self.stats.num_relaid += len(layouts)
         except BaseException:
             twice_if_interrupted(self.close)

@@ -218,18 +218,21 @@ class TransferEngine:
                 self._stalls.append((self._device.end_stall(stream, marker), self.phase, unit.index))
         return slot.prepared[unit].views
 
-    def vacate(self, unit: StreamedUnit) -> None:
+    def vacate(self, unit: StreamedUnit, stream: Stream | None = None) -> None:
         """Take `unit`, whose tensors are absent already, out of its slot, so that no reader can follow.
 
-        Records on each reading stream an event that covers whatever was issued up to now.
+        Records on each reading stream an event that covers whatever was issued up to now; and on `stream`, this
+        thread's own, where weights may have been read that another stream has waited for.
         """
         slot = unit.slot
         if slot is None or unit.is_bound:
             unit.refuse(UnitState.LOADED)
         if not slot.readers:  # what nobody waited for may still be on its way
             slot.after = [*slot.after, slot.ready]
-        for stream in slot.readers:
-            slot.after = [*slot.after, self._device.record(stream)]
+        elif (current := stream or self._device.compute_stream()) not in slot.readers:
+            slot.readers.append(current)
+        for reader in slot.readers:
+            slot.after = [*slot.after, self._device.record(reader)]
         unit.left()
         if slot.is_extra:
             self.drop_extra(slot)

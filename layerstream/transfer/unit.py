@@ -70,7 +70,7 @@ class Slot:
         self.end = self.start + buffer.numel()
         self._storage = buffer.untyped_storage()
         self._cdata = self._storage._cdata
-        self._references = self._count_references()
+        self._own_references = self._references = self._count_references()
 
     def prepare(self, unit: StreamedUnit, route: Route) -> Issue:
         """What loads `unit` into this slot, and its views there, made once for each home: fixed addresses, and 15 µs
@@ -82,7 +82,7 @@ class Slot:
         load = route.prepare(unit.home, self.buffer)
         self.prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load)
         del known
-        self._references += self._count_references() - before
+        self._noticed_own(before)
         return load
 
     def views(self, unit: StreamedUnit) -> list[torch.Tensor]:
@@ -99,21 +99,30 @@ class Slot:
         """Drop the views of a unit that exists no more."""
         before = self._count_references()
         self.prepared.pop(unit, None)
-        self._references += self._count_references() - before
+        self._noticed_own(before)
 
     def is_aliased(self, num_bound: int = 0) -> bool:
         """Whether anything but this slot, and so many weights that are bound to it, looks at its memory:
-        `weight.detach()` kept by user code, say. Where torch does not tell, it is taken to be so."""
-        count = use_count_of(self._cdata) - num_bound
+        `weight.detach()` kept by user code, say. Where torch does not tell, it is taken to be so; and where some of
+        the graphs that were accepted are gone, since the rest may be anything."""
+        count = use_count_of(self._cdata)
         if count < 0:
             return True
-        if count < self._references:
-            self._references = count  # a graph that was accepted is gone
-        return count > self._references
+        count -= num_bound
+        if count <= self._own_references:
+            self._references = count  # all that was accepted is gone
+            return False
+        return count != self._references
 
     def accept_references(self) -> None:
         """What looks at the slot now may stay, and see its bytes change: graphs, whose backward is refused."""
         self._references = self._count_references()
+
+    def _noticed_own(self, before: int) -> None:
+        """What looks at the memory since then is the slot's own."""
+        added = self._count_references() - before
+        self._own_references += added
+        self._references += added
 
     def _count_references(self) -> int:
         return use_count_of(self._cdata)

@@ -257,6 +257,8 @@ class Streamer:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
             self._detach(self._attached.all, attempt)
+            self._replay.stop()
+            self._lanes.main.caller = None  # an interrupted call's frame, which holds what it was given
             self.exchanges.forget()
             attempt(self._transfer.close, "free device memory")
             attempt(self._ledger.close, "give back the limit on device memory")

@@ -8,7 +8,8 @@ stream is two that take turns, in one order: see `cuda._CopyStreams`.)
 1. A copy into a slot waits for the events of the slot's last readers (`copy(..., after=events)`).
 2. Compute waits for the event that `copy` returned before it reads the slot (`wait`).
 3. Readers' events are recorded when the slot is taken from its block, after its parameters were made
-   absent: whatever was issued before is covered, and nothing can be issued after.
+   absent, on the streams that waited and on this thread's: whatever was issued there before is covered, and nothing
+   can be issued after.
 The host waits for the device only in `synchronize`, at enter and exit, and when a tensor is written back.
 """
 

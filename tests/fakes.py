@@ -11,10 +11,16 @@ import torch
 from torch import nn
 
 from layerstream.device.simulated import SimulatedDevice
+from layerstream.host.home import RawHome, Segment
+from layerstream.host.memory import PageMapping, fill
+from layerstream.host.page_locks import page_locks_of
+from layerstream.host.store import HostStore
 from layerstream.testing import assert_restored, describe, harsh_device
+from layerstream.transfer.unit import StreamedUnit
 
 __all__ = [
     "Block",
+    "OneModel",
     "Sized",
     "SizedBlock",
     "Toy",
@@ -22,6 +28,7 @@ __all__ = [
     "assert_equal",
     "assert_restored",
     "describe",
+    "elsewhere",
     "run",
     "toy",
     "toy_input",
@@ -157,3 +164,33 @@ class Sized(nn.Module):
             x = block(x)
         del scratch
         return x
+
+
+class OneModel:
+    """A pipeline with one component."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+
+def elsewhere(store: HostStore, unit: StreamedUnit) -> RawHome | None:
+    """A copy of a unit's home in a page mapping of its own, page-locked; None where that is refused."""
+    device, home = store._device, unit.home
+    pages = PageMapping(home.device_bytes)
+    fill([(pages.cut(offset, source.numel()), source) for source, offset, _ in home.ranges])
+    (lock,) = page_locks_of(device).acquire(device, [pages.range])
+    if lock is None:
+        return None
+    buffer = pages.cut(0, home.device_bytes)
+    return RawHome(
+        device,
+        home.offsets,
+        home.device_bytes,
+        ranges=[(buffer, 0, pages.range)],
+        locks=[lock],
+        segments=[Segment(buffer, 0, is_pinned=True)],
+    )

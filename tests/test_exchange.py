@@ -18,26 +18,26 @@ from layerstream.host.home import RawHome
 from layerstream.host.page_locks import page_locks_of
 from layerstream.host.store import HostStore
 from layerstream.transfer.unit import StreamedUnit
-from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
+from tests.fakes import (
+    OneModel,
+    adversary,
+    assert_equal,
+    assert_restored,
+    describe,
+    elsewhere,
+    run,
+    toy,
+    toy_input,
+    twin,
+)
 
 
-class Pipe:
+class Pipe(OneModel):
     """A call of several passes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @property
-    def components(self) -> dict[str, nn.Module]:
-        return {"model": self.model}
 
     def __call__(self, passes: int = 4) -> list[torch.Tensor]:
         with torch.no_grad():
             return run(self.model, passes)
-
-
-def elsewhere(store: HostStore, unit: StreamedUnit) -> RawHome | None:
-    return store.elsewhere(unit.home)
 
 
 def ask_for_all(engine: Streamer, make: Callable[..., Any] = elsewhere) -> None:

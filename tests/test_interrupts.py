@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import layerstream
 from layerstream.comparing import state_differences
 from layerstream.interrupts import twice_if_interrupted, undo_all
 from layerstream.pipeline.watch import ACTIVE
-from tests.fakes import adversary, assert_equal, describe, run, toy, twin
+from tests.fakes import OneModel, adversary, assert_equal, describe, run, toy, twin
 
 _PACKAGE = layerstream.__path__[0]
 _SETTLED = 6  # passes without gradients, after which a plan stays as it is
@@ -28,14 +27,7 @@ _SETTLED = 6  # passes without gradients, after which a plan stays as it is
 _PYTHONS_OWN = ("with ", "try:", "_held_lock.release()")
 
 
-class Pipe:
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @property
-    def components(self) -> dict[str, nn.Module]:
-        return {"model": self.model}
-
+class Pipe(OneModel):
     def __call__(self) -> list[torch.Tensor]:
         return run(self.model, passes=2)
 

@@ -125,7 +125,7 @@ def slot_reused_early(patch: pytest.MonkeyPatch) -> None:
         slot = units[-1].slot if len(units) == 1 else None
         others = [unit for unit in self.ahead(6) if unit.slot is None and unit.own_slot is None]
         if slot in transfer.ring and others:
-            units[-1].is_bound = False  # or it would be refused
+            units[-1].is_present = False  # or it would be refused
             transfer.vacate(units[-1])
             transfer.load(others[0], slot)
 

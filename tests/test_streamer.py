@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -9,6 +10,7 @@ import io
 import pickle
 import sys
 import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -634,6 +636,24 @@ def nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "is_in_use", lambda: False)
 
 
+@contextlib.contextmanager
+def settled_under_autocast(model: Toy) -> Iterator[Callable[[], None]]:
+    """Streams it through calls under autocast until blocks that stay have the hooks that they keep. Gives such a call,
+    which compares."""
+    inputs = toy_input()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = twin(model)(inputs)
+
+    def call() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_equal([model(inputs)], [expected])
+
+    with offloaded(model, adversary(), budget=2**24), torch.no_grad():
+        for _ in range(6):
+            call()
+        yield call
+
+
 @pytest.mark.usefixtures("nothing_was_compiled")
 @pytest.mark.parametrize(
     ("dtype", "requires_grad", "is_kept"),
@@ -643,30 +663,17 @@ def test_under_autocast_blocks_that_stay_have_hooks_only_where_casts_are_kept(
     dtype: torch.dtype, requires_grad: bool, is_kept: bool
 ) -> None:
     model = toy(writes_buffer=False).to(dtype).requires_grad_(requires_grad)
-    inputs = toy_input()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = twin(model)(inputs)
-    with offloaded(model, adversary(), budget=2**24), torch.no_grad():
-        for _ in range(6):
-            with torch.autocast("cpu", torch.bfloat16):
-                assert_equal([model(inputs)], [expected])
+    with settled_under_autocast(model):
         assert any(block._forward_hooks for block in model.blocks) == is_kept
 
 
 @pytest.mark.usefixtures("nothing_was_compiled")
 def test_hooks_come_back_when_autocast_would_keep_what_it_did_not_before() -> None:
     model = toy(writes_buffer=False).requires_grad_(False)
-    inputs = toy_input()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = twin(model)(inputs)
-    with offloaded(model, adversary(), budget=2**24), torch.no_grad():
-        for _ in range(6):
-            with torch.autocast("cpu", torch.bfloat16):
-                assert_equal([model(inputs)], [expected])
+    with settled_under_autocast(model) as call:
         assert not any(block._forward_hooks for block in model.blocks)
         model.requires_grad_(True)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert_equal([model(inputs)], [expected])
+        call()
         assert all(block._forward_hooks for block in model.blocks)
 
 

@@ -17,7 +17,7 @@ from layerstream.device.simulated import SimulatedDevice
 from layerstream.engine.residency import Residency
 from layerstream.engine.streamer import Streamer
 from layerstream.errors import ConcurrentUseError
-from tests.fakes import Toy, adversary, assert_equal, assert_restored, describe, toy, toy_input, twin
+from tests.fakes import OneModel, Toy, adversary, assert_equal, assert_restored, describe, toy, toy_input, twin
 
 TIMEOUT_S = 60
 
@@ -59,16 +59,13 @@ class Turns:
             assert self._changed.wait_for(lambda: self._now == number or self._gone, TIMEOUT_S), "nobody hands over"
 
 
-class Pipe:
+class Pipe(OneModel):
     """Calls its model twice a step, as guidance does: one by one, or side by side."""
 
     def __init__(self, model: nn.Module, device: SimulatedDevice) -> None:
-        self.model, self.device = model, device
+        super().__init__(model)
+        self.device = device
         self.engine: Streamer | None = None
-
-    @property
-    def components(self) -> dict[str, nn.Module]:
-        return {"model": self.model}
 
     def __call__(self, turns: Turns | None = None, *, has_one_stream: bool = True) -> list[torch.Tensor]:
         inputs = [toy_input(2), toy_input(3)]

@@ -26,9 +26,10 @@ from layerstream.engine.passes import Passes
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
 from layerstream.hooks import compiled
-from layerstream.hooks.outputs import refuse_backward, without_aliases
+from layerstream.hooks.outputs import refuse_backward
 from layerstream.transfer.timeline import BLOCKS
 from layerstream.transfer.timing import PassTimer
+from layerstream.transfer.unit import kept_out_of_slots
 
 _FRAMES_TO_CALLER = 2  # a method of the listener, and what keeps dynamo out of it
 
@@ -243,10 +244,7 @@ class EngineListener:
                 self._timer.leave_block(tuple(unit.index for unit in units))
             if self._passes.timeline is not None:
                 self._passes.timeline.leave(BLOCKS, id(block))
-            replaced = output
-            for unit in units:
-                if unit.slot is not None:
-                    replaced = without_aliases(replaced, unit.slot.buffer)
+            replaced = kept_out_of_slots(output, units)
             if any(unit.may_be_saved for unit in units):
                 refuse_backward(replaced, units[0].spec.block_name)
             if lane.is_empty:
@@ -325,12 +323,11 @@ class EngineListener:
 
     def _go_out(self, lane: Lane) -> None:
         """End the use that a bare component began."""
-        ticket, lane.ticket = lane.ticket, None
+        ticket, lane.ticket, lane.caller = lane.ticket, None, None
         self._gate.leave(ticket)
 
     def _end(self, lane: Lane) -> None:
         """What was outermost in a lane ended."""
-        lane.caller = None
         try:
             self._passes.end(lane)
         finally:

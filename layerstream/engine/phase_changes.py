@@ -5,7 +5,6 @@ The order is: evict, free, and only then allocate, so that the budget holds at e
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from itertools import pairwise
@@ -53,9 +52,7 @@ class PhaseChanges:
         """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
         if phase_plan is self._residency.applied:
             return
-        timeline, name = self._ranges.timeline, phase_plan.phase.name
-        told = contextlib.nullcontext() if timeline is None else timeline.changing(name)
-        with self._ranges("phase", name), told:
+        with self._ranges.changing(phase_plan.phase.name):
             self._lay_out(phase_plan)
 
     def _lay_out(self, phase_plan: PhasePlan) -> None:

@@ -26,12 +26,11 @@ from torch import nn
 from layerstream.device.base import Device, Stream, engine_tensors
 from layerstream.engine.lane import Lane, Lanes
 from layerstream.engine.residency import LOOK_AHEAD, Residency
-from layerstream.hooks.outputs import without_aliases_of
 from layerstream.planning.schedule import Schedule, ScheduleRecorder
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.timing import PassTimer
 from layerstream.transfer.transfer import TransferEngine
-from layerstream.transfer.unit import StreamedUnit
+from layerstream.transfer.unit import StreamedUnit, kept_out_of_slots
 
 _MOST_SCHEDULES = 64  # of one epoch; a pass of a language model has some ten kilobytes of it
 _MOST_USES = 1 << 14  # of one pass; longer ones are worked out each time
@@ -211,7 +210,7 @@ class Replay:
                 slot = let_go.slot
                 if slot is None or not self._is_free(let_go):
                     return False
-                if let_go.is_bound:
+                if let_go.is_present:
                     let_go.unbind()
                 if slot.readers and slot.is_aliased():
                     return False
@@ -223,7 +222,7 @@ class Replay:
             if unit.slot is None:
                 return False
             views = transfer.wait(unit, stream)
-            if not unit.is_bound:
+            if not unit.is_present:
                 unit.bind(views)
             elif unit.binding.is_guarded:
                 return False
@@ -236,7 +235,7 @@ class Replay:
         for running, _ in self._lanes.main.running:
             if running in unit.called:
                 return False
-        if not unit.is_bound:
+        if not unit.is_present:
             return True
         binding = unit.binding
         return not (unit.is_cloned or binding.is_guarded or binding.statistics or binding.is_changed())
@@ -251,9 +250,5 @@ class Replay:
         if step.block is not block or (step.has_casts and torch.is_autocast_enabled(self._device.torch_device.type)):
             return False, None
         running.pop()
-        replaced = output
-        for unit in step.units:
-            slot = unit.slot
-            if slot is not None:
-                replaced = without_aliases_of(replaced, slot.start, slot.end)
+        replaced = kept_out_of_slots(output, step.units)
         return True, None if replaced is output else replaced

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -49,8 +48,6 @@ from layerstream.weights.absent import keep_out_of_graphs
 
 Describe = Callable[[], Sequence[ComponentLayout]]
 
-_log = logging.getLogger("layerstream.streamer")
-
 
 class Streamer:
     """Streams the units of one pipeline within a budget, from `open` to `close`.
@@ -80,11 +77,10 @@ class Streamer:
         self.owner: object = None
         self._is_opened = self.is_closed = False
         self.has_shown_progress = False
-        self.device = device
         self.is_paused = False
         self._describe = describe
         self._let_go = let_go
-        self._device = device
+        self.device = device
         self._attached = Attachments(device, self._reading, self._unit_home, self.gate.number)
         self._units = self._attached.units
         self._ranges = Ranges()
@@ -262,7 +258,7 @@ class Streamer:
             self.exchanges.forget()
             attempt(self._transfer.close, "free device memory")
             attempt(self._ledger.close, "give back the limit on device memory")
-            attempt(self._device.empty_cache, "free cached device memory")
+            attempt(self.device.empty_cache, "free cached device memory")
             self.stats.exit_s = time.perf_counter() - started
             self.is_closed = True
 
@@ -349,7 +345,7 @@ class Streamer:
                 self._attached.attach(layouts, division, self.listener, progress)
         finally:
             self.has_shown_progress |= progress.close()
-        self._device.empty_cache()  # what the components had on the device is given up
+        self.device.empty_cache()  # what the components had on the device is given up
         self._note_components(all_names, changed)
 
     def _note_components(self, all_names: Sequence[str], changed: Collection[str]) -> None:
@@ -401,7 +397,7 @@ class Streamer:
         for attachment in taken:
             attachment.interception.remove()
         attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
-        attempt(self._device.synchronize, "wait for the device")
+        attempt(self.device.synchronize, "wait for the device")
         self._attached.detach(taken, self._forget_slots, attempt)
 
     def _forget_slots(self, unit: StreamedUnit) -> None:
@@ -440,14 +436,14 @@ class Streamer:
 
     def _check_budget(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         """Refuse a budget that cannot do before anything has moved."""
-        target = self._device.torch_device
+        target = self.device.torch_device
         tensors = [b for unit in division.units for b in unit.binding.tensors]
         places = [p for places in division.others.values() for p in places]
         own = 0
-        if not self._device.is_simulated:
+        if not self.device.is_simulated:
             own = sum(b.num_bytes for b in tensors if b.home_device == target)
             own += sum({id(p.tensor): whole_bytes(p.tensor) for p in places if p.tensor.device == target}.values())
-        outside = max(0, self._device.allocated_bytes() - own)
+        outside = max(0, self.device.allocated_bytes() - own)
         components = [(layout.name, layout.is_repeated) for layout in layouts]
         self._ledger.check(components, [unit.spec for unit in division.units], division.whole(), outside)
 
@@ -486,7 +482,7 @@ class Streamer:
         is_new_use = self.gate.running is not self._passes.last_use
         units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
         with without_subclasses():
-            changed = [unit for unit in units if not unit.is_bound and unit.binding.is_changed_while_absent()]
+            changed = [unit for unit in units if not unit.is_present and unit.binding.is_changed_while_absent()]
         for unit in changed:
             if not self._residency.take_in(unit):
                 taken.add(unit.spec.component)

@@ -11,14 +11,8 @@ import torch
 from layerstream.errors import BackwardError
 
 
-def without_aliases(output: Any, buffer: torch.Tensor) -> Any:
-    """`output` with tensors that lie inside a slot replaced by copies; itself if there are none."""
-    start = buffer.data_ptr()
-    return without_aliases_of(output, start, start + buffer.numel())
-
-
-def without_aliases_of(output: Any, start: int, end: int) -> Any:
-    """`without_aliases`, for the memory from address `start` to `end`."""
+def without_aliases(output: Any, start: int, end: int) -> Any:
+    """`output` with copies of tensors that lie in memory from address `start` to `end`; itself if there are none."""
     if isinstance(output, torch.Tensor):
         if output.layout is not torch.strided or not output.numel():
             return output
@@ -29,10 +23,10 @@ def without_aliases_of(output: Any, start: int, end: int) -> Any:
         return output.clone() if is_inside else output
     kind = type(output)
     if kind is tuple or kind is list:
-        items = [without_aliases_of(item, start, end) for item in output]
+        items = [without_aliases(item, start, end) for item in output]
         return output if all(map(operator.is_, items, output)) else kind(items)
     if kind is dict:
-        values = {key: without_aliases_of(item, start, end) for key, item in output.items()}
+        values = {key: without_aliases(item, start, end) for key, item in output.items()}
         return output if all(values[key] is output[key] for key in output) else values
     return output
 

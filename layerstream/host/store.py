@@ -200,24 +200,6 @@ class HostStore:
                 "(ulimit -l), or the container's or WSL's memory.",
             )
 
-    def elsewhere(self, home: RawHome) -> RawHome | None:
-        """A copy of a home in a page mapping of its own, page-locked; None where that is refused. `adopt` makes it the
-        unit's."""
-        locks, pages = page_locks_of(self._device), PageMapping(home.device_bytes)
-        fill([(pages.cut(offset, source.numel()), source) for source, offset, _ in home.ranges])
-        (lock,) = locks.acquire(self._device, [pages.range])
-        if lock is None:
-            return None
-        buffer = pages.cut(0, home.device_bytes)
-        return RawHome(
-            self._device,
-            home.offsets,
-            home.device_bytes,
-            ranges=[(buffer, 0, pages.range)],
-            locks=[lock],
-            segments=[Segment(buffer, 0, is_pinned=True)],
-        )
-
     def adopt(self, home: RawHome, binding: UnitBinding) -> None:
         """A unit's home is this one from now on; may be done again. Memory that a tensor was found in stays, and is
         written to as well, since it is what is handed back."""

@@ -111,20 +111,9 @@ class Pace:
             return self.total_ms
         if self.decode_ms is not None and any(self.decode_ms[i] for i in streamed):
             return self._pass_ms_unpacked(streamed, num_slots, is_cyclic, self.decode_ms)
-        starts, firsts, ends, all_copy_ms = self.starts, self.firsts, self.ends, self.copy_ms
-        steps: list[tuple[float, list[float], float]] = []  # residents before, copies, compute; of each block
-        done, last, copies = 0.0, -1, [0.0]  # residents only delay the streamed blocks behind them
-        for i in streamed:
-            if firsts[i] == last:
-                copies.append(all_copy_ms[i])
-                if len(copies) > num_slots:
-                    return inf
-                continue
-            last, copies = firsts[i], [all_copy_ms[i]]
-            start, end = starts[last], starts[ends[i]]
-            steps.append((start - done, copies, end - start))
-            done = end
-        rest = self.total_ms - done
+        steps, rest = self._steps(streamed)
+        if max([len(copies) for _, copies, _ in steps]) > num_slots:
+            return inf
         free = [0.0] * num_slots  # when each slot's last block has been computed
         slot = 0
         arrived = end = before = 0.0
@@ -146,23 +135,29 @@ class Pace:
         # Where copies and compute are nearly even, it takes more passes until the slower of them shows.
         return max(end - before, self.total_ms, sum([sum(copies) for _, copies, _ in steps]))
 
+    def _steps(self, streamed: Sequence[int]) -> tuple[list[tuple[float, list[float], float]], float]:
+        """Of each block that streams, in ms: the residents before it, the copy of each of its units, its compute; and
+        the residents behind the last. Residents only delay the streamed blocks behind them."""
+        starts, firsts, ends, copy_ms = self.starts, self.firsts, self.ends, self.copy_ms
+        steps: list[tuple[float, list[float], float]] = []
+        done, last, copies = 0.0, -1, [0.0]
+        for i in streamed:
+            if firsts[i] == last:
+                copies.append(copy_ms[i])
+                continue
+            last, copies = firsts[i], [copy_ms[i]]
+            start, end = starts[last], starts[ends[i]]
+            steps.append((start - done, copies, end - start))
+            done = end
+        return steps, self.total_ms - done
+
     def _pass_ms_unpacked(
         self, streamed: Sequence[int], num_slots: int, is_cyclic: bool, decode_ms: Sequence[float]
     ) -> float:
         """`pass_ms`, where some of what streams is unpacked on the way."""
-        blocks: list[tuple[float, int, float]] = []  # residents before, units, compute; of each block that streams
-        done, last = 0.0, -1
-        for i in streamed:
-            if self.firsts[i] == last:
-                resident_ms, num_units, ms = blocks.pop()
-                blocks.append((resident_ms, num_units + 1, ms))
-                if num_units + 1 > num_slots:
-                    return inf
-                continue
-            last = self.firsts[i]
-            start, end = self.starts[last], self.starts[self.ends[i]]
-            blocks.append((start - done, 1, end - start))
-            done = end
+        steps, rest = self._steps(streamed)
+        if max([len(copies) for _, copies, _ in steps]) > num_slots:
+            return inf
         num_passes = 3 if is_cyclic else 1
         loads = _Loads(
             [(self.copy_ms[i], decode_ms[i]) for i in streamed], num_passes, num_slots, max(1, self.num_wires)
@@ -170,12 +165,12 @@ class Pace:
         end = before = 0.0
         for _ in range(num_passes):
             before = end
-            for resident_ms, num_units, ms in blocks:
+            for resident_ms, copies, ms in steps:
                 end = loads.computed(end, resident_ms)
-                end = max(end, loads.there(num_units))
+                end = max(end, loads.there(len(copies)))
                 end = loads.computed(end, ms)
-                loads.leave(num_units, end)
-            end = loads.computed(end, self.total_ms - done)
+                loads.leave(len(copies), end)
+            end = loads.computed(end, rest)
         if not is_cyclic:
             return end
         bus_ms = sum(self.copy_ms[i] for i in streamed)
@@ -192,7 +187,6 @@ class _Loads:
     def __init__(self, units: Sequence[tuple[float, float]], num_passes: int, num_slots: int, num_wires: int) -> None:
         self._units = units
         self._num_loads = len(units) * num_passes
-        self._num_slots = num_slots
         self._slots_free = [0.0] * num_slots  # when each slot's last block has been computed; those known so far
         self._wires_free = [0.0] * num_wires
         self._num_decodes = 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from layerstream.device.base import Event
 from layerstream.torch_private import is_profiler_enabled
 from layerstream.transfer.timeline import Timeline
 
@@ -21,14 +23,32 @@ class Ranges:
     """
 
     def __init__(self) -> None:
-        self.is_on = False
+        self.is_on = self._is_profiled = False
         self.timeline: Timeline | None = None
 
     def ask(self) -> None:
         """Find out whether a profiler runs now."""
-        self.is_on = bool(is_profiler_enabled()) or self.timeline is not None
+        self._is_profiled = bool(is_profiler_enabled())
+        self.is_on = self._is_profiled or self.timeline is not None
 
-    def __call__(self, what: str, name: str) -> contextlib.AbstractContextManager[object]:
-        """A range "layerstream load transformer.blocks.3" in torch's profiler; nothing where none runs."""
-        is_profiled = self.is_on and is_profiler_enabled()
-        return torch.profiler.record_function(f"layerstream {what} {name}") if is_profiled else _NOTHING
+    def loading(self, name: str, num_bytes: int, after: Sequence[Event]) -> contextlib.AbstractContextManager[None]:
+        """Inside, the load of a unit is queued behind these events."""
+        told = None if self.timeline is None else self.timeline.loading(name, num_bytes, after)
+        return self._told("load", name, told)
+
+    def waiting(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, compute is queued behind the load of a unit."""
+        told = None if self.timeline is None else self.timeline.waiting(name)
+        return self._told("wait", name, told)
+
+    def changing(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, slots are laid out for a phase."""
+        told = None if self.timeline is None else self.timeline.changing(phase)
+        return self._told("phase", phase, told)
+
+    @contextlib.contextmanager
+    def _told(self, what: str, name: str, told: contextlib.AbstractContextManager[None] | None) -> Iterator[None]:
+        """Inside is a range "layerstream load transformer.blocks.3" in torch's profiler, where one runs, and `told`."""
+        in_profile = torch.profiler.record_function(f"layerstream {what} {name}") if self._is_profiled else _NOTHING
+        with in_profile, told or _NOTHING:
+            yield

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -47,7 +47,7 @@ class Timeline:
         self._host_origin = time.perf_counter()
 
     @contextlib.contextmanager
-    def loading(self, name: str, num_bytes: int, after: list[Event]) -> Iterator[None]:
+    def loading(self, name: str, num_bytes: int, after: Sequence[Event]) -> Iterator[None]:
         """A load that begins once `after` have passed. It is the copy stream's work until the `with` block is left."""
         start = self._device.mark_copies(after)
         with self._on_host(f"load {name}"):

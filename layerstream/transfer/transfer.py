@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ class TransferEngine:
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         try:
             if self.ranges.is_on:
-                with self._told(unit, slot):
+                with self.ranges.loading(unit.spec.name, unit.home.wire_bytes, slot.after):
                     slot.ready = unit.last_load = issue(slot.after)
             else:
                 slot.ready = unit.last_load = issue(slot.after)
@@ -205,9 +205,7 @@ class TransferEngine:
         if stream not in slot.readers:
             marker = self._device.start_stall(stream, slot.ready)
             if self.ranges.is_on:
-                timeline = self.ranges.timeline
-                told = contextlib.nullcontext() if timeline is None else timeline.waiting(unit.spec.name)
-                with self.ranges("wait", unit.spec.name), told:
+                with self.ranges.waiting(unit.spec.name):
                     self._device.wait(stream, slot.ready)
             else:
                 self._device.wait(stream, slot.ready)
@@ -225,7 +223,7 @@ class TransferEngine:
         thread's own, where weights may have been read that another stream has waited for.
         """
         slot = unit.slot
-        if slot is None or unit.is_bound:
+        if slot is None or unit.is_present:
             unit.refuse(UnitState.LOADED)
         if not slot.readers:  # what nobody waited for may still be on its way
             slot.after = [*slot.after, slot.ready]
@@ -236,16 +234,6 @@ class TransferEngine:
         unit.left()
         if slot.is_extra:
             self.drop_extra(slot)
-
-    @contextlib.contextmanager
-    def _told(self, unit: StreamedUnit, slot: Slot) -> Iterator[None]:
-        """Whoever wants to know is told of a load."""
-        timeline, name = self.ranges.timeline, unit.spec.name
-        told = (
-            contextlib.nullcontext() if timeline is None else timeline.loading(name, unit.home.wire_bytes, slot.after)
-        )
-        with self.ranges("load", name), told:
-            yield
 
     def abandon(self, unit: StreamedUnit) -> None:
         """Leave a slot's memory to whoever still looks at it, and give the slot new memory."""

@@ -13,8 +13,8 @@ back. Each refuses any other state.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -22,10 +22,21 @@ from torch import nn
 from layerstream.blocks import UnitSpec
 from layerstream.device.base import Event, Stream
 from layerstream.errors import TransferError
+from layerstream.hooks.outputs import without_aliases
 from layerstream.host.home import RawHome
 from layerstream.torch_private import use_count_of
 from layerstream.transfer.route import Issue, Route
 from layerstream.weights.binding import UnitBinding
+
+
+def kept_out_of_slots(output: Any, units: Iterable[StreamedUnit]) -> Any:
+    """What a block with these units returns, with tensors that lie in their slots replaced by copies; itself if there
+    are none."""
+    for unit in units:
+        slot = unit.slot
+        if slot is not None:
+            output = without_aliases(output, slot.start, slot.end)
+    return output
 
 
 class UnitState(enum.Enum):
@@ -138,8 +149,10 @@ class StreamedUnit:
         last_load: the event after the last load that was issued; None: there was none.
         called: modules whose forward needs it; none of a base.
         of_32_bits: of its tensors, those of which autocast may keep casts.
+        index: its number in plans.
         slot: the one that it is in, or is being loaded into.
-        own: a slot for it alone, loaded or not, where the plan makes it resident.
+        own_slot: one for it alone, loaded or not, where the plan makes it resident.
+        is_present: its tensors are bound to bytes on the device.
         is_lent: code outside looked at its weights while no call ran, and may have written to them.
         is_cloned: its weights were read between calls, and are in memory of their own.
         may_be_saved: autograd may have saved its weights, and must find out that they are gone.
@@ -152,12 +165,12 @@ class StreamedUnit:
         self.spec, self.binding, self.called, self.home = spec, binding, called, home
         self.last_load: Event = None
         self.of_32_bits = tuple(bound for bound in binding.tensors if bound.dtype is torch.float32)
-        self.index = spec.index  # its number in plans
+        self.index = spec.index
         self.slot: Slot | None = None
         self.own_slot: Slot | None = None
         self.is_lent = self.is_cloned = self.is_quiet = self.is_called_alone = False
         self.may_be_saved = self.may_be_in_graph = False
-        self.is_bound = False
+        self.is_present = False
 
     def __repr__(self) -> str:
         return f"StreamedUnit({self.spec.name!r}, {self.state.name})"
@@ -167,17 +180,12 @@ class StreamedUnit:
         """Where its bytes are."""
         if self.slot is None:
             return UnitState.ABSENT
-        return UnitState.PRESENT if self.is_bound else UnitState.LOADED
-
-    @property
-    def is_present(self) -> bool:
-        """Whether its tensors are bound to bytes on the device."""
-        return self.is_bound
+        return UnitState.PRESENT if self.is_present else UnitState.LOADED
 
     @property
     def is_settled(self) -> bool:
         """Whether it is where the plan wants it to stay, with its tensors bound."""
-        return self.own_slot is not None and self.slot is self.own_slot and self.is_bound
+        return self.own_slot is not None and self.slot is self.own_slot and self.is_present
 
     def holding(self) -> Slot:
         """The slot that it is in.
@@ -197,20 +205,20 @@ class StreamedUnit:
 
     def bind(self, views: Sequence[torch.Tensor]) -> None:
         """Point its tensors at `views`, which compute is queued behind: LOADED to PRESENT."""
-        if self.slot is None or self.is_bound:
+        if self.slot is None or self.is_present:
             self.refuse(UnitState.LOADED)
         try:
             self.binding.present(views)
         except BaseException:  # an interrupt: none may stay bound to a slot that holds another unit next
             self.binding.absent_again(self.binding.tensors)
             raise
-        self.is_bound = True
+        self.is_present = True
 
     def unbind(self) -> None:
         """Make its tensors absent: PRESENT to LOADED."""
-        if not self.is_bound:
+        if not self.is_present:
             self.refuse(UnitState.PRESENT)
-        self.is_bound = self.is_cloned = False
+        self.is_present = self.is_cloned = False
         try:
             self.binding.absent()
         except BaseException:
@@ -220,26 +228,21 @@ class StreamedUnit:
     def hand_back(self) -> None:
         """Give its tensors the bytes at home for good: from any state, to ABSENT or LOADED."""
         self.binding.restore(self.home.value)
-        self.is_bound = False
+        self.is_present = False
 
     def left(self) -> Slot:
         """Nothing follows that reads its slot: LOADED to ABSENT. Returns the slot."""
         slot = self.slot
-        if slot is None or self.is_bound:
+        if slot is None or self.is_present:
             self.refuse(UnitState.LOADED)
         self.slot = slot.unit = None
         self.may_be_saved = self.may_be_in_graph = self.is_lent = self.is_cloned = False
         return slot
 
-    def expect(self, wanted: UnitState) -> None:
-        """Raise unless it is in this state.
+    def refuse(self, wanted: UnitState) -> NoReturn:
+        """Raise, since it is in another state than this.
 
         Raises:
             TransferError: names the unit and both states.
         """
-        if self.state is not wanted:
-            self.refuse(wanted)
-
-    def refuse(self, wanted: UnitState) -> NoReturn:
-        """Raise, since it is in another state than this."""
         raise TransferError(f"unit `{self.spec.name}` is {self.state.name}, where it should be {wanted.name}")

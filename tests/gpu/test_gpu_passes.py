@@ -15,11 +15,8 @@ from torch import nn
 
 import layerstream
 from layerstream.engine.replay import Replay
-from layerstream.host.home import RawHome
-from layerstream.host.store import HostStore
-from layerstream.transfer.unit import StreamedUnit
-from tests.fakes import assert_equal, assert_restored, describe
-from tests.gpu.test_gpu import Stack, memory_comes_back, resident, stack, wide_input
+from tests.fakes import OneModel, assert_equal, assert_restored, describe, elsewhere
+from tests.gpu.test_gpu import memory_comes_back, resident, stack, wide_input
 from tests.test_two_lanes import Turns
 
 __all__ = ["memory_comes_back"]  # a fixture
@@ -88,10 +85,6 @@ def test_another_stream_in_the_middle_of_a_replay(replayed: list[nn.Module]) -> 
             assert_equal([model(x)], expected)
 
 
-def elsewhere(store: HostStore, unit: StreamedUnit) -> RawHome | None:
-    return store.elsewhere(unit.home)
-
-
 def test_homes_are_exchanged_while_it_streams() -> None:
     model, x = stack(), wide_input()
     expected = resident(model, x)
@@ -113,14 +106,7 @@ def test_homes_are_exchanged_while_it_streams() -> None:
     assert_restored(model, before)
 
 
-class Pipe:
-    def __init__(self, model: Stack) -> None:
-        self.model = model
-
-    @property
-    def components(self) -> dict[str, nn.Module]:
-        return {"model": self.model}
-
+class Pipe(OneModel):
     def __call__(self, engine: Any, turns: Turns, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         results: dict[int, Any] = {}
 

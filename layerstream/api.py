@@ -57,7 +57,14 @@ from layerstream.pipeline.changes import (
     methods_of,
 )
 from layerstream.pipeline.decorating import decorated
-from layerstream.pipeline.watch import ACTIVE, RIVAL_METHODS, PipelineWatch, modules_of, owners_of
+from layerstream.pipeline.watch import (
+    ACTIVE,
+    RIVAL_METHODS,
+    PipelineWatch,
+    modules_of,
+    owners_of,
+    streamed_now,
+)
 from layerstream.planning.plan import Phase, Plan, make_plan
 from layerstream.report import Report, entered_line, streamer_html
 from layerstream.saying import warn
@@ -229,8 +236,8 @@ class LayerStreamer:
 
     def _unwatch(self) -> None:
         self._changes.remove()
-        for module in [m for m, owner in ACTIVE.items() if owner() is self]:
-            del ACTIVE[module]
+        for module in [m for m, owner in streamed_now() if owner is self]:
+            ACTIVE.pop(module, None)
 
     def close(self) -> None:
         """Stop streaming and restore the pipeline. Closing twice, or before starting, does nothing.
@@ -770,9 +777,8 @@ def _touching(components: Mapping[str, nn.Module]) -> list[LayerStreamer]:
     inside = {id(part) for component in components.values() for part in component.modules()}
     wholes = {id(uncompiled(component)) for component in components.values()}
     found = {}
-    for module, reference in list(ACTIVE.items()):
-        owner = reference()
-        if owner is not None and (id(module) in inside or any(id(part) in wholes for part in module.modules())):
+    for module, owner in streamed_now():
+        if id(module) in inside or any(id(part) in wholes for part in module.modules()):
             found[id(owner)] = owner
     return list(found.values())
 

@@ -24,7 +24,7 @@ _PACKAGE = layerstream.__path__[0]
 _SETTLED = 6  # passes without gradients, after which a plan stays as it is
 # Python itself loses a lock when it is interrupted on its way out of a `with` block, or of what amounts to one. At a
 # `try:` no interrupt comes, but that of a tracer, which nothing around it catches.
-_PYTHONS_OWN = ("with ", "try:", "_held_lock.release()")
+_PYTHONS_OWN = ("with ", "try:", "self._lock.release()")
 
 
 class Pipe(OneModel):

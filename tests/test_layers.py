@@ -19,6 +19,7 @@ RANKS = {
     "_import_torch": 0,
     "_version": 0,
     "errors": 0,
+    "finalisers": 0,
     "interrupts": 0,
     "blocks": 1,
     "budget": 1,
@@ -49,8 +50,20 @@ RANKS = {
 }
 STANDS_FOR_TORCH = "torch_private"  # who may import torch may import it
 # Not only lower ranks: nothing of the package at all but themselves.
-ALONE = {"blocks", "calls", "comparing", "errors", "interrupts", "progress", "standins", "stats", "tables", "_version"}
-ALONE |= {"torch_private", "_import_torch", "device.allocator", "device.batched_copy", "host.memory", "planning.order"}
+ALONE = {
+    "blocks",
+    "calls",
+    "comparing",
+    "errors",
+    "finalisers",
+    "interrupts",
+    "progress",
+    "standins",
+    "stats",
+    "tables",
+    "_version",
+}
+ALONE |= {"torch_private", "_import_torch", "device.batched_copy", "host.memory", "planning.order"}
 ALONE |= {"planning.pace", "planning.schedule", "weights.absent", "weights.references"}
 PURE = {"blocks", "budget", "errors", "planning", "report", "stats", "tables", "_version"}
 LIBRARIES = {"diffusers", "transformers"}

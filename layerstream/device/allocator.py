@@ -12,13 +12,14 @@ requests while it is on otherwise is provided for in the allocator (`get_free_bl
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
+from layerstream.finalisers import FinaliserLock
 from layerstream.torch_private import (
     GET_ALLOCATOR_SETTINGS,
     SET_ALLOCATOR_SETTINGS,
@@ -45,7 +46,7 @@ class GrowingSegments:
         self._owners: set[Hashable] = set()
         self._before: str | None = None  # the settings as they were; None: not changed
         self._left: dict[str, str] = {}  # what they were, by what we left when we were done
-        self._lock = threading.Lock()
+        self._lock = FinaliserLock()
 
     @property
     def is_on(self) -> bool:
@@ -54,7 +55,7 @@ class GrowingSegments:
 
     def add(self, owner: Hashable) -> None:
         """Turn them on, unless they are on or the user decided otherwise."""
-        with self._lock:
+        with self._lock.held():
             if not self._owners:
                 settings = self._read()
                 settings = self._left.get(settings, settings) if settings is not None else None
@@ -67,25 +68,28 @@ class GrowingSegments:
             self._owners.add(owner)
 
     def remove(self, owner: Hashable) -> None:
-        """Turn them off after the last owner; idempotent."""
-        with self._lock:
-            self._owners.discard(owner)
-            if not self._owners and self._before is not None:
-                before, self._before = self._before, None
-                self._write(_with(before, "False"))  # said, because leaving it out may leave it as it is
-                self._left = {_with(before, "False"): before}
+        """Turn them off after the last owner; idempotent, and for finalisers, too."""
+        self._lock.when_free(functools.partial(self._remove, owner))
+
+    def _remove(self, owner: Hashable) -> None:
+        self._owners.discard(owner)
+        if not self._owners and self._before is not None:
+            left = _with(self._before, "False")  # said, because leaving it out may leave it as it is
+            self._write(left)
+            self._left = {left: self._before}
+            self._before = None
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Inside, requests get segments of their own size, as long as it was us who turned growing ones on."""
-        with self._lock:
+        with self._lock.held():
             before = self._before
             if before is not None:
                 self._write(_with(before, "False"))
         try:
             yield
         finally:
-            with self._lock:
+            with self._lock.held():
                 if before is not None and self._before is not None:
                     self._write(_with(before, "True"))
 

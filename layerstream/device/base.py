@@ -16,10 +16,13 @@ The host waits for the device only in `synchronize`, at enter and exit, and when
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+
+from layerstream.finalisers import FinaliserLock
 
 Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
@@ -72,6 +75,8 @@ class DeviceMemory(Protocol):
             num_bytes: bytes of reserved memory, all tensors of the process included; more than there is means all
                 there is. None: `owner` asks for no cap any more.
             owner: whose cap this is. The smallest of all owners' holds; without any, what was set before the first.
+
+        Finalisers take caps back: that must not wait for a lock.
         """
 
     def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
@@ -239,13 +244,19 @@ class Caps:
     """The caps on one device's memory, by owner: streamers may end in any order."""
 
     def __init__(self) -> None:
+        self._lock = FinaliserLock()
         self._bytes: dict[Hashable, int] = {}
         self.before: float | None = None  # what was set before there were any, in the allocator's own terms
 
-    def set(self, num_bytes: int | None, owner: Hashable) -> int | None:
-        """Note or forget an owner's cap; returns the one that holds now."""
+    def set(self, num_bytes: int | None, owner: Hashable, apply: Callable[[int | None], object]) -> None:
+        """Note an owner's cap, or forget it (None; finalisers do, too), and have the one that holds now applied."""
         if num_bytes is None:
-            self._bytes.pop(owner, None)
-        else:
+            self._lock.when_free(functools.partial(self._forget, owner, apply))
+            return
+        with self._lock.held():
             self._bytes[owner] = num_bytes
-        return min(self._bytes.values(), default=None)
+            apply(min(self._bytes.values()))
+
+    def _forget(self, owner: Hashable, apply: Callable[[int | None], object]) -> None:
+        self._bytes.pop(owner, None)
+        apply(min(self._bytes.values(), default=None))

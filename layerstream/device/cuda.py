@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
@@ -164,10 +165,12 @@ class CudaDevice:
         return max(int(total) - int(free) - self.reserved_bytes(), 0)
 
     def set_cap(self, num_bytes: int | None, owner: Hashable = None) -> None:
-        total = int(torch.cuda.get_device_properties(self.torch_device).total_memory)
         index = torch.cuda.current_device() if self.torch_device.index is None else self.torch_device.index
         caps = _CAPS.setdefault(index, Caps())
-        least = caps.set(num_bytes, owner)
+        caps.set(num_bytes, owner, functools.partial(self._apply_cap, caps))
+
+    def _apply_cap(self, caps: Caps, least: int | None) -> None:
+        total = int(torch.cuda.get_device_properties(self.torch_device).total_memory)
         if least is None:
             if caps.before is not None:
                 # It was read as bytes / total; set as it is, rounding could lose a byte each time.

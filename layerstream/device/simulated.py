@@ -23,6 +23,7 @@ Source: vector clocks for race detection: Flanagan and Freund, "FastTrack", PLDI
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import threading
 import weakref
@@ -297,7 +298,7 @@ class SimulatedDevice:
         return 0
 
     def set_cap(self, num_bytes: int | None, owner: Hashable = None) -> None:
-        self._cap_bytes = self._caps.set(num_bytes, owner)
+        self._caps.set(num_bytes, owner, functools.partial(setattr, self, "_cap_bytes"))
 
     def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
         return None  # nothing is cut here: reserved is what is allocated

@@ -28,14 +28,11 @@ torch._dynamo is imported only where something is installed (`compile_safe`, `ke
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
 import re
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +43,7 @@ import torch
 from torch import nn
 
 from layerstream.errors import CompiledWholeError
+from layerstream.finalisers import FinaliserLock
 from layerstream.torch_private import SET_EVAL_FRAME, code_store, dynamo_module, skip_code
 
 _P = ParamSpec("_P")
@@ -342,8 +340,7 @@ def _do_nothing() -> None:
 
 # Code that is passed over, by its id, and how many hold it so: components of one class share it.
 _held: Final[dict[int, tuple[CodeType, int]]] = {}
-_held_lock: Final = threading.Lock()
-_dropped: Final[deque[list[CodeType]]] = deque()  # held no longer, and to be counted so
+_held_lock: Final = FinaliserLock()
 
 
 def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Callable[[], None]:
@@ -367,12 +364,12 @@ def keep_eager_around(component: nn.Module, blocks: Iterable[nn.Module]) -> Call
     modules = list(_around(component, units).values())
     around = _forward_codes([*modules, *(base for module in modules for base in type(module).__mro__)])
     codes = [code for code in around - _forward_codes(units.values()) if not code.co_filename.startswith(_TORCH_DIR)]
-    with _holding():
+    with _held_lock.held():
         for code in codes:
             _, count = _held.get(id(code), (code, 0))
             _held[id(code)] = (code, count + 1)
             skip_code(code)
-    return functools.partial(_let_go_later, codes)
+    return functools.partial(_held_lock.when_free, functools.partial(_let_go, codes))
 
 
 def _around(component: nn.Module, blocks: Collection[int]) -> dict[str, nn.Module]:
@@ -485,34 +482,15 @@ def _content(cell: CellType) -> object:
         return None
 
 
-def _let_go_later(codes: list[CodeType]) -> None:
-    """Let dynamo compile these again: now, or, where that is in the middle of another hold, when that is through."""
-    _dropped.append(codes)
-    _let_go_of_dropped()
-
-
-@contextlib.contextmanager
-def _holding() -> Iterator[None]:
-    with _held_lock:
-        yield
-    _let_go_of_dropped()
-
-
-def _let_go_of_dropped() -> None:
-    # Whoever has the lock looks at the list afterwards, so nobody waits for it: a collector may interrupt its holder.
-    while _dropped and _held_lock.acquire(blocking=False):
-        try:
-            while _dropped:
-                codes = _dropped.popleft()
-                while codes:
-                    code = codes.pop()
-                    _, count = _held.pop(id(code))
-                    if count > 1:
-                        _held[id(code)] = (code, count - 1)
-                    else:
-                        _compile_again(code)
-        finally:
-            _held_lock.release()
+def _let_go(codes: list[CodeType]) -> None:
+    """Let dynamo compile these again, unless others hold them."""
+    while codes:
+        code = codes.pop()
+        _, count = _held.pop(id(code))
+        if count > 1:
+            _held[id(code)] = (code, count - 1)
+        else:
+            _compile_again(code)
 
 
 def _compile_again(code: CodeType) -> None:

@@ -26,6 +26,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -89,15 +90,28 @@ class PageMapping:
         self._pages = mmap.mmap(-1, whole_pages((0, num_bytes))[1], **flags)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self.range = start, start + len(self._pages)
-        _OWN[start] = self.range[1]
-        weakref.finalize(self._pages, _OWN.pop, start, None).atexit = False
+        _OWN[start] = end = _End(self.range[1])
+        weakref.finalize(self._pages, _forget_mapping, start, end).atexit = False
 
     def cut(self, offset: int, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] with a storage of its own, which begins `offset` bytes into the mapping."""
         return torch.frombuffer(self._pages, dtype=torch.uint8, count=num_bytes, offset=offset)
 
 
-_OWN: dict[int, int] = {}  # page mappings that live now: end by start
+@dataclass(frozen=True, eq=False)
+class _End:
+    """Where a page mapping ends; one object for each, although two may lie at one place, one after the other."""
+
+    address: int
+
+
+_OWN: dict[int, _End] = {}  # page mappings that live now, by their starts
+
+
+def _forget_mapping(start: int, end: _End) -> None:
+    # The memory goes before its finaliser runs: another thread may have mapped the same place by then.
+    if _OWN.get(start) is end:
+        del _OWN[start]
 
 
 def fill(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -188,7 +202,8 @@ class MemoryMaps:
     def __init__(self, entries: Sequence[tuple[int, int, str, str | None]]) -> None:
         self._entries = sorted(entries)
         self._starts = [e[0] for e in self._entries]
-        self._own = sorted(_OWN.items())
+        # A copy, made at once: mappings come and go in other threads, and finalisers run between any two steps of this.
+        self._own = sorted((start, end.address) for start, end in _OWN.copy().items())
 
     @classmethod
     def read(cls) -> MemoryMaps:

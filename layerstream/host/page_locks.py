@@ -5,14 +5,18 @@ A lock is a range that is registered as a whole and given up as a whole; whoever
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
 import weakref
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from layerstream.device.base import Device
+from layerstream.finalisers import FinaliserLock
 from layerstream.host.memory import NUM_THREADS, Range
 from layerstream.saying import warn
 
@@ -23,14 +27,14 @@ class PageLocks:
     def __init__(self) -> None:
         self._holders: dict[Range, int] = {}
         self._sorted: list[Range] = []  # disjoint
-        self._mutex = threading.Lock()
+        self._lock = FinaliserLock()
 
     def __len__(self) -> int:
         return len(self._holders)
 
     def overlapping(self, span: Range) -> Range | None:
         """A lock that shares pages with the span."""
-        with self._mutex:
+        with self._lock.held():
             return self._overlapping(span)
 
     def acquire(
@@ -41,7 +45,7 @@ class PageLocks:
         Returns: for each the lock that has it, perhaps a larger one; None where the system refused, or where a lock
             has only a part of it: two registrations must not share a page, nor one tensor lie in two.
         """
-        with self._mutex:
+        with self._lock.held():
             known = [self._overlapping(span) for span in spans]
             missing = [span for span, lock in zip(spans, known, strict=True) if lock is None]
             made: list[Range] = []
@@ -64,14 +68,46 @@ class PageLocks:
                     self._holders[lock] = self._holders.get(lock, 0) + 1
             return locks
 
-    def release(self, device: Device, lock: Range) -> None:
-        """Give up one hold on a lock; its pages are unlocked with the last. No copy may be in flight then."""
-        with self._mutex:
-            self._holders[lock] -= 1
-            if not self._holders[lock]:
-                # First: whatever becomes of it, nobody must count on it.
-                del self._holders[lock], self._sorted[bisect_left(self._sorted, lock)]
-                device.unregister(lock[0])
+    def release(self, device: Device, locks: list[Range]) -> None:
+        """Give up a hold on each lock, and empty the list; pages are unlocked with the last hold on them. No copy may
+        be in flight then.
+
+        Raises:
+            What the device does at a lock: after all the others were given up.
+        """
+        with self._lock.held():
+            self._release(device, locks)
+
+    def release_all(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+        """The same where copies may be in flight.
+
+        Args:
+            kept: what holds the memory; emptied once it is locked no longer.
+        """
+        with self._lock.held():
+            self._release_all(device, locks, kept)
+
+    def release_all_when_free(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+        """The same for finalisers."""
+        self._lock.when_free(functools.partial(self._release_all, device, locks, kept))
+
+    def _release_all(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+        try:
+            if locks:
+                device.synchronize()
+        finally:
+            self._release(device, locks)
+            kept.clear()
+
+    def _release(self, device: Device, locks: list[Range]) -> None:
+        with contextlib.ExitStack() as unlocking:  # all of them, also when one fails
+            while locks:
+                lock = locks.pop()
+                self._holders[lock] -= 1
+                if not self._holders[lock]:
+                    # First: whatever becomes of it, nobody must count on it.
+                    del self._holders[lock], self._sorted[bisect_left(self._sorted, lock)]
+                    unlocking.callback(device.unregister, lock[0])
 
     def _overlapping(self, span: Range) -> Range | None:
         position = bisect_right(self._sorted, (span[0], 2**64))  # the first that begins behind the span's start

@@ -19,7 +19,6 @@ Page locks belong to units: each holds those that its own bytes need, and they a
 
 from __future__ import annotations
 
-import contextlib
 import time
 import weakref
 from collections import Counter
@@ -139,7 +138,7 @@ class HostStore:
         self._homes: list[RawHome] = []
         # Memory must not be unmapped while it is page-locked. A pipeline dropped without closing takes its page locks
         # along: the finaliser holds the storages until they are released.
-        self._release = weakref.finalize(self, _release_locks, device, page_locks_of(device), self._homes)
+        self._release = weakref.finalize(self, _release_dropped, device, page_locks_of(device), self._homes)
         self.pinned_bytes = 0
         self.unpinned_bytes = 0
         self.pin_s = 0.0
@@ -214,14 +213,12 @@ class HostStore:
         """Give up the page locks of a home that is no unit's any more; idempotent. No copy from it may be in flight."""
         if home in self._homes:
             self._homes.remove(home)
-            locks, home.locks = home.locks, []
-            for lock in locks:
-                page_locks_of(self._device).release(self._device, lock)
+            page_locks_of(self._device).release(self._device, _taken_locks([home]))
 
     def close(self) -> None:
         """Release the page locks; idempotent. No copy may be in flight."""
         self._release.detach()  # whatever happens now, happens once
-        _release_locks(self._device, page_locks_of(self._device), self._homes)
+        page_locks_of(self._device).release_all(self._device, _taken_locks(self._homes), self._homes)
 
     def _wanted(self, locks: PageLocks) -> list[list[Range]]:
         """What each unit needs locked: its stretches; neighbours as one, where they are its alone."""
@@ -272,16 +269,16 @@ class HostStore:
         home.ranges.append((buffer, 0, pages.range))
 
 
-def _release_locks(device: Device, locks: PageLocks, homes: list[RawHome]) -> None:
-    with contextlib.ExitStack() as each:  # all of them, also when one fails
-        held = [lock for home in homes for lock in home.locks]
-        for lock in held:
-            each.callback(locks.release, device, lock)
-        for home in homes:
-            home.locks = []
-        if held:
-            device.synchronize()
-    homes.clear()
+def _release_dropped(device: Device, locks: PageLocks, homes: list[RawHome]) -> None:
+    locks.release_all_when_free(device, _taken_locks(homes), homes)
+
+
+def _taken_locks(homes: Sequence[RawHome]) -> list[Range]:
+    """The page locks of homes, which are theirs no longer."""
+    taken = [lock for home in homes for lock in home.locks]
+    for home in homes:
+        home.locks = []
+    return taken
 
 
 def _is_held_elsewhere(bound: BoundTensor) -> bool:

@@ -11,15 +11,15 @@ import contextlib
 import functools
 import inspect
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from layerstream.finalisers import FinaliserLock
 from layerstream.hooks.compiled import uncompiled
 from layerstream.hooks.intercept import RIVAL_HOOKS
 from layerstream.interrupts import undo_all
@@ -58,6 +58,22 @@ class Owner(Protocol):
 ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
+def streamed_now() -> list[tuple[nn.Module, Any]]:
+    """Each component that streams, and who streams it."""
+    found = []
+    # The references as one list: other threads begin and end, and a loop over the dictionary itself would raise then.
+    for reference in ACTIVE.keyrefs():
+        component = reference()
+        owner = None if component is None else ACTIVE.get(component, _nobody)()
+        if component is not None and owner is not None:
+            found.append((component, owner))
+    return found
+
+
+def _nobody() -> None:
+    """Of a component that has just been let go."""
+
+
 def owners_of(modules: Iterable[object]) -> list[Any]:
     """Who streams some of these modules, each once, in the order in which one waits for them."""
     found = {}
@@ -89,7 +105,7 @@ _MISSING = object()
 class _Patch:
     before: object  # `_MISSING`: inherited
     replacement: Any
-    count: int = 0
+    holders: set[object] = field(default_factory=set)
 
 
 class _Patches:
@@ -97,34 +113,31 @@ class _Patches:
 
     def __init__(self) -> None:
         self._patches: dict[tuple[object, str], _Patch] = {}
-        self._mutex = threading.Lock()
+        self.lock = FinaliserLock()
 
     def add(self, target: Any, name: str, wrap: Callable[[Any], Any]) -> Callable[[], None]:
-        """Replace `target.name` by what `wrap` makes of it; returns what takes that back."""
-        with self._mutex:
+        """Replace `target.name` by what `wrap` makes of it; returns what takes that back, under the lock."""
+        with self.lock.held():
             patch = self._patches.get((target, name))
             if patch is None:
                 patch = _Patch(vars(target).get(name, _MISSING), wrap(getattr(target, name)))
                 setattr(target, name, patch.replacement)
                 self._patches[target, name] = patch
-            patch.count += 1
-        return functools.partial(self._remove, target, name, [patch])
+            holder = object()
+            patch.holders.add(holder)
+        return functools.partial(self._remove, target, name, patch, holder)
 
-    def _remove(self, target: Any, name: str, held: list[_Patch]) -> None:
-        with self._mutex:
-            if not held:  # undone before
-                return
-            patch = held.pop()
-            patch.count -= 1
-            if patch.count:
-                return
-            del self._patches[target, name]
-            if vars(target).get(name) is patch.replacement:
-                if patch.before is _MISSING:
-                    delattr(target, name)
-                else:
-                    setattr(target, name, patch.before)
-            # Else somebody has put something around it, which stays; ours does nothing where nothing is streamed.
+    def _remove(self, target: Any, name: str, patch: _Patch, holder: object) -> None:
+        patch.holders.discard(holder)
+        if patch.holders or self._patches.get((target, name)) is not patch:
+            return
+        if vars(target).get(name) is patch.replacement:
+            if patch.before is _MISSING:
+                delattr(target, name)
+            else:
+                setattr(target, name, patch.before)
+        # Else somebody has put something around it, which stays; ours does nothing where nothing is streamed.
+        del self._patches[target, name]
 
 
 _PATCHES = _Patches()
@@ -139,7 +152,7 @@ class PipelineWatch:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
         self._classes: set[type] = set()
-        weakref.finalize(self, undo_all, self._undo)
+        weakref.finalize(self, _PATCHES.lock.when_free, functools.partial(undo_all, self._undo))
 
     def install(self, pipe: object, plain: Iterable[type] = ()) -> None:
         """Watch the class of `pipe`, and of all pipelines that may have the same components.
@@ -194,7 +207,8 @@ class PipelineWatch:
 
     def remove(self) -> None:
         """Take everything back; idempotent."""
-        undo_all(self._undo)
+        with _PATCHES.lock.held():
+            undo_all(self._undo)
         self._classes.clear()
 
     def _refuse_rivals(self) -> None:
@@ -353,7 +367,6 @@ def _around_flatten(original: Any) -> Any:
 
 def _refuse_on(module: object, what: str) -> None:
     """Raise if a module is streamed, or is a part of what is."""
-    for component, reference in list(ACTIVE.items()):
-        owner = reference()
-        if owner is not None and any(module is part for part in component.modules()):
+    for component, owner in streamed_now():
+        if any(module is part for part in component.modules()):
             owner.refuse_rival(what)

@@ -58,7 +58,7 @@ class AbsentClasses:
     ) -> None:
         self.reading, self.number, self.stand_in = reading, number, stand_in
         self.records: dict[int, AbsentRecord] = {}  # by the id of the tensor, which lives as long as its record
-        _LIVE.add(self)
+        _LIVE[self] = None
         own = {"__module__": __name__, "__slots__": (), "_classes": self}
         self.of_parameters: type[torch.Tensor] = type("AbsentParameter", (AbsentParameter,), dict(own))
         self.of_buffers: type[torch.Tensor] = type("AbsentTensor", (AbsentTensor,), dict(own))
@@ -68,7 +68,7 @@ class AbsentClasses:
         return self.of_parameters if type(tensor) is nn.Parameter else self.of_buffers
 
 
-_LIVE: weakref.WeakSet[AbsentClasses] = weakref.WeakSet()
+_LIVE: weakref.WeakKeyDictionary[AbsentClasses, None] = weakref.WeakKeyDictionary()
 
 
 def make_absent(
@@ -108,8 +108,9 @@ def at_home(tensor: torch.Tensor) -> torch.Tensor:
     One that is present has a twin as well: another thread may be in the middle of a call, after which its slot holds
     another unit.
     """
-    for classes in list(_LIVE):
-        found = classes.stand_in(tensor) if id(tensor) in classes.records else None
+    for reference in _LIVE.keyrefs():  # one list: other threads begin and end meanwhile
+        classes = reference()
+        found = classes.stand_in(tensor) if classes is not None and id(tensor) in classes.records else None
         if found is not None:
             return found
     return tensor

@@ -46,7 +46,7 @@ def register_adapter(target: type[nn.Module] | str, adapter: Adapter) -> None:
 def adapter_for(component: nn.Module) -> Adapter:
     """The registered adapter of the component's class, the one that comes with the package, or the generic one."""
     for cls in type(component).__mro__:
-        for key, adapter in reversed(_REGISTERED.items()):
+        for key, adapter in reversed(_REGISTERED.copy().items()):  # other threads may register meanwhile
             if key in (cls, cls.__name__):
                 return adapter
         named = NAMED.get(cls.__name__)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream.device import simulated
 from layerstream.device.allocator import GrowingSegments
 from layerstream.device.base import Caps
 from layerstream.device.simulated import SimulatedDevice
@@ -30,6 +31,7 @@ from layerstream.weights.absent import AbsentClasses, at_home
 from tests.fakes import OneModel, adversary, assert_equal, run, toy, twin
 
 _PACKAGE = layerstream.__path__[0]
+_SIMULATED = simulated.__path__[0]
 _PLENTY_S = 60
 
 
@@ -298,7 +300,7 @@ class CollectingAtLines:
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(_PACKAGE) or name.endswith("simulated.py"):  # a real device has no such lines
+        if not name.startswith(_PACKAGE) or name.startswith(_SIMULATED):  # a real device has no such lines
             return None
         line = name, frame.f_lineno
         if event == "line" and line not in self.seen:

@@ -16,11 +16,13 @@ import torch
 
 import layerstream
 from layerstream.comparing import state_differences
+from layerstream.device import simulated
 from layerstream.interrupts import twice_if_interrupted, undo_all
 from layerstream.pipeline.watch import ACTIVE
 from tests.fakes import OneModel, adversary, assert_equal, describe, run, toy, twin
 
 _PACKAGE = layerstream.__path__[0]
+_SIMULATED = simulated.__path__[0]
 _SETTLED = 6  # passes without gradients, after which a plan stays as it is
 # Python itself loses a lock when it is interrupted on its way out of a `with` block, or of what amounts to one. At a
 # `try:` no interrupt comes, but that of a tracer, which nothing around it catches.
@@ -53,7 +55,7 @@ class Interrupting:
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(_PACKAGE) or name.endswith("simulated.py"):  # a real device has no such lines
+        if not name.startswith(_PACKAGE) or name.startswith(_SIMULATED):  # a real device has no such lines
             return None
         if event == "line" and not linecache.getline(name, frame.f_lineno).lstrip().startswith(_PYTHONS_OWN):
             self.num_lines += 1

@@ -217,9 +217,8 @@ def test_every_reading_stream_must_be_waited_for() -> None:
     with device.checking():
         floats(slot).sum()
         mine = reader_done(device)
-        device._used_stream[threading.get_ident()] = other  # as `use_stream`, without joining the two
-        floats(slot).sum()
-        device._used_stream.clear()
+        with device.use_stream(other, is_ordered=False):
+            floats(slot).sum()
     with pytest.raises(RaceError):
         load(device, slot, 2.0, after=[mine])
     load(device, slot, 2.0, after=[mine, device.record(other)])
@@ -654,8 +653,8 @@ def test_each_storage_is_looked_at_once(is_kept: bool) -> None:
                 kept.append(x)
         num_live, num_at_peak = (2000, 2000) if is_kept else (1, 2)
         assert (device.reserved_bytes(), device.peak_reserved_bytes()) == (num_live * KIB, num_at_peak * KIB)
-        assert device._activations.num_forgotten == 2001 - num_live
-        assert len(device._activations._counted) == num_live
+        assert device._memory.activations.num_forgotten == 2001 - num_live
+        assert len(device._memory.activations) == num_live
 
 
 def test_parts_of_a_wrapper_subclass_take_memory() -> None:

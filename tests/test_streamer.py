@@ -501,7 +501,7 @@ def test_five_cycles_without_growth() -> None:
         assert device.buffer_bytes == 0
         assert not device.registered
     assert_restored(model, before)
-    assert len(device._buffers) == 0
+    assert device.num_buffers == 0
 
 
 def test_a_block_called_without_its_root() -> None:

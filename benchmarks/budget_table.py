@@ -26,7 +26,8 @@ from benchmarks.true_size import Model, models
 from layerstream.arguments import Parser
 from layerstream.blocks import Placement, UnitSpec
 from layerstream.errors import BudgetError
-from layerstream.planning.plan import Costs, Plan, make_plan
+from layerstream.planning.costs import Costs
+from layerstream.planning.plan import Plan, make_plan
 
 PAGE = Path("docs/choosing-a-budget.md")
 RESULTS = Path("benchmarks/results")

@@ -2,7 +2,7 @@
 
 from layerstream import _import_torch  # noqa: F401 - before anything else imports torch
 from layerstream._version import __version__
-from layerstream.api import LayerStreamer, active, offload, plan
+from layerstream.api import active, offload, plan
 from layerstream.errors import (
     AdapterError,
     AlreadyOffloadedError,
@@ -22,6 +22,7 @@ from layerstream.errors import (
 )
 from layerstream.model.adapters.base import Adapter
 from layerstream.model.adapters.registry import register_adapter
+from layerstream.pipeline.layer_streamer import LayerStreamer
 from layerstream.planning.plan import Plan
 from layerstream.report import Report
 from layerstream.stats import Stats

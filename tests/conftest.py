@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from layerstream import api
-from layerstream.hooks import compiled
+from layerstream.hooks import eager
+from layerstream.pipeline.owners import ACTIVE
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +18,10 @@ def nothing_left_behind() -> Iterator[None]:
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
     yield
     assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()) == modes
-    if api._ACTIVE or compiled._held:
+    if ACTIVE or eager._held:
         gc.collect()
-    assert not list(api._ACTIVE), "a streamer left active"
-    assert not compiled._held, "code that dynamo passes over still"
+    assert not list(ACTIVE), "a streamer left active"
+    assert not eager._held, "code that dynamo passes over still"
 
 
 @pytest.fixture

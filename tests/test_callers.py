@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.pipeline.watch import ACTIVE, owners_of
+from layerstream.pipeline.owners import ACTIVE, owners_of
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.weights.absent import at_home, is_absent
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
@@ -867,7 +867,7 @@ def test_a_pause_of_one_component_does_not_hold_up_readers_of_others(submit: Sub
     pipe = build_tiny("sd3")
     weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight.detach().clone()
     with streamed(pipe) as streamer:
-        with streamer._paused("vae"):
+        with streamer.pausing("vae"):
             read = submit(lambda: pipe.transformer.transformer_blocks[0].attn.to_q.weight.clone())
             assert torch.equal(read.result(TIMEOUT_S), weight), "while this thread waits for it"
             waits = submit(image, pipe)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import layerstream
-from layerstream import api
+from layerstream.pipeline.owners import ACTIVE
 from layerstream.weights.binding import UnitBinding
 from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy
 
@@ -18,7 +18,7 @@ from tests.fakes import adversary, assert_equal, assert_restored, describe, run,
 def none_active() -> Iterator[None]:
     """A streamer that cannot be closed would fail every later test, too."""
     yield
-    api._ACTIVE.clear()
+    ACTIVE.clear()
 
 
 @pytest.mark.filterwarnings("ignore::layerstream.LayerstreamWarning")  # what could not be done is said

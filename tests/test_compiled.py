@@ -23,16 +23,16 @@ import torch._dynamo
 from torch import nn
 
 from layerstream.errors import CompiledWholeError, LayerstreamError
-from layerstream.hooks import compiled
+from layerstream.hooks import compiled, eager
 from layerstream.hooks.compiled import (
     compile_safe,
     describe_compiled,
-    drop_dynamo_caches,
     exchange_for_block_compile,
-    keep_eager_around,
     refuse_fullgraph,
     uncompiled,
 )
+from layerstream.hooks.dynamo_caches import drop_dynamo_caches
+from layerstream.hooks.eager import keep_eager_around
 
 _NUM_BLOCKS = 3
 _WIDTH = 8
@@ -267,7 +267,7 @@ def clean_dynamo() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch._dynamo.reset()
-    assert not compiled._held
+    assert not eager._held
 
 
 @pytest.fixture
@@ -408,8 +408,9 @@ def test_dynamo_is_not_imported_to_find_that_nothing_is_compiled() -> None:
 import sys
 from torch import nn
 from layerstream.hooks import compiled as c
+from layerstream.hooks.dynamo_caches import drop_dynamo_caches
 m = nn.Linear(2, 2)
-assert c.uncompiled(m) is m and c.describe_compiled(m) is None and c.drop_dynamo_caches([m]) == 0
+assert c.uncompiled(m) is m and c.describe_compiled(m) is None and drop_dynamo_caches([m]) == 0
 c.refuse_fullgraph(m, "m"); c.exchange_for_block_compile(m, [])()
 assert "torch._dynamo" not in sys.modules
 c.compile_safe(print)

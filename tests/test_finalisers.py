@@ -26,7 +26,7 @@ from layerstream.host.memory import MemoryMaps, PageMapping
 from layerstream.host.page_locks import PageLocks
 from layerstream.model.adapters import registry
 from layerstream.model.adapters.registry import adapter_for
-from layerstream.pipeline import watch
+from layerstream.pipeline import owners, watch
 from layerstream.weights.absent import AbsentClasses, at_home
 from tests.fakes import OneModel, adversary, assert_equal, run, toy, twin
 
@@ -234,7 +234,7 @@ def test_lists_are_read_while_other_threads_change_them(what: str) -> None:
     for _ in range(500):
         if what == "streamed":
             kept.append(nn.Identity())
-            watch.ACTIVE[kept[-1]] = weakref.ref(owner)
+            owners.ACTIVE[kept[-1]] = weakref.ref(owner)
         elif what == "absent":
             kept.append(AbsentClasses(lambda *args: None, lambda *args: None))  # type: ignore
 
@@ -243,7 +243,7 @@ def test_lists_are_read_while_other_threads_change_them(what: str) -> None:
             if what == "streamed":
                 modules = [nn.Identity() for _ in range(20)]
                 for module in modules:
-                    watch.ACTIVE[module] = weakref.ref(owner)
+                    owners.ACTIVE[module] = weakref.ref(owner)
                 del modules, module
             elif what == "absent":
                 classes = [AbsentClasses(lambda *args: None, lambda *args: None) for _ in range(20)]  # type: ignore
@@ -259,7 +259,7 @@ def test_lists_are_read_while_other_threads_change_them(what: str) -> None:
     try:
         thread.start()
         read = {
-            "streamed": watch.streamed_now,
+            "streamed": owners.streamed_now,
             "absent": lambda: at_home(tensor),
             "adapters": lambda: adapter_for(nn.Identity()),
         }[what]

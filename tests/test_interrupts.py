@@ -18,7 +18,7 @@ import layerstream
 from layerstream.comparing import state_differences
 from layerstream.device import simulated
 from layerstream.interrupts import twice_if_interrupted, undo_all
-from layerstream.pipeline.watch import ACTIVE
+from layerstream.pipeline.owners import ACTIVE
 from tests.fakes import OneModel, adversary, assert_equal, describe, run, toy, twin
 
 _PACKAGE = layerstream.__path__[0]

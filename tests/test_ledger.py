@@ -20,7 +20,7 @@ from layerstream.blocks import UnitSpec
 from layerstream.device.simulated import SimulatedDevice, SimulatedOutOfMemoryError
 from layerstream.engine.ledger import Ledger
 from layerstream.planning.order import OrderLearner
-from layerstream.planning.plan import PhasePlan
+from layerstream.planning.phase_plan import PhasePlan
 from layerstream.stats import Stats
 from tests.fakes import Sized
 

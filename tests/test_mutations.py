@@ -15,8 +15,7 @@ from layerstream.device.simulated import RaceError, SimulatedDevice
 from layerstream.engine import listener, passes, residency
 from layerstream.errors import TransferError
 from layerstream.hooks import intercept
-from layerstream.host import home
-from layerstream.host import store as host_store
+from layerstream.host import home, page_locks
 from layerstream.host.memory import PAGE_BYTES
 from layerstream.transfer import transfer
 from layerstream.transfer.unit import Slot
@@ -205,7 +204,7 @@ def views_of_another_layout(patch: pytest.MonkeyPatch) -> None:
 
 
 def page_locks_left(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(host_store, "_release_locks", lambda *args: None)
+    patch.setattr(page_locks.PageLocks, "release_all", lambda *args: None)
 
 
 def device_memory_left(patch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import layerstream
 from layerstream.blocks import Placement, UnitSpec
 from layerstream.device.simulated import SimulatedDevice
 from layerstream.model import units
-from layerstream.planning.plan import Costs, Phase, make_plan
+from layerstream.planning.costs import Costs
+from layerstream.planning.phase_plan import Phase
+from layerstream.planning.plan import make_plan
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import adversary, assert_restored, describe, toy, toy_input
 

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from layerstream.blocks import Placement, Sizes, UnitSpec
 from layerstream.errors import BudgetError
-from layerstream.planning.plan import LEAST_SLOTS, Costs, Phase, Plan, make_plan
+from layerstream.planning.costs import Costs
+from layerstream.planning.draft import LEAST_SLOTS
+from layerstream.planning.phase_plan import Phase
+from layerstream.planning.plan import Plan, make_plan
 
 
 def units_of(*components: tuple[str, bool, int, list[int]]) -> list[UnitSpec]:

@@ -10,7 +10,7 @@ import torch
 import layerstream
 from layerstream.device.simulated import SimulatedDevice
 from layerstream.model.adapters import registry
-from layerstream.planning.plan import Costs
+from layerstream.planning.costs import Costs
 from layerstream.report import Report, entered_line, predicted_line, streamer_html
 from layerstream.stats import PhaseStats, Stats
 from tests.fakes import Sized

@@ -10,7 +10,9 @@ import pytest
 
 from layerstream.blocks import UnitSpec
 from layerstream.device.simulated import SimulatedDevice
-from layerstream.planning.plan import Costs, Phase, Plan, make_plan
+from layerstream.planning.costs import Costs
+from layerstream.planning.phase_plan import Phase
+from layerstream.planning.plan import Plan, make_plan
 from tests.html_reading import html_cells, html_text
 from tests.test_plan import units_of
 

@@ -15,9 +15,9 @@ from layerstream.blocks import UnitSpec
 from layerstream.device.simulated import SimulatedDevice
 from layerstream.hooks import compiled
 from layerstream.model.adapters import registry
+from layerstream.planning.costs import uses_per_pass
 from layerstream.planning.order import OrderLearner
 from layerstream.planning.phases import READ, Key, PhaseTracker
-from layerstream.planning.plan import uses_per_pass
 from tests.fakes import adversary, assert_restored, describe
 from tests.token_loops import TokenPipeline, token_pipeline
 

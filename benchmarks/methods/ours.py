@@ -46,7 +46,7 @@ def _counters(streamer: layerstream.LayerStreamer) -> Counters:
 
     @functools.cache
     def component_of(module: nn.Module) -> str | None:
-        return next((name for name, part in streamer._called.items() if module in set(part.modules())), None)
+        return next((name for name, part in streamer._hold.called.items() if module in set(part.modules())), None)
 
     def held_bytes(module: nn.Module) -> int:
         # What stays of other components is of no use to this one.

@@ -22,9 +22,11 @@ from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_bytes
 from layerstream.device.base import Device
 from layerstream.errors import BudgetError
+from layerstream.planning.costs import Costs, uses_per_pass
 from layerstream.planning.order import OrderLearner
+from layerstream.planning.phase_plan import Phase, PhasePlan
 from layerstream.planning.phases import CallKind, Key, PhaseTracker
-from layerstream.planning.plan import Costs, Phase, PhasePlan, Plan, check_budget, make_plan, uses_per_pass
+from layerstream.planning.plan import Plan, check_budget, make_plan
 from layerstream.stats import PhaseStats, Stats
 
 # Of a measurement: the allocator may cut its segments otherwise the next time. In units of its granularity (2 MiB).

@@ -26,8 +26,8 @@ from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
 from layerstream.errors import BudgetError, StreamerStateError
+from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.phases import READ, CallKind
-from layerstream.planning.plan import PhasePlan
 from layerstream.report import predicted_line, slow_loop_line
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.timeline import PASSES, Timeline

@@ -16,7 +16,7 @@ from layerstream.engine.attachments import Attachments
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.residency import Residency
 from layerstream.hooks import compiled
-from layerstream.planning.plan import PhasePlan
+from layerstream.planning.phase_plan import PhasePlan
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.transfer import TransferEngine
 from layerstream.transfer.unit import StreamedUnit

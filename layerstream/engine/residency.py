@@ -21,7 +21,7 @@ from layerstream.engine.lane import Lanes
 from layerstream.engine.ledger import Ledger
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.planning.order import OrderLearner
-from layerstream.planning.plan import PhasePlan
+from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.schedule import ScheduleRecorder
 from layerstream.stats import Stats
 from layerstream.torch_private import without_subclasses

@@ -21,6 +21,8 @@ from torch import nn
 
 from layerstream.errors import AlreadyOffloadedError, MovedWhileStreamingError
 from layerstream.hooks import compiled
+from layerstream.hooks.dynamo_caches import drop_dynamo_caches
+from layerstream.hooks.eager import compiled_methods_around, explain_holder, holders_around, keep_eager_around
 from layerstream.interrupts import undo_all
 
 # Names under which diffusers keeps its offloading hooks in `module._diffusers_hook`.
@@ -79,19 +81,19 @@ class Interception:
         for called in dict.fromkeys(blocks.values()):
             own = [block for block, of in blocks.items() if of is called]
             self._compile_undo.append(compiled.exchange_for_block_compile(called, own))
-            self._eager_undo.append(compiled.keep_eager_around(called, own))
-            for path, module, name, function in compiled.compiled_methods_around(called, own):
+            self._eager_undo.append(keep_eager_around(called, own))
+            for path, module, name, function in compiled_methods_around(called, own):
                 self.eager.append(f"{path}.{name}" if path else name)
                 self._replace(module, name, function)
-            for path, module, name, kind in compiled.holders_around(called, own):
+            for path, module, name, kind in holders_around(called, own):
                 place, component = f"{path}.{name}" if path else name, type(compiled.uncompiled(called)).__name__
-                self.watch_call(module, name, functools.partial(compiled.explain_holder, place, component, kind))
+                self.watch_call(module, name, functools.partial(explain_holder, place, component, kind))
         self._block_hooks = enter_block, leave_block
         for root in roots:
             self._hook(root, enter_root, leave_root)
         for block in blocks:
             self._hook(block, enter_block, leave_block)
-        compiled.drop_dynamo_caches(self._hooked)
+        drop_dynamo_caches(self._hooked)
 
     def _hook(self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:
         # Known one by one, so that an interrupt leaves none behind.
@@ -114,7 +116,7 @@ class Interception:
         if len(self._handles.get(id(block), ())) < _HOOKS_PER_MODULE and self._block_hooks is not None:
             self.stop_listening(block)  # an interrupt may have left one of them
             self._hook(block, *self._block_hooks)
-            compiled.drop_dynamo_caches([block])
+            drop_dynamo_caches([block])
 
     def watch_method(self, listener: Listener, root: nn.Module, name: str) -> None:
         """Tell the listener when `root.name(...)` is called, which enters the component without its forward."""
@@ -203,7 +205,7 @@ class Interception:
         self._handles = {}
         undo_all(self._undo)
         # While the whole is still out of the way: what was compiled for it stays, and is used again.
-        compiled.drop_dynamo_caches(self._hooked)
+        drop_dynamo_caches(self._hooked)
         self._hooked = []
         undo_all(self._eager_undo)
         undo_all(self._compile_undo)

@@ -1,1 +1,1 @@
-"""What is watched of pipelines and libraries around them: calls, changes, decorated functions."""
+"""The user's side of streaming: who streams what, what is watched of pipelines and libraries, what is told."""

@@ -14,90 +14,21 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from layerstream.finalisers import FinaliserLock
-from layerstream.hooks.compiled import uncompiled
 from layerstream.hooks.intercept import RIVAL_HOOKS
 from layerstream.interrupts import undo_all
 from layerstream.pipeline.changes import CHANGING_METHODS, READING_METHODS
+from layerstream.pipeline.owners import modules_of, owners_of, refuse_rival, streamed_now
 from layerstream.weights.absent import at_home, reading
 
 _LIBRARIES = ("builtins", "torch", "transformers", "diffusers", "accelerate", "huggingface_hub")
 # Methods of pipelines and models by which other offloaders are switched on.
 RIVAL_METHODS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
-
-
-class Owner(Protocol):
-    """Who streams components; what the watch tells."""
-
-    @property
-    def number(self) -> int:
-        """In this order one waits for those that stream, if for more than one."""
-
-    def using(self, what: str) -> contextlib.AbstractContextManager[object]:
-        """A call of a pipeline that has some of its components; others wait meanwhile."""
-
-    def pausing(self) -> contextlib.AbstractContextManager[object]:
-        """Components are about to be changed."""
-
-    def replacing(self, pipe: object, name: str, value: object) -> contextlib.AbstractContextManager[object]:
-        """`value` is about to take the place of a component in `pipe`, or to become one."""
-
-    def refuse_rival(self, what: str) -> None:
-        """Another offloader is about to be switched on: raises."""
-
-    def watch_class(self, cls: type) -> None:
-        """A pipeline of this class has taken some of its components."""
-
-
-# Who streams which component; weak both ways, so that nothing here keeps a pipeline alive that its user has dropped.
-ACTIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-
-
-def streamed_now() -> list[tuple[nn.Module, Any]]:
-    """Each component that streams, and who streams it."""
-    found = []
-    # The references as one list: other threads begin and end, and a loop over the dictionary itself would raise then.
-    for reference in ACTIVE.keyrefs():
-        component = reference()
-        owner = None if component is None else ACTIVE.get(component, _nobody)()
-        if component is not None and owner is not None:
-            found.append((component, owner))
-    return found
-
-
-def _nobody() -> None:
-    """Of a component that has just been let go."""
-
-
-def owners_of(modules: Iterable[object]) -> list[Any]:
-    """Who streams some of these modules, each once, in the order in which one waits for them."""
-    found = {}
-    for module in modules:
-        if isinstance(module, nn.Module):
-            reference = ACTIVE.get(uncompiled(module))
-            owner = reference() if reference is not None else None
-            if owner is not None:
-                found[id(owner)] = owner
-    return sorted(found.values(), key=lambda owner: owner.number)
-
-
-def modules_of(pipe: object) -> list[object]:
-    """What a pipeline object holds, modules among others."""
-    if isinstance(pipe, Mapping):
-        return list(pipe.values())
-    if isinstance(pipe, nn.Module):
-        return [pipe]
-    return list(getattr(pipe, "__dict__", {}).values())
-
-
-# ---- patches of classes and of modules' functions
-
-
 _MISSING = object()
 
 
@@ -272,7 +203,7 @@ def _around_rival(original: Any) -> Any:
     @functools.wraps(original)
     def enable(self: Any, *args: Any, **kwargs: Any) -> Any:
         for owner in owners_of(modules_of(self)):
-            owner.refuse_rival(f"{type(self).__name__}.{original.__name__}()")
+            refuse_rival(owner, f"{type(self).__name__}.{original.__name__}()")
         return original(self, *args, **kwargs)
 
     return enable
@@ -369,4 +300,4 @@ def _refuse_on(module: object, what: str) -> None:
     """Raise if a module is streamed, or is a part of what is."""
     for component, owner in streamed_now():
         if any(module is part for part in component.modules()):
-            owner.refuse_rival(what)
+            refuse_rival(owner, what)

@@ -1,0 +1,54 @@
+"""Plans that are only looked at: of a pipeline that does not stream, or of one that does, under other arguments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from layerstream.budget import resolve_budget
+from layerstream.device.base import Device
+from layerstream.engine.streamer import Streamer
+from layerstream.model.components import layouts_of
+from layerstream.model.units import divide
+from layerstream.pipeline.options import budget_bytes_on, device_of
+from layerstream.planning.phase_plan import Phase
+from layerstream.planning.plan import Plan, make_plan
+
+
+def plan_of(
+    pipe: Any,
+    vram_budget: int | str | None,
+    device: torch.device | str | int | Device | None,
+    reserve_bytes: int | None,
+) -> Plan:
+    """The plan of a pipeline that nobody streams; moves nothing."""
+    found = device_of(device)
+    layouts = layouts_of(pipe)
+    division = divide(layouts, is_preview=True)
+    units = [unit.spec for unit in division.units]
+    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes or 0, is_assumed=True) for layout in layouts]
+    budget = budget_bytes_on("auto" if vram_budget is None else vram_budget, found)
+    return make_plan(units, phases, budget, granularity=found.rounded_bytes(1), whole=division.whole())
+
+
+def plan_anew(
+    streamer: Streamer,
+    vram_budget: int | str | None,
+    device: torch.device | str | int | Device | None,
+    reserve_bytes: int | None,
+) -> Plan:
+    """The plan of what streams under other arguments; those that are None are as they are now."""
+    present, found = streamer.plan, streamer.device
+    other = found if device is None else device_of(device)
+    if other.torch_device != found.torch_device:  # where no times were measured
+        found, vram_budget = other, "auto" if vram_budget is None else vram_budget
+        present = replace(present, costs=None, granularity=other.rounded_bytes(1))
+    budget = present.budget_bytes
+    if vram_budget is not None:
+        # The allocator is held to our own budget now; what would be free without it is all that others leave.
+        total_bytes = found.total_bytes()
+        free_bytes = total_bytes - found.context_bytes()
+        budget = resolve_budget(vram_budget, free_bytes=free_bytes, total_bytes=total_bytes)
+    return present.under(budget, reserve_bytes=reserve_bytes).with_next_gib()

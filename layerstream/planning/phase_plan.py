@@ -1,0 +1,73 @@
+"""A phase of the call, and what a plan says of it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerstream.planning.pace import Prediction
+from layerstream.planning.summary import PhaseSummary
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the pipeline's call that uses the same components.
+
+    Attributes:
+        is_repeated: its components run many times a call.
+        reserve_bytes: what is on the device beside our weights while it runs, measured; None: not measured yet.
+        is_assumed: `reserve_bytes` was given by somebody who plans ahead, rather than measured.
+        is_of_others: `reserve_bytes` is what others hold; what the phase takes itself is not known.
+        is_loop: it was seen to be entered with shapes that grow step by step: a pass is a token.
+    """
+
+    components: tuple[str, ...]
+    is_repeated: bool
+    reserve_bytes: int | None = None
+    is_assumed: bool = False
+    is_of_others: bool = False
+    is_loop: bool = False
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.components)
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What is on the device while a phase runs.
+
+    Attributes:
+        resident: units of the phase in buffers of their own: its bases, and the blocks that do not stream.
+        kept: units of other phases that may stay meanwhile.
+        slot_bytes: the largest streamed block.
+        weights_bytes: the most that our weights take: residents, kept units and slots.
+        least_bytes: the least weights under which the phase runs.
+        prediction: of one pass, once every block was measured.
+    """
+
+    phase: Phase
+    resident: frozenset[int]
+    kept: frozenset[int]
+    num_slots: int
+    slot_bytes: int
+    weights_bytes: int
+    least_bytes: int
+    prediction: Prediction | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        reserve = self.phase.reserve_bytes
+        return None if reserve is None else self.weights_bytes + reserve
+
+    def summary(self) -> PhaseSummary:
+        """What it says, as plain values."""
+        return PhaseSummary(
+            name=self.phase.name,
+            is_repeated=self.phase.is_repeated,
+            weights_bytes=self.weights_bytes,
+            reserve_bytes=self.phase.reserve_bytes,
+            is_assumed=self.phase.is_assumed,
+            ms_per_pass=None if self.prediction is None else self.prediction.ms_per_pass,
+            bound=None if self.prediction is None else self.prediction.bound,
+            is_loop=self.phase.is_loop,
+        )

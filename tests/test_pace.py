@@ -17,7 +17,8 @@ from layerstream.device.simulated import SimulatedDevice
 from layerstream.engine import ledger
 from layerstream.model import units as unit_division
 from layerstream.model.adapters import registry
-from layerstream.planning.pace import Choice, Pace, Search, predict_pass
+from layerstream.planning.pace import Pace, predict_pass
+from layerstream.planning.search import Choice, Search
 from tests.fakes import Sized
 
 MB = 10**6  # 1 ms at 1 GB/s

@@ -35,7 +35,6 @@ class Attachment:
 
     Attributes:
         units: indices of their units.
-        all_stays: all of them are on the device and planned to stay there: the blocks' hooks have nothing to do.
         whole_bytes: of weights that are no plain tensors, and are on the device as they are.
     """
 
@@ -45,7 +44,6 @@ class Attachment:
     interception: Interception = field(default_factory=Interception)
     units: list[StreamedUnit] = field(default_factory=list)
     moved_others: list[tuple[TensorPlace, torch.Tensor]] = field(default_factory=list)
-    all_stays: bool = False
     whole_bytes: int = 0
 
     @property

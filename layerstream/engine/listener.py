@@ -25,6 +25,7 @@ from layerstream.engine.lane import Lane, Lanes
 from layerstream.engine.passes import Passes
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
+from layerstream.engine.session import Session
 from layerstream.hooks import compiled
 from layerstream.hooks.outputs import refuse_backward
 from layerstream.transfer.timeline import BLOCKS
@@ -53,6 +54,7 @@ class EngineListener:
         passes: Passes,
         edits: Edits,
         lanes: Lanes,
+        session: Session,
         gate: Gate,
         timer: PassTimer,
         replay: Replay,
@@ -67,6 +69,7 @@ class EngineListener:
         self._passes = passes
         self._edits = edits
         self._lanes = lanes
+        self._session = session
         self._gate = gate
         self._timer = timer
         self._replay = replay
@@ -180,11 +183,11 @@ class EngineListener:
             return  # a copy of a block, which carries the hook along
         component = units[0].spec.component
         lane = self._lanes.here
-        all_stays = self._attached.of_component[component].all_stays and lane.is_running_here
+        all_stays = self._attached.of_component[component] in self._session.staying and lane.is_running_here
         timeline = self._passes.timeline
         if timeline is not None:
             all_stays = False  # each block is told of
-        if all_stays and self._device.stream_number() == self._residency.stream_number:
+        if all_stays and self._device.stream_number() == self._session.stream_number:
             return
         is_grad = _is_grad_enabled()  # of the caller: it is off in what follows
         self._come_in(lane, f"a block of `{component}`")

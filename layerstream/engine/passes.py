@@ -25,6 +25,7 @@ from layerstream.engine.ledger import Ledger
 from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
+from layerstream.engine.session import Session
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.phases import READ, CallKind
@@ -58,6 +59,7 @@ class Passes:
         edits: Edits,
         ledger: Ledger,
         lanes: Lanes,
+        session: Session,
         gate: Gate,
         timer: PassTimer,
         exchanges: HomeExchanges,
@@ -75,14 +77,14 @@ class Passes:
         self._edits = edits
         self._ledger = ledger
         self._lanes = lanes
+        self._session = session
         self._gate = gate
         self._timer = timer
         self._exchanges = exchanges
         self._replay = replay
         self._ranges = ranges
         self._find_replaced = find_replaced
-        self._begun: dict[tuple[object, ...], CallKind] = {}  # how calls entered that changed nothing in this epoch
-        self._epoch = 0  # of the residency
+        self._begun: dict[tuple[object, ...], CallKind] = session.known()  # how calls entered that changed nothing
         self._told: set[str] = set()  # phases whose predicted time is in the log
         self._num_tokens: dict[str, int] = {}  # by phase, in the last use
         self._num_tokens_before: dict[str, int] = {}  # when it ended, in all
@@ -154,7 +156,7 @@ class Passes:
             )
         with engine_tensors():
             self._read_times()
-            self._begun_before().pop(begun, None)  # until it has worked
+            self._begun.pop(begun, None)  # until it has worked
             phase_plan = self._ledger.begin(*begun, self._transfer.weights_bytes)
             self._tell_prediction(phase_plan)
             self._transfer.phase = self._ledger.phase_stats
@@ -163,7 +165,7 @@ class Passes:
             bases = [unit for unit in residents if not unit.spec.is_block]
             self._residency.use(bases, is_touch=False, is_grad=begun[-1])
             self._ledger.start_interval(self._transfer.weights_bytes)
-        self._begun_before()[begun] = self._ledger.kind
+        self._begun[begun] = self._ledger.kind
         self._phase_changes.mark_staying(phase_plan)
         if self._ledger.wants_times and may_time:
             self._residency.listen_to(self._residency.quiet())
@@ -175,7 +177,8 @@ class Passes:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
         its phase, because a VAE and a denoiser may not fit beside each other."""
         for component in dict.fromkeys(unit.spec.component for unit in units):
-            if self._residency.applied is None or component not in self._residency.applied.phase.components:
+            applied = self._session.applied
+            if applied is None or component not in applied.phase.components:
                 self.begin(lane, component, READ, (), {}, is_grad)
 
     def end(self, lane: Lane) -> None:
@@ -194,7 +197,7 @@ class Passes:
             if add_note is not None:
                 add_note(f"layerstream: {self.explain(error)}")
             self._ledger.did_not_fit()
-            self._residency.forget_plan()
+            self._session.forget_plan()
         elif error is None:
             self._ledger.check_operators()
         if not self._lanes.others_run(lane):
@@ -231,20 +234,14 @@ class Passes:
 
     def _is_as_before(self, begun: tuple[object, ...]) -> bool:
         """Whether a call has entered so before, and all is as it was then."""
-        known = self._begun_before().get(begun)
+        known = self._begun.get(begun)
         if known is None or self._timer.is_ready or not self._ledger.again(known, self._transfer.weights_bytes):
             return False
-        if self._residency.applied is not None:
-            self._phase_changes.mark_staying(self._residency.applied)  # the pass before has loaded its blocks
-            self._phase_changes.quieten(self._residency.applied)
+        applied = self._session.applied
+        if applied is not None:
+            self._phase_changes.mark_staying(applied)  # the pass before has loaded its blocks
+            self._phase_changes.quieten(applied)
         return True
-
-    def _begun_before(self) -> dict[tuple[object, ...], CallKind]:
-        """How calls entered since all is as it is now, and the key of each."""
-        if self._epoch != self._residency.epoch:
-            self._epoch = self._residency.epoch
-            self._begun.clear()
-        return self._begun
 
     def _tell_prediction(self, phase_plan: PhasePlan) -> None:
         """Once a phase: how long its passes will take."""

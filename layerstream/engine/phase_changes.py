@@ -15,6 +15,7 @@ from layerstream.device.base import Device
 from layerstream.engine.attachments import Attachments
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.residency import Residency
+from layerstream.engine.session import Session
 from layerstream.hooks import compiled
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.transfer.profiling import Ranges
@@ -36,6 +37,7 @@ class PhaseChanges:
         transfer: TransferEngine,
         residency: Residency,
         ledger: Ledger,
+        session: Session,
         ranges: Ranges,
         count_placements: Callable[[], None],
     ) -> None:
@@ -45,18 +47,19 @@ class PhaseChanges:
         self._transfer = transfer
         self._residency = residency
         self._ledger = ledger
+        self._session = session
         self._ranges = ranges
         self._count_placements = count_placements
 
     def apply(self, phase_plan: PhasePlan) -> None:
         """Make the slots what the plan of this phase says: evict, free, and only then allocate."""
-        if phase_plan is self._residency.applied:
+        if phase_plan is self._session.applied:
             return
         with self._ranges.changing(phase_plan.phase.name):
             self._lay_out(phase_plan)
 
     def _lay_out(self, phase_plan: PhasePlan) -> None:
-        self._residency.forget_plan()
+        self._session.forget_plan()
         transfer = self._transfer
         wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
         is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
@@ -71,7 +74,7 @@ class PhaseChanges:
             self._residency.allocating(functools.partial(transfer.give_own_slot, unit))
         if self._ledger.link_gb_per_s is None:
             self._ledger.link_gb_per_s = transfer.measure_link()
-        self._residency.applied = phase_plan
+        self._session.applied = phase_plan
         self._count_placements()
 
     def _make_way(self, phase_plan: PhasePlan, is_new_ring: bool) -> bool:
@@ -96,15 +99,15 @@ class PhaseChanges:
             return
         for component in phase_plan.phase.components:
             attachment = self._attached.of_component[component]
-            if not attachment.all_stays:
-                attachment.all_stays = all(unit.is_settled for unit in attachment.units)
+            if attachment not in self._session.staying and all(unit.is_settled for unit in attachment.units):
+                self._session.staying.add(attachment)
 
     def quieten(self, phase_plan: PhasePlan) -> None:
         """Blocks that stay, and have arrived, need no hooks until they are to go; and what runs 300 times for a token
         has no time for any. Reads of them on streams that nobody has told us of are covered when they go."""
         if self._ranges.timeline is not None:
             return  # each block is told of
-        if self._residency.quiet_for is phase_plan or compiled.is_in_use() or not self._ledger.knows_uses(phase_plan):
+        if self._session.quiet_for is phase_plan or compiled.is_in_use() or not self._ledger.knows_uses(phase_plan):
             return
         if self._residency.with_autocast.intersection(phase_plan.phase.components):
             return  # each block's end lets go of what autocast keeps of it
@@ -133,7 +136,7 @@ class PhaseChanges:
         if found:
             self._residency.order.leave_out([u.index for u in found])
         if is_all:
-            self._residency.quiet_for = phase_plan
+            self._session.quiet_for = phase_plan
 
     def _behind_streamed(self, phase_plan: PhasePlan) -> set[int]:
         """Units behind one that streams: when their block begins its slot is free, and the next load can."""

@@ -7,7 +7,7 @@ edit, somebody who looks at a slot, a new plan) ends the replay at that block, a
 where it is.
 
 Guards, once a pass: the main lane alone, no gradients, nothing timed or profiled. Once a block: the block's identity,
-that the component's call is still on the stack (an interrupt skips hooks), the residency's epoch, thread, stream and
+that the component's call is still on the stack (an interrupt skips hooks), the session's epoch, thread, stream and
 grad mode. Once a unit that is let go of: its flags, and its tensors' versions and addresses.
 """
 
@@ -26,6 +26,7 @@ from torch import nn
 from layerstream.device.base import Device, Stream, engine_tensors
 from layerstream.engine.lane import Lane, Lanes
 from layerstream.engine.residency import LOOK_AHEAD, Residency
+from layerstream.engine.session import Session
 from layerstream.planning.schedule import Schedule, ScheduleRecorder
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.timing import PassTimer
@@ -79,6 +80,7 @@ class Replay:
         transfer: TransferEngine,
         residency: Residency,
         lanes: Lanes,
+        session: Session,
         timer: PassTimer,
         ranges: Ranges,
     ) -> None:
@@ -88,10 +90,11 @@ class Replay:
         self._transfer = transfer
         self._residency = residency
         self._lanes = lanes
+        self._session = session
         self._timer = timer
         self._ranges = ranges
-        self._epoch = -1
-        self._known: dict[_Key, _Bound] = {}
+        self._known: dict[_Key, _Bound] = session.known()
+        self._epoch = -1  # in which the pass began
         self._num_uses: dict[tuple[str, str], int] = {}  # of a pass, by component and entry
         self._at = 0  # steps done
         self._thread = self._stream_number = 0
@@ -104,9 +107,7 @@ class Replay:
 
     def begin(self, lane: Lane, component: str, entry: str, *, is_grad: bool) -> None:
         """A pass begins, after `stop`: follow the schedule that there is for it, or have one written down."""
-        if self._epoch != self._residency.epoch:
-            self._known.clear()
-            self._epoch = self._residency.epoch
+        self._epoch = self._session.epoch
         is_alone = lane is self._lanes.main and not self._lanes.others_run(lane)
         if is_grad or not is_alone or self._timer.is_timing or self._ranges.is_on or self._transfer.extra:
             return
@@ -127,7 +128,7 @@ class Replay:
     def end(self) -> None:
         """The pass ended."""
         recorder, key = self._residency.recorder, self._key
-        schedule = None if recorder is None or self._epoch != self._residency.epoch else recorder.schedule()
+        schedule = None if recorder is None or self._epoch != self._session.epoch else recorder.schedule()
         self.stop()
         if recorder is None or key is None:
             return
@@ -181,7 +182,7 @@ class Replay:
             frame = frame.f_back
         if (
             frame is None
-            or self._residency.epoch != self._epoch
+            or self._session.epoch != self._epoch
             or get_ident() != self._thread
             or self._device.stream_number() != self._stream_number
             or torch.is_grad_enabled()

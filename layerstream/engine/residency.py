@@ -19,9 +19,9 @@ from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
 from layerstream.engine.lane import Lanes
 from layerstream.engine.ledger import Ledger
+from layerstream.engine.session import Session
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.planning.order import OrderLearner
-from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.schedule import ScheduleRecorder
 from layerstream.stats import Stats
 from layerstream.torch_private import without_subclasses
@@ -38,12 +38,8 @@ class Residency:
 
     Attributes:
         order: learns in which order units are used.
-        applied: the plan that slots were laid out by; None: what is on the device is not what a plan said.
-        epoch: another number whenever something is no longer as it was when the last call began.
-        stream_number: of the stream that all present units were waited for on.
         makes_graphs: something that the running call computes with requires grad.
         with_autocast: components of whose weights autocast has kept casts.
-        quiet_for: the plan under which there are no more units to take hooks off.
         units: by index; the attachments add and remove them.
         recorder: writes down what the pass that runs does with units; None: nobody wants to know.
     """
@@ -56,15 +52,12 @@ class Residency:
         edits: Edits,
         ledger: Ledger,
         lanes: Lanes,
+        session: Session,
         stats: Stats,
     ) -> None:
         self.order = OrderLearner([])
-        self.applied: PhasePlan | None = None
-        self.epoch = 0
-        self.stream_number: int | None = None
         self.makes_graphs = True
         self.with_autocast: set[str] = set()
-        self.quiet_for: PhasePlan | None = None
         self.units: Mapping[int, StreamedUnit] = attached.units
         self.recorder: ScheduleRecorder | None = None
         self._device = device
@@ -73,12 +66,13 @@ class Residency:
         self._edits = edits
         self._ledger = ledger
         self._lanes = lanes
+        self._session = session
         self._stats = stats
 
     def use(self, units: Sequence[StreamedUnit], *, is_touch: bool, is_grad: bool) -> None:
         """Load what is missing, start loading what is expected next, wait, and bind."""
-        if self._device.stream_number() != self.stream_number:
-            self.stream_number = None  # what is bound now is waited for on this thread's stream alone
+        if self._device.stream_number() != self._session.stream_number:
+            self._session.stream_number = None  # what is bound now is waited for on this thread's stream alone
         held = [*units, *self._held()]
         if is_touch:
             self._not_the_pass()
@@ -174,7 +168,7 @@ class Residency:
     def _add_extra(self, unit: StreamedUnit, held: Sequence[StreamedUnit]) -> Slot:
         """A slot beyond the plan. Residents pay for it, since activations were given what the plan leaves: first those
         of other phases, then what is needed last."""
-        transfer, phase = self._transfer, self.applied
+        transfer, phase = self._transfer, self._session.applied
         self._not_the_pass()
         if phase is not None and self._stats.budget_bytes:
             resident = phase.resident
@@ -189,7 +183,7 @@ class Residency:
                     continue  # the base of what runs
                 taken -= self._device.rounded_bytes(payer.home.device_bytes)
                 self.give_up(payer)
-                self.forget_plan()  # the next call lays out anew
+                self._session.forget_plan()  # the next call lays out anew
         slot: Slot = self.allocating(functools.partial(transfer.add_extra, unit))
         return slot
 
@@ -259,8 +253,7 @@ class Residency:
         for unit, elsewhere in replaced.items():
             if unit.slot is not None:
                 self._empty(unit, elsewhere)
-                self.epoch += 1
-                self._attached.of_component[unit.spec.component].all_stays = False
+                self._session.changed()
 
     def drop_extra_slots(self, held: Sequence[StreamedUnit]) -> None:
         """Extra slots go as soon as nobody holds their unit; they are memory beyond the plan."""
@@ -277,9 +270,7 @@ class Residency:
             self.evict(unit)
             self._stats.num_evicted += 1
         self._transfer.drop_own_slot(unit)
-        attachment = self._attached.of_component.get(unit.spec.component)
-        if attachment is not None:
-            attachment.all_stays = False
+        self._session.changed()
 
     def allocating(self, allocate: Callable[[], Any]) -> Any:
         """Run `allocate`; where the budget has no room, say so with numbers."""
@@ -288,22 +279,13 @@ class Residency:
         except torch.OutOfMemoryError as exc:
             raise self._ledger.explain(exc, self._transfer.weights_bytes, is_for_weights=True) from exc
 
-    def has_other_homes(self) -> None:
-        """What was prepared for the loads of some unit is no longer what loads it."""
-        self.epoch += 1
-
-    def forget_plan(self) -> None:
-        """What is on the device is no longer what a plan said: the next call lays out anew."""
-        self.applied = None
-        self.epoch += 1
-
     def listen_to(self, units: Sequence[StreamedUnit]) -> None:
         """Put hooks back on the blocks of those that had none."""
         again = [unit for unit in units if unit.is_quiet]
         for unit in again:
             self._attached.listen_again(unit)
             unit.is_quiet = False
-        self.quiet_for = None
+        self._session.quiet_for = None
         if again:
             self.order.take_in([unit.index for unit in again])
 
@@ -314,11 +296,11 @@ class Residency:
     def wait_on_this_stream(self) -> None:
         """Units that are present were waited for on the streams that used them; this thread's may be another one."""
         number = self._device.stream_number()
-        if number != self.stream_number:
+        if number != self._session.stream_number:
             for unit in self._transfer.loaded:
                 if unit.is_present:
                     self._transfer.wait(unit)
-            self.stream_number = number
+            self._session.stream_number = number
 
     def guard(self) -> None:
         """No call runs: who looks at weights that are present is noticed from now on."""

@@ -28,6 +28,7 @@ from layerstream.engine.passes import Passes
 from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
+from layerstream.engine.session import Session
 from layerstream.engine.standstill import standstill
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.hooks import compiled
@@ -88,6 +89,7 @@ class Streamer:
         self.edits = Edits(device, self._units, self._attached.records, self.stats, self._transfer.wait)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._lanes = Lanes()
+        self._session = Session()
         self._stacks: list[tuple[list[int], bool]] = []
         self._residency = Residency(
             device,
@@ -96,6 +98,7 @@ class Streamer:
             self.edits,
             self._ledger,
             self._lanes,
+            self._session,
             self.stats,
         )
         self._phase_changes = PhaseChanges(
@@ -104,14 +107,15 @@ class Streamer:
             self._transfer,
             self._residency,
             self._ledger,
+            self._session,
             self._ranges,
             self._count_placements,
         )
         self._timer = PassTimer(device)
-        self.exchanges = HomeExchanges(
-            device, self._attached, self._transfer, self.edits, self._residency.has_other_homes
+        self.exchanges = HomeExchanges(device, self._attached, self._transfer, self.edits, self._session.changed)
+        self._replay = Replay(
+            device, self._transfer, self._residency, self._lanes, self._session, self._timer, self._ranges
         )
-        self._replay = Replay(device, self._transfer, self._residency, self._lanes, self._timer, self._ranges)
         self._passes = Passes(
             device,
             self._attached,
@@ -121,6 +125,7 @@ class Streamer:
             self.edits,
             self._ledger,
             self._lanes,
+            self._session,
             self.gate,
             self._timer,
             self.exchanges,
@@ -136,6 +141,7 @@ class Streamer:
             self._passes,
             self.edits,
             self._lanes,
+            self._session,
             self.gate,
             self._timer,
             self._replay,
@@ -303,7 +309,6 @@ class Streamer:
             except BaseException:
                 twice_if_interrupted(self.close)
                 raise
-            self._residency.forget_plan()
             self.is_paused = True
             return {name for a in taken for name in a.names}
 
@@ -393,6 +398,7 @@ class Streamer:
     def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
         """Let go of components: hooks off, written tensors home, everything as it was found."""
         taken = list(attachments)
+        self._session.forget_plan()
         self._passes.drop_times()  # perhaps of units that will be others
         for attachment in taken:
             attachment.interception.remove()

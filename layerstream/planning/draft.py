@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.planning.costs import LINK_GB_PER_S, Costs, compute_ms, decode_ms
-from layerstream.planning.pace import Pace, Search
+from layerstream.planning.pace import Pace
 from layerstream.planning.phase_plan import Phase, PhasePlan
+from layerstream.planning.search import Search
 
 LEAST_SLOTS = 2  # one that compute reads, one that is loaded meanwhile
 _MOST_SLOTS = 4  # more slots even out blocks of unlike compute; beyond that residents do more

@@ -12,28 +12,23 @@ The last term is the key's reserve. In steady state nothing is read and nothing 
 
 from __future__ import annotations
 
-import contextlib
 import re
 import weakref
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import replace
 
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_bytes
 from layerstream.device.base import Device
+from layerstream.engine.planner import Planner
 from layerstream.errors import BudgetError
-from layerstream.planning.costs import Costs, uses_per_pass
 from layerstream.planning.order import OrderLearner
 from layerstream.planning.phase_plan import Phase, PhasePlan
-from layerstream.planning.phases import CallKind, Key, PhaseTracker
-from layerstream.planning.plan import Plan, check_budget, make_plan
+from layerstream.planning.phases import CallKind, Key
+from layerstream.planning.plan import Plan
 from layerstream.stats import PhaseStats, Stats
 
 # Of a measurement: the allocator may cut its segments otherwise the next time. In units of its granularity (2 MiB).
 _MARGIN_GRAINS = 8
-# Reserves are rounded up to this part of the budget, so that a few bytes more or less plan nothing anew.
-_QUANTA_PER_BUDGET = 256
-_MOST_QUANTUM_BYTES = 2**26
 # With this part of the budget free, what others allocate in the middle of a phase is looked at every few passes only.
 _AMPLE_SHARE = 8
 _WATCHED_PASSES = 8
@@ -53,22 +48,13 @@ class Ledger:
 
     def __init__(self, device: Device, stats: Stats, budget_bytes: int | None, num_slots: int | None) -> None:
         self.budget_bytes = budget_bytes
-        self.link_gb_per_s: float | None = None
         self.phase_stats = PhaseStats()
         self.stats_of: dict[str, PhaseStats] = {}
         self._device = device
         self._stats = stats
-        self._num_slots = num_slots
         self._grain = device.rounded_bytes(1)
-        self._quantum = max(self._grain, min(_MOST_QUANTUM_BYTES, (budget_bytes or 0) // _QUANTA_PER_BUDGET))
-        self._units: Sequence[UnitSpec] = ()
-        self._whole: Sequence[WholeSpec] = ()
-        self._tracker = PhaseTracker([])
-        self._plan: Plan | None = None
-        self._planned_costs: Costs | None = None
-        self._refused: set[tuple[str, ...]] = set()  # components that cannot share a phase within the budget
+        self.planner = Planner(budget_bytes, num_slots, self._grain)
         self._kind: CallKind | None = None  # of the call that runs, or ran last
-        self._planned_with: set[CallKind] = set()  # those that the present plan was found to do for
         self._outside_bytes = 0  # what others had when it began
         self._interval_weights: int | None = None  # our weights in the running interval; None: none runs
         self._is_open = False
@@ -77,12 +63,6 @@ class Ledger:
         self._num_ooms = 0
         self._is_unchecked = False  # passes have run since `_num_ooms` was read
         self._num_unwatched = 0  # passes since somebody looked at what others have
-        self._has_new_times = False  # not planned with yet
-        self._order: OrderLearner | None = None
-        self._uses: Mapping[int, int] = {}  # per pass, of units that a pass uses never or often
-        self._seldom: frozenset[int] = frozenset()  # of these, what is used never by most passes, and by some it is
-        self._num_uses_counted = 0
-        self._counted: set[tuple[str, ...]] = set()  # components of phases whose uses were counted
 
     # ---- from open to close
 
@@ -115,13 +95,8 @@ class Ledger:
     ) -> None:
         """The pipeline has these components (name, is_repeated) and units now, used in this order; what was measured of
         `changed` ones is forgotten."""
-        if order is not self._order:
-            self._order, self._uses, self._num_uses_counted = order, {}, 0
-            self._counted, self._seldom = set(), frozenset()
-        self._tracker = self._tracker.successor(components, changed)
-        self._units, self._whole = units, whole
-        self._kind = self._plan = None
-        self._planned_with = set()
+        self.planner.components(components, units, whole, changed, order)
+        self._kind = None
 
     def check(
         self,
@@ -136,7 +111,7 @@ class Ledger:
         ]
         limit = self._device.total_bytes() if self.budget_bytes is None else self.budget_bytes
         try:
-            check_budget(units, phases, limit, granularity=self._grain, whole=whole)
+            self.planner.check(units, phases, limit, whole)
         except BudgetError as exc:
             certain = self._certain_bytes(exc.least_bytes or 0)
             raise BudgetError(
@@ -153,9 +128,7 @@ class Ledger:
     @property
     def plan(self) -> Plan:
         """The plan of the phase that runs, or ran last; before the first, what is certain."""
-        if self._plan is None:
-            self._plan = self._make(self._tracker.phases(0), None)
-        return self._plan
+        return self.planner.plan
 
     @property
     def least_bytes(self) -> int | None:
@@ -182,9 +155,9 @@ class Ledger:
         Raises:
             BudgetError: it is known not to fit, whatever else is given up.
         """
-        kind = self._tracker.enter(Key(component, entry, shapes, is_grad))
-        if self._plan is not None and self._kind is not None and kind in self._planned_with:
-            phase_plan = self._plan.phase_of(component)
+        kind = self.planner.tracker.enter(Key(component, entry, shapes, is_grad))
+        if self._kind is not None and self.planner.serves(kind):
+            phase_plan = self.plan.phase_of(component)
             is_same_phase = self._kind.key.component in phase_plan.phase.components
             # The next token: its shapes have grown, and what is kept for them is enough.
             if is_same_phase and self._goes_on(kind, weights_bytes):
@@ -192,10 +165,7 @@ class Ledger:
         self._check_passes()
         self.end_interval()
         self._outside_bytes = max(0, self._device.allocated_bytes() - weights_bytes)
-        self._merge_partners()
-        before = self._plan
-        self._replan(kind)
-        self._planned_with = {*(self._planned_with if self._plan is before else ()), kind}
+        self._stats.num_plans += self.planner.replan(kind, self._outside_bytes)
         phase_plan = self.plan.phase_of(component)
         self._kind = kind
         self._num_ooms = self._device.num_ooms()  # what was refused before is not this call's
@@ -207,19 +177,19 @@ class Ledger:
 
     def begin_use(self, *, is_call: bool) -> None:
         """Somebody begins to use the components: a call of a pipeline, or of a bare component."""
-        self._tracker.begin_use(is_call)
+        self.planner.tracker.begin_use(is_call)
 
     def again(self, kind: CallKind, weights_bytes: int) -> bool:
         """A call begins that is like one before under the present plan; returns whether there is nothing to learn or to
         change: else it is to `begin`."""
         if not self._goes_on(kind, weights_bytes):
             return False
-        self._tracker.again(kind.key.component)
+        self.planner.tracker.again(kind.key.component)
         return True
 
     def _goes_on(self, kind: CallKind, weights_bytes: int) -> bool:
-        is_settled = self.is_settled and self._is_settled(kind) and not self._has_new_times
-        if not is_settled or self._uses_differ() or self.has_grown(weights_bytes):
+        is_settled = self.is_settled and self._is_settled(kind)
+        if not is_settled or self.planner.is_due or self.has_grown(weights_bytes):
             return False
         self._kind = kind
         self._count_pass(kind)
@@ -237,9 +207,10 @@ class Ledger:
 
     def has_grown(self, weights_bytes: int) -> bool:
         """Whether others hold more than when the phase began: a scheduler's history, say, or another library."""
-        if self.budget_bytes is None or self._plan is None:
+        plan = self.planner.present
+        if self.budget_bytes is None or plan is None:
             return False
-        if self.budget_bytes - self._plan.peak_bytes > self.budget_bytes // _AMPLE_SHARE:
+        if self.budget_bytes - plan.peak_bytes > self.budget_bytes // _AMPLE_SHARE:
             self._num_unwatched += 1  # there is room for that, and reading takes time
             if self._num_unwatched < _WATCHED_PASSES:
                 return False
@@ -297,9 +268,10 @@ class Ledger:
         return self._kind is not None and self._wants_times(self._kind)
 
     def _wants_times(self, kind: CallKind) -> bool:
-        if self._plan is None or not kind.is_measured or kind.num_untimed <= 0:
+        plan = self.planner.present
+        if plan is None or not kind.is_measured or kind.num_untimed <= 0:
             return False
-        return self._plan.phase_of(kind.key.component).num_slots > 0
+        return plan.phase_of(kind.key.component).num_slots > 0
 
     def starts_timing(self) -> CallKind:
         """The running pass is timed: of the key that this returns."""
@@ -310,7 +282,7 @@ class Ledger:
     def timed(self, kind: CallKind, compute_ms: Mapping[int, float]) -> None:
         """A timed pass of that key took so much, by unit."""
         kind.timed(compute_ms)
-        self._has_new_times |= kind.is_timed
+        self.planner.timed(kind)
 
     # ---- what does not fit
 
@@ -327,11 +299,12 @@ class Ledger:
 
         cuDNN tries its algorithms in turn and takes the next one when there is no room for a workspace.
         """
-        if self._kind is None or self._plan is None:
+        plan = self.planner.present
+        if self._kind is None or plan is None:
             return
         # In the steady state of a phase that runs many times that waits for the next component: reading takes time.
         self._is_unchecked = True
-        if not (self.is_settled and self._plan.phase_of(self._kind.key.component).phase.is_repeated):
+        if not (self.is_settled and plan.phase_of(self._kind.key.component).phase.is_repeated):
             self._check_passes()
 
     def forgive(self, num_ooms: int) -> None:
@@ -401,142 +374,6 @@ class Ledger:
             least_bytes=reached,
             needed_bytes=needed,
         )
-
-    # ---- planning
-
-    def _replan(self, kind: CallKind) -> None:
-        phases = self._tracker.phases(self._outside_bytes)
-        costs = self._costs()
-        self._has_new_times = False
-        if self._plan is not None and costs == self._planned_costs and self._still_holds(self._plan, phases):
-            return
-        attempts = (
-            [self._rounded(p) for p in phases],
-            phases,
-            # What another phase took the last time may not be what it takes the next time.
-            [self._unknown(p, is_current=False) for p in phases],
-        )
-        for attempt in attempts:
-            with contextlib.suppress(BudgetError):
-                self._plan = self._make(attempt, costs)
-                break
-        else:
-            self._plan = self._make_with_all_the_room(kind, phases)
-        self._planned_costs = costs
-        self._stats.num_plans += 1
-
-    def _make_with_all_the_room(self, kind: CallKind, phases: Sequence[Phase]) -> Plan:
-        """Margins and room to grow are no reason to refuse a call, nor is what a larger call took: only what this one
-        took itself."""
-        if kind.is_measured and kind.over_bytes is not None:
-            certain = kind.over_bytes + self._outside_bytes
-            current = self._tracker.current
-            for phase in phases:
-                if phase.components == current:
-                    units = [u for u in self._units if {u.component, *u.also} & set(phase.components)]
-                    units = [replace(u, component=phase.components[0], also=()) for u in units]
-                    alone = replace(phase, components=phase.components[:1], reserve_bytes=certain)
-                    check_budget(units, [alone], self.budget_bytes, granularity=self._grain, whole=self._whole)
-        unknown = [self._unknown(self._unknown(p, is_current=False), is_current=True) for p in phases]
-        return self._make(unknown, None)
-
-    def _unknown(self, phase: Phase, *, is_current: bool) -> Phase:
-        """The phase without its reserve, if it is the current one, or if it is another."""
-        is_meant = (phase.components == self._tracker.current) is is_current
-        return replace(phase, reserve_bytes=None) if is_meant else phase
-
-    def _still_holds(self, plan: Plan, phases: Sequence[Phase]) -> bool:
-        """Whether a plan was made for these reserves, or for little more."""
-        old = [p.phase for p in plan.phases]
-        if [(p.components, p.is_repeated) for p in old] != [(p.components, p.is_repeated) for p in phases]:
-            return False
-        needed = self._tracker.needed_bytes(self._outside_bytes)
-        for before, now, least in zip(old, phases, needed, strict=True):
-            if before.reserve_bytes is None or now.reserve_bytes is None or least is None:
-                if before.reserve_bytes is not now.reserve_bytes:
-                    return False
-            elif not (least <= before.reserve_bytes and before.reserve_bytes - 4 * self._quantum <= now.reserve_bytes):
-                return False
-        return True
-
-    def _rounded(self, phase: Phase) -> Phase:
-        if phase.reserve_bytes is None:
-            return phase
-        return replace(phase, reserve_bytes=-(-phase.reserve_bytes // self._quantum) * self._quantum)
-
-    def _make(self, phases: Sequence[Phase], costs: Costs | None) -> Plan:
-        return make_plan(
-            self._units,
-            phases,
-            self.budget_bytes,
-            costs=costs,
-            num_slots=self._num_slots,
-            granularity=self._grain,
-            whole=self._whole,
-        )
-
-    def _costs(self) -> Costs | None:
-        compute_ms = self._tracker.compute_ms()
-        if not self.link_gb_per_s or not compute_ms:
-            return None
-        uses = self._uses_per_pass()
-        return Costs(self.link_gb_per_s, compute_ms, uses, self._seldom)
-
-    def knows_uses(self, phase_plan: PhasePlan) -> bool:
-        """Whether enough was seen of a phase to tell what it uses never or often, or that does not matter."""
-        phase = phase_plan.phase
-        return not phase.is_repeated or not phase_plan.num_slots or phase.components in self._counted
-
-    def _uses_differ(self) -> bool:
-        """Whether units are used more or less often than was planned with."""
-        planned = self._planned_costs
-        return self._has_new_uses and planned is not None and self._uses_per_pass() != planned.uses
-
-    @property
-    def _has_new_uses(self) -> bool:
-        """Whether as much again was seen as when uses were counted last."""
-        return self._order is not None and self._order.num_uses >= max(2 * self._num_uses_counted, 1)
-
-    def _uses_per_pass(self) -> Mapping[int, int]:
-        """Counted when there are new times, and again whenever as much again has been seen."""
-        if self._order is None:
-            return self._uses
-        if self._has_new_times or self._has_new_uses:
-            self._num_uses_counted = self._order.num_uses
-            counts = self._order.uses()
-            for phase in self._tracker.phases(0):
-                if phase.is_repeated:
-                    blocks = [u for u in self._units if u.is_block and u.component in phase.components]
-                    found = uses_per_pass(blocks, counts)
-                    if found is not None:
-                        self._counted.add(phase.components)
-                        others = {u: n for u, n in self._uses.items() if u not in {b.index for b in blocks}}
-                        self._uses = {**others, **found}
-                        self._seldom = self._seldom - set(found) | {u for u, n in found.items() if not n and counts[u]}
-        return self._uses
-
-    def _merge_partners(self) -> None:
-        """Components that take turns share a phase, if the budget holds the least of all of them together."""
-        partners = self._tracker.partners()
-        if partners is None or partners in self._refused:
-            return
-        reserve = max(
-            (
-                p.reserve_bytes or 0
-                for p in self._tracker.phases(self._outside_bytes)
-                if set(p.components) & set(partners)
-            ),
-            default=0,
-        )
-        units = [u for u in self._units if u.component in partners]
-        try:
-            check_budget(
-                units, [Phase(partners, True, reserve)], self.budget_bytes, granularity=self._grain, whole=self._whole
-            )
-        except BudgetError:
-            self._refused.add(partners)
-            return
-        self._tracker.merge(partners)
 
 
 def _found(pattern: re.Pattern[str], error: BaseException) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from layerstream.device.base import Device
 from layerstream.engine.attachments import Attachments
-from layerstream.engine.ledger import Ledger
+from layerstream.engine.planner import Planner
 from layerstream.engine.residency import Residency
 from layerstream.engine.session import Session
 from layerstream.hooks import compiled
@@ -36,7 +36,7 @@ class PhaseChanges:
         attached: Attachments,
         transfer: TransferEngine,
         residency: Residency,
-        ledger: Ledger,
+        planner: Planner,
         session: Session,
         ranges: Ranges,
         count_placements: Callable[[], None],
@@ -46,7 +46,7 @@ class PhaseChanges:
         self._units = attached.units
         self._transfer = transfer
         self._residency = residency
-        self._ledger = ledger
+        self._planner = planner
         self._session = session
         self._ranges = ranges
         self._count_placements = count_placements
@@ -72,8 +72,8 @@ class PhaseChanges:
             self._residency.allocating(functools.partial(transfer.lay_ring, *wanted))
         for unit in missing:
             self._residency.allocating(functools.partial(transfer.give_own_slot, unit))
-        if self._ledger.link_gb_per_s is None:
-            self._ledger.link_gb_per_s = transfer.measure_link()
+        if self._planner.link_gb_per_s is None:
+            self._planner.link_gb_per_s = transfer.measure_link()
         self._session.applied = phase_plan
         self._count_placements()
 
@@ -107,7 +107,7 @@ class PhaseChanges:
         has no time for any. Reads of them on streams that nobody has told us of are covered when they go."""
         if self._ranges.timeline is not None:
             return  # each block is told of
-        if self._session.quiet_for is phase_plan or compiled.is_in_use() or not self._ledger.knows_uses(phase_plan):
+        if self._session.quiet_for is phase_plan or compiled.is_in_use() or not self._planner.knows_uses(phase_plan):
             return
         if self._residency.with_autocast.intersection(phase_plan.phase.components):
             return  # each block's end lets go of what autocast keeps of it

@@ -106,7 +106,7 @@ class Streamer:
             self._attached,
             self._transfer,
             self._residency,
-            self._ledger,
+            self._ledger.planner,
             self._session,
             self._ranges,
             self._count_placements,

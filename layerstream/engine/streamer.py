@@ -11,13 +11,12 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from layerstream.blocks import Placement
 from layerstream.device.base import Device, engine_tensors
-from layerstream.engine.attachments import Attachment, Attachments, is_hookable
+from layerstream.engine.attaching import Attaching
+from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
 from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.gate import Gate
@@ -33,10 +32,8 @@ from layerstream.engine.standstill import standstill
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.hooks import compiled
 from layerstream.interrupts import twice_if_interrupted
-from layerstream.model.units import ComponentLayout, Division, divide, whole_bytes
-from layerstream.planning.order import OrderLearner
+from layerstream.model.units import ComponentLayout, Division, divide
 from layerstream.planning.plan import Plan
-from layerstream.progress import Progress
 from layerstream.saying import warn
 from layerstream.stats import PhaseStats, Stats
 from layerstream.torch_private import without_subclasses
@@ -77,7 +74,6 @@ class Streamer:
         self.gate = Gate(call_timeout)
         self.owner: object = None
         self._is_opened = self.is_closed = False
-        self.has_shown_progress = False
         self.is_paused = False
         self._describe = describe
         self._let_go = let_go
@@ -90,7 +86,6 @@ class Streamer:
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._lanes = Lanes()
         self._session = Session()
-        self._stacks: list[tuple[list[int], bool]] = []
         self._residency = Residency(
             device,
             self._attached,
@@ -98,6 +93,16 @@ class Streamer:
             self.edits,
             self._ledger,
             self._lanes,
+            self._session,
+            self.stats,
+        )
+        self._attaching = Attaching(
+            device,
+            self._attached,
+            self._transfer,
+            self._residency,
+            self.edits,
+            self._ledger,
             self._session,
             self.stats,
         )
@@ -109,7 +114,7 @@ class Streamer:
             self._ledger.planner,
             self._session,
             self._ranges,
-            self._count_placements,
+            self._attaching.count_placements,
         )
         self._timer = PassTimer(device)
         self.exchanges = HomeExchanges(device, self._attached, self._transfer, self.edits, self._session.changed)
@@ -155,6 +160,11 @@ class Streamer:
     def plan(self) -> Plan:
         """The plan of the phase that runs, or ran last."""
         return self._ledger.plan
+
+    @property
+    def has_shown_progress(self) -> bool:
+        """Whether a bar was shown."""
+        return self._attaching.has_shown_progress
 
     @property
     def phase_stats(self) -> dict[str, PhaseStats]:
@@ -216,7 +226,7 @@ class Streamer:
         started = time.perf_counter()
         division = divide(layouts)
         _refuse_compiled_wholes(layouts)
-        self._check_budget(layouts, division)
+        self._attaching.check_budget(layouts, division)
         keep_out_of_graphs(compiled.compile_safe)
         with self.gate.entered("entering"), self._standstill(layouts, division):
             self._open(layouts, division)
@@ -237,10 +247,10 @@ class Streamer:
     def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         self._is_opened = True
         try:
-            self._attach(layouts, division, all_names=[c.name for c in layouts], changed=())
+            self._attaching.attach(layouts, division, self.listener, [c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
-            self._move_others()  # under the limit
-            self._load_fixed()
+            self._attaching.move_others()  # under the limit
+            self._attaching.load_fixed()
         except BaseException:
             twice_if_interrupted(self.close)
             raise
@@ -258,7 +268,8 @@ class Streamer:
         with self.gate.reading_lock, self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
-            self._detach(self._attached.all, attempt)
+            self._passes.drop_times()
+            self._attaching.detach(self._attached.all, attempt)
             self._replay.stop()
             self._lanes.main.caller = None  # an interrupted call's frame, which holds what it was given
             self.exchanges.forget()
@@ -305,7 +316,8 @@ class Streamer:
             try:
                 with engine_tensors(), contextlib.ExitStack() as afterwards:
                     self._ledger.end_interval()
-                    self._detach(taken, functools.partial(_attempt, afterwards))
+                    self._passes.drop_times()  # perhaps of units that will be others
+                    self._attaching.detach(taken, functools.partial(_attempt, afterwards))
             except BaseException:
                 twice_if_interrupted(self.close)
                 raise
@@ -320,114 +332,16 @@ class Streamer:
             division = divide(layouts)
             _refuse_compiled_wholes(layouts)
             with self._standstill(layouts, division):  # a call may have begun in the pause, when there were no hooks
-                self._attach(layouts, division, all_names=[c.name for c in described], changed=names)
-                self._move_others()
-                self._load_fixed()
+                names_now = [c.name for c in described]
+                self._attaching.attach(layouts, division, self.listener, names_now, changed=names)
+                self._attaching.move_others()
+                self._attaching.load_fixed()
                 with engine_tensors():
                     self.edits.after_pause()
             self.stats.num_relaid += len(layouts)
         except BaseException:
             twice_if_interrupted(self.close)
             raise
-
-    def _attach(
-        self,
-        layouts: Sequence[ComponentLayout],
-        division: Division,
-        *,
-        all_names: Sequence[str],
-        changed: Collection[str],
-    ) -> None:
-        """Take hold of components. Failing half-way leaves it to `close`.
-
-        Args:
-            all_names: the pipeline's components, these among them, in its order.
-        """
-        # Everything is looked at, and then page-locked.
-        progress = Progress(2 * sum(unit.spec.num_bytes for unit in division.units))
-        try:
-            with engine_tensors():
-                self._attached.attach(layouts, division, self.listener, progress)
-        finally:
-            self.has_shown_progress |= progress.close()
-        self.device.empty_cache()  # what the components had on the device is given up
-        self._note_components(all_names, changed)
-
-    def _note_components(self, all_names: Sequence[str], changed: Collection[str]) -> None:
-        """Units came or went: order, ledger and stats go by what there is now."""
-        by_name = {layout.name: layout for a in self._attached.all for layout in a.layouts}
-        # In the order of the pipeline, in which its components usually run; what it has dropped is yet to be let go of.
-        layouts = [by_name[name] for name in dict.fromkeys([*all_names, *by_name]) if name in by_name]
-        names = tuple(by_name)
-        specs = [
-            # What no hook can bring to the device when it is needed is there always.
-            replace(spec, also=names) if not is_hookable(by_name[spec.component]) else spec
-            for spec in self._attached.specs()
-        ]
-        blocks = {
-            layout.name: [s.index for s in specs if s.component == layout.name and s.is_block] for layout in layouts
-        }
-        stacks = [(blocks[c.name], c.is_repeated) for c in layouts if blocks[c.name]]
-        if stacks != self._stacks:  # what was only cast is used in the same order
-            self._stacks, self._residency.order = stacks, OrderLearner(stacks)
-        whole = [spec for a in self._attached.all for spec in a.division.whole()]
-        self._ledger.components(
-            [(c.name, c.is_repeated) for c in layouts], specs, whole, changed, self._residency.order
-        )
-        self.stats.pinned_bytes = sum(a.store.pinned_bytes for a in self._attached.all)
-        self.stats.pin_s = sum(a.store.pin_s for a in self._attached.all)
-        self._count_placements()
-
-    def _move_others(self) -> None:
-        """Bring to the device what cannot stream."""
-        with engine_tensors():
-            self._attached.move_others(self._residency.allocating)
-        self._transfer.whole_bytes = self.stats.whole_bytes = self._attached.whole_bytes
-        self.stats.peak_device_bytes = max(self.stats.peak_device_bytes, self._transfer.weights_bytes)
-
-    def _load_fixed(self) -> None:
-        """Bring to the device what no hook can bring there when it is needed."""
-        with engine_tensors():
-            for attachment in self._attached.all:
-                for layout in attachment.layouts:
-                    if not is_hookable(layout):
-                        for unit in attachment.units:
-                            self._residency.allocating(functools.partial(self._transfer.give_own_slot, unit))
-                        self._residency.use(attachment.units, is_touch=False, is_grad=False)
-
-    def _detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
-        """Let go of components: hooks off, written tensors home, everything as it was found."""
-        taken = list(attachments)
-        self._session.forget_plan()
-        self._passes.drop_times()  # perhaps of units that will be others
-        for attachment in taken:
-            attachment.interception.remove()
-        attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
-        attempt(self.device.synchronize, "wait for the device")
-        self._attached.detach(taken, self._forget_slots, attempt)
-
-    def _forget_slots(self, unit: StreamedUnit) -> None:
-        """A unit that is let go of leaves its slot; its tensors are at home already."""
-        if unit.slot is not None:
-            self._transfer.vacate(unit)
-        self._transfer.drop_own_slot(unit)
-        self._transfer.forget(unit)
-        if unit.is_quiet:
-            unit.is_quiet = False
-            self._residency.order.take_in([unit.index])
-
-    def _bring_home(self, attachments: Sequence[Attachment]) -> None:
-        """What was written on the device, or edited elsewhere, goes where it is handed back from."""
-        self._residency.unguard(self._transfer.loaded)
-        if self.edits:
-            self._residency.discard(self.edits.settle(is_new_use=True))
-        for unit in [unit for a in attachments for unit in a.units]:
-            if not unit.is_present:
-                self._residency.take_in(unit)
-            else:
-                self._residency.write_back(unit, may_replace=True)
-                # Graphs may hold what they saved of weights that stayed resident, too.
-                unit.binding.forbid_backward()
 
     def _unit_home(self, unit: StreamedUnit) -> None:
         """Copy home what was written to a unit on the device, which stays as it is."""
@@ -439,25 +353,6 @@ class Streamer:
                 self._residency.write_back(unit, may_replace=False)
                 if is_guarded:
                     unit.binding.guard()
-
-    def _check_budget(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
-        """Refuse a budget that cannot do before anything has moved."""
-        target = self.device.torch_device
-        tensors = [b for unit in division.units for b in unit.binding.tensors]
-        places = [p for places in division.others.values() for p in places]
-        own = 0
-        if not self.device.is_simulated:
-            own = sum(b.num_bytes for b in tensors if b.home_device == target)
-            own += sum({id(p.tensor): whole_bytes(p.tensor) for p in places if p.tensor.device == target}.values())
-        outside = max(0, self.device.allocated_bytes() - own)
-        components = [(layout.name, layout.is_repeated) for layout in layouts]
-        self._ledger.check(components, [unit.spec for unit in division.units], division.whole(), outside)
-
-    def _count_placements(self) -> None:
-        blocks = {s.block_name for s in self._attached.specs() if s.is_block}
-        streamed = {s.block_name for s in self._attached.specs() if self.plan.placement(s.index) is Placement.STREAMED}
-        self.stats.num_streamed_blocks = len(streamed)
-        self.stats.num_resident_blocks = len(blocks) - len(streamed)
 
     def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""

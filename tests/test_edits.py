@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import pickle
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 from torch import nn
 
 import layerstream
+from layerstream.engine import attaching
 from layerstream.engine import edits as module_of_edits
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.weights.absent import is_absent
@@ -594,3 +599,260 @@ def test_calls_beside_pauses_in_another_thread() -> None:
             for thread in threads:
                 thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_call_that_begins_while_weights_go_home(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without hooks it would wait to read weights that it finds absent, and the pause, before it resumes, for its end;
+    with them it waits until the pause, or streaming, is over."""
+    model = toy()
+    expected = run(twin(model), passes=1)
+    threads: list[threading.Thread] = []
+    outputs: list[Any] = []
+    bring_home = attaching.Attaching._bring_home
+
+    def begin_a_call(self: attaching.Attaching, attachments: Any) -> None:
+        if not threads:
+            threads.append(threading.Thread(target=lambda: outputs.append(run(model, passes=1)), daemon=True))
+            threads[0].start()
+            while not is_at_gate(threads[0]):
+                time.sleep(0.001)
+        bring_home(self, attachments)
+
+    monkeypatch.setattr(attaching.Attaching, "_bring_home", begin_a_call)
+    with layerstream.offload(model, vram_budget="min", device=adversary(), call_timeout=20) as streamer:
+        run(model)
+        if ends:
+            streamer.close()
+        else:
+            with streamer.paused():
+                pass
+        threads[0].join(20)
+        assert outputs, "it hangs"
+        assert_equal(outputs[0], expected)
+        assert_equal(run(model, passes=1), expected)
+
+
+def is_at_gate(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and not frame.f_code.co_filename.endswith("gate.py"):
+        frame = frame.f_back
+    return frame is not None
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("kind", ["data", "detach"])
+@pytest.mark.parametrize("when", ["after a pause", "in a pause", "after state_dict()"])
+def test_what_was_read_is_written_to_although_nothing_ran_since(when: str, kind: str, budget: str) -> None:
+    """A pause takes the memory away that a view looks at."""
+    resident, model = toy(), toy()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()) as streamer:
+        for num_passes in (0, 1, 7):
+            run(model, num_passes), run(resident, num_passes)
+            kept = [
+                getattr(each.blocks[number].up.weight, kind)
+                if kind == "data"
+                else each.blocks[number].up.weight.detach()
+                for each in (resident, model)
+                for number in (0, 2, 5)
+            ]
+            with streamer.paused() if when == "in a pause" else contextlib.nullcontext(), torch.no_grad():
+                if when == "after a pause":
+                    with streamer.paused():
+                        pass
+                elif when == "after state_dict()":
+                    model.state_dict()
+                for view in kept:
+                    view.add_(0.5)
+            assert_equal(run(model, 1), run(resident, 1))
+    assert_equal(run(model, 1), run(resident, 1))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_pause_of_one_component_hides_no_edits_of_another(ends: bool) -> None:
+    pipes = resident, pipe = [{"a": toy(1), "b": toy(2)} for _ in range(2)]
+    with layerstream.offload(pipe, vram_budget=10**8, device=adversary()):
+        for _ in range(3):
+            for name in ("a", "b"):
+                assert_equal(run(pipe[name], 1), run(resident[name], 1))
+        pipe["b"].embed.double()
+        pipe["b"].embed.float()
+        for each in pipes:
+            each["a"].blocks[3].scale.data.mul_(2)
+        if not ends:
+            run(pipe["b"], 1)
+            assert_equal(run(pipe["a"]), run(resident["a"]))
+    assert_equal(run(pipe["a"]), run(resident["a"]))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("shape", [(16,), (1,)])
+def test_a_weight_set_to_another_is_pickled_as_that(shape: tuple[int, ...], budget: str) -> None:
+    model = toy()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        for num_passes in (0, 1, 8):
+            run(model, num_passes)
+            with torch.no_grad():
+                model.blocks[3].scale.set_(torch.full(shape, 0.5 + num_passes))
+            copied = pickle.loads(pickle.dumps(model))
+            assert_equal(run(copied, 1), run(model, 1))
+            assert torch.equal(copied.blocks[3].scale, torch.full(shape, 0.5 + num_passes))
+
+
+@pytest.mark.parametrize("budget", ["min", 100_000, 10**8])
+def test_readers_on_another_stream_are_waited_for(budget: int | str) -> None:
+    """A hook keeps a weight, whose slot is then left to it; another thread reads one between calls."""
+    model, expected = toy(), run(toy())
+    device, kept = adversary(), list[torch.Tensor]()
+    hook = model.blocks[2].register_forward_hook(lambda module, args, output: kept.append(module.scale.data))
+    found: list[Any] = []
+
+    def read(number: int) -> None:
+        try:
+            with device.checking(), torch.no_grad():
+                found.append((model.blocks[number].scale * 1).clone())
+        except BaseException as error:
+            found.append(error)
+
+    with layerstream.offload(model, vram_budget=budget, device=device), device.checking(), torch.no_grad():
+        for number in range(6):
+            run(model, 2)
+            with device.use_stream(device.new_stream()):
+                assert_equal(run(model), expected)
+            thread = threading.Thread(target=read, args=(number,))
+            thread.start()
+            thread.join()
+            assert torch.equal(found[-1], toy().blocks[number].scale)
+            kept.clear()
+        hook.remove()
+
+
+# ---- what was taken before entering
+
+
+class Wide(nn.Module):
+    """Weights of 1.1 MiB stay where they are; of a few bytes they are gathered."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(size, size) for _ in range(5))
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x
+
+    def input(self, seed: int) -> torch.Tensor:
+        return torch.randn(2, self.size, generator=torch.Generator().manual_seed(seed))
+
+
+def by_entry(model: Wide) -> Callable[[], object]:
+    state = model.state_dict()
+    return lambda: [state[f"blocks.{n}.weight"].add_(0.1) for n in (0, 3, 4)]
+
+
+def by_data(model: Wide) -> Callable[[], object]:
+    kept = model.blocks[0].weight.data
+    return lambda: kept.mul_(1.5)
+
+
+def by_view(model: Wide) -> Callable[[], object]:
+    kept = model.blocks[4].weight.detach()[1:]
+    return lambda: kept.fill_(0.25).add_(kept.sum())
+
+
+def by_array(model: Wide) -> Callable[[], object]:
+    kept = [model.blocks[0].weight.detach().numpy(), model.blocks[2].bias.detach().numpy()]
+    return lambda: [np.copyto(each, np.roll(each, 1) + 0.5) for each in kept]
+
+
+@pytest.mark.parametrize("budget", ["min", 10**8])
+@pytest.mark.parametrize("copies", ["late", "at_once"])
+@pytest.mark.parametrize("size", [8, 530])
+@pytest.mark.parametrize("take", [by_entry, by_data, by_view, by_array])
+def test_what_was_taken_before_entering_is_written_to(
+    take: Callable[[Wide], Callable[[], object]], size: int, copies: Any, budget: int | str
+) -> None:
+    models = resident, model = Wide(size), Wide(size)
+    edits = [take(each) for each in models]
+
+    def check() -> None:
+        assert_equal(run(model, make_input=model.input), run(resident, make_input=model.input))
+
+    def edit() -> None:
+        for each in edits:
+            each()
+
+    with layerstream.offload(model, vram_budget=budget, device=adversary(copies=copies)) as streamer:
+        for _ in range(3):
+            edit()  # before the first call: the device has nothing of it yet
+            check()
+            check()
+        with torch.no_grad():  # and both ways in turn
+            for each in models:
+                each.blocks[0].weight.mul_(0.5)
+        check()
+        edit()
+        check()
+        with streamer.paused():
+            edit()
+        check()
+        edit()
+        check()
+        edit()
+    check()
+    edit()
+    check()
+
+
+def test_a_state_dict_from_before_costs_no_loads() -> None:
+    loads = []
+    for is_held in (True, False):
+        model = Wide(530)
+        state = model.state_dict() if is_held else None
+        with layerstream.offload(model, vram_budget=6 * 2**20, device=adversary()) as streamer:
+            for _ in range(4):
+                run(model, make_input=model.input)
+            loads.append((streamer.stats().num_loads, streamer.stats().num_written_back))
+        del state
+    assert loads[0] == loads[1]
+
+
+@pytest.mark.parametrize("budget", ["min", 10**8])
+def test_statistics_that_a_forward_writes_stay_although_they_were_taken_before(budget: int | str) -> None:
+    """Neither counted writes nor those of batch norms, which no version counts, are taken for edits of the array."""
+    models = [_Counting(), _Counting()]
+    kept = [(m.state_dict(), m.blocks[1].norm.running_mean.numpy(), m.blocks[2].steps.numpy()) for m in models]
+    resident, model = models
+    with layerstream.offload(model, vram_budget=budget, device=adversary()):
+        for _ in range(3):
+            assert_equal(run(model), run(resident))
+        for state, _, _ in kept:
+            state["blocks.1.steps"].add_(5)
+        assert_equal(run(model), run(resident))
+    for (name, mine), its in zip(model.state_dict().items(), resident.state_dict().values(), strict=True):
+        assert torch.equal(mine, its), name
+
+
+class _CountingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("steps", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        return self.norm(x) + self.steps.sum()
+
+
+class _Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_CountingBlock() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x

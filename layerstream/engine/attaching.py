@@ -72,7 +72,8 @@ class Attaching:
         progress = Progress(2 * sum(unit.spec.num_bytes for unit in division.units))
         try:
             with engine_tensors():
-                self._attached.attach(layouts, division, listener, progress)
+                held = self._attached.attach(layouts, division, listener, progress)
+            self._edits.held_before(held)
         finally:
             self.has_shown_progress |= progress.close()
         self._device.empty_cache()  # what the components had on the device is given up
@@ -120,13 +121,18 @@ class Attaching:
                             self._residency.allocating(functools.partial(self._transfer.give_own_slot, unit))
                         self._residency.use(attachment.units, is_touch=False, is_grad=False)
 
-    def detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None]) -> None:
-        """Let go of components: hooks off, written tensors home, everything as it was found."""
+    def detach(self, attachments: Sequence[Attachment], attempt: Callable[..., None], *, goes_on: bool) -> None:
+        """Let go of components: written tensors home, everything as it was found, hooks off.
+
+        Args:
+            goes_on: they are attached again, and what somebody has read of them stays tied to them.
+        """
         taken = list(attachments)
         self._session.forget_plan()
-        for attachment in taken:
-            attachment.interception.remove()
         attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
+        if goes_on:
+            units = [unit for attachment in taken for unit in attachment.units]
+            attempt(functools.partial(self._residency.discard, units), "leave memory to those who look at it")
         attempt(self._device.synchronize, "wait for the device")
         self._attached.detach(taken, self._forget_slots, attempt)
 
@@ -142,7 +148,8 @@ class Attaching:
 
     def _bring_home(self, attachments: Sequence[Attachment]) -> None:
         """What was written on the device, or edited elsewhere, goes where it is handed back from."""
-        self._residency.unguard(self._transfer.loaded)
+        # Those of others stay guarded: nobody looks at them unseen in a pause of these.
+        self._residency.unguard(unit for a in attachments for unit in a.units if unit.is_present)
         if self._edits:
             self._residency.discard(self._edits.settle(is_new_use=True))
         for unit in [unit for a in attachments for unit in a.units]:

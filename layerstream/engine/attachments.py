@@ -27,6 +27,8 @@ from layerstream.progress import Progress
 from layerstream.saying import warn
 from layerstream.transfer.unit import StreamedUnit
 from layerstream.weights.absent import AbsentClasses, Reading, nan_scalar
+from layerstream.weights.binding import BoundTensor
+from layerstream.weights.references import is_held
 
 
 @dataclass(eq=False)
@@ -97,15 +99,18 @@ class Attachments:
         division: Division,
         listener: Listener,
         progress: Progress,
-    ) -> None:
+    ) -> list[tuple[StreamedUnit, list[BoundTensor]]]:
         """Take hold of components. Call under `engine_tensors`; what failed half-way can be detached.
 
         Args:
             division: of these components.
             listener: what the hooks call.
+
+        Returns: of each unit the weights whose memory, as it was found, somebody else looks at.
         """
         self._uses.clear()
         stretches = Stretches(self._device, (b for unit in division.units for b in unit.binding.tensors))
+        held: list[tuple[StreamedUnit, list[BoundTensor]]] = []
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         for group in connected(layouts, division):
             part = division if len(group) == len(layouts) else part_of(division, group)
@@ -119,6 +124,10 @@ class Attachments:
                 streamed = StreamedUnit(unit.spec, unit.binding, unit.called, as_found)
                 attachment.units.append(streamed)  # first: what fails half-way is handed back
                 self.units[streamed.index] = streamed
+                # By more than this tensor and what it is bound as.
+                looked_at = [bound for bound in unit.binding.tensors if bound.num_bytes and is_held(bound.home, 2)]
+                if looked_at:
+                    held.append((streamed, looked_at))
                 streamed.home = attachment.store.add(unit.binding)
                 progress.add(unit.spec.num_bytes)
                 unit.binding.prepare(streamed.index, nans, self._classes)
@@ -130,6 +139,7 @@ class Attachments:
             self._install_hooks(attachment, listener)
             for layout in attachment.layouts:
                 self.of_component[layout.name] = attachment
+        return held
 
     def detach(
         self,
@@ -137,7 +147,10 @@ class Attachments:
         forget_slots: Callable[[StreamedUnit], None],
         attempt: Callable[[Callable[[], object], str], None],
     ) -> None:
-        """Let go of components whose hooks are off and whose written tensors are home. The device must be idle.
+        """Let go of components whose written tensors are home. The device must be idle.
+
+        Hooks come off last: a call that begins meanwhile waits at them, where without it would find weights absent, and
+        others would go on to change under it.
 
         Args:
             forget_slots: takes a unit, whose tensors are at home again, out of its slot.
@@ -157,6 +170,7 @@ class Attachments:
                 if getattr(place.module, place.kind).get(place.name) is stand_in:
                     getattr(place.module, place.kind)[place.name] = place.tensor
             self._bring_home_replaced(attachment)
+            attachment.interception.remove()
             self.all.remove(attachment)
             for layout in attachment.layouts:
                 self.of_component.pop(layout.name, None)

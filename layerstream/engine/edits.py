@@ -6,15 +6,18 @@ remembered, and compared with the bytes at home:
 
 - *lent* units: something looked at their weights while no call ran;
 - *kept* views: memory that a unit has left, because somebody still looks at it;
-- *entries* of a `state_dict`, which are memory at home: by their version, and by their bytes.
+- *entries* of a `state_dict`, which are memory at home: by their version, and by their bytes;
+- weights *held* since before streaming, as entries, views or arrays of the memory that they were found in. What torch
+  made of a weight shares its version counter, so a version that moved while no call ran tells; of arrays, the bytes.
 
 What was edited is copied home, or is home already; then what the device has of it is stale.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,21 +29,30 @@ from layerstream.device.base import Device
 from layerstream.host.memory import bytes_of
 from layerstream.saying import warn
 from layerstream.stats import Stats
+from layerstream.torch_private import without_subclasses
 from layerstream.transfer.unit import StreamedUnit
 from layerstream.weights.binding import BoundTensor
 from layerstream.weights.references import is_held, use_count
 
 _COMPARED_BYTES = 2**23  # at once: so much of home is on the device meanwhile
+_VERSION = operator.attrgetter("_version")
 # Kept views and entries of more than this are compared once a use of the pipeline, not at each pass of a component.
 _SMALL_BYTES = 2**28
 
 
 @dataclass(eq=False)
 class _KeptView:
-    """Memory that a unit has left. `tensor` is the weight that it was; `view` looks at the memory."""
+    """Memory that a unit has left. `tensor` is the weight that it was; `view` looks at the memory.
+
+    Attributes:
+        is_found: it was found there when it began to stream.
+        before: what it was when the pause that goes on began.
+    """
 
     tensor: torch.Tensor
     view: torch.Tensor
+    is_found: bool = False
+    before: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -61,6 +73,26 @@ class _Entry:
         return sys.getrefcount(self.entry) > 2 or is_held(self.entry, self.num_holders)
 
 
+@dataclass(eq=False)
+class _Held:
+    """Weights of a unit whose memory, as they were found, somebody has looked at since before they streamed.
+
+    Attributes:
+        versions: of these weights when the last call ended; empty: none did.
+    """
+
+    bounds: list[BoundTensor]
+    versions: list[int] = field(default_factory=list)
+
+    def versions_now(self) -> list[int]:
+        """Call under `DisableTorchFunctionSubclass`."""
+        # One call in place of one for each: somebody may hold a `state_dict` of all there is.
+        return list(map(_VERSION, [bound.tensor for bound in self.bounds]))
+
+
+_Edited = defaultdict[StreamedUnit, set[BoundTensor]]  # whose device bytes are stale for it
+
+
 @dataclass
 class Edits:
     """What code outside may have its hands on, of one streamer's weights.
@@ -68,21 +100,23 @@ class Edits:
     Args:
         units: by index; the streamer adds and removes them.
         unit_of: by the id of a weight, the unit that it is part of.
-        wait: queues this thread's compute behind the load of a unit.
+        wait: queues this thread's compute behind the load of a unit; gives its weights there.
     """
 
     device: Device
     units: Mapping[int, StreamedUnit]
     unit_of: Mapping[int, Any]
     stats: Stats
-    wait: Callable[[StreamedUnit], object]
+    wait: Callable[[StreamedUnit], list[torch.Tensor]]
     _kept: list[_KeptView] = field(default_factory=list)
     _entries: list[_Entry] = field(default_factory=list)
+    _held: dict[int, _Held] = field(default_factory=dict)  # by unit
+    _given: set[int] = field(default_factory=set)  # ids of weights whose entries are to be tracked
     _has_told: bool = False
     _has_lent: bool = False  # asked at each call, where going through all units would take longer
 
     def __bool__(self) -> bool:
-        return bool(self._has_lent or self._kept or self._entries)
+        return bool(self._has_lent or self._kept or self._entries or self._held)
 
     def lend(self, units: Iterable[StreamedUnit]) -> None:
         """Code outside looks at these units while no call runs."""
@@ -106,7 +140,8 @@ class Edits:
         """
         for bound, view in zip(unit.binding.tensors, views, strict=True):
             if view.numel() and bound not in but:
-                self._kept.append(_KeptView(bound.tensor, view))
+                # `.data`: a view would keep what it was made of, and look held by that.
+                self._kept.append(_KeptView(bound.tensor, view.data))
 
     def keep_held(self, bounds: Iterable[BoundTensor]) -> None:
         """These weights are about to leave memory that is each one's own, not a slot's; some of it may be held."""
@@ -121,18 +156,57 @@ class Edits:
             gone = {id(bound.tensor) for bound in bounds}
             self._kept = [kept for kept in self._kept if id(kept.tensor) not in gone]
             self._entries = [each for each in self._entries if id(each.tensor) not in gone]
+            for held in self._held.values():
+                held.bounds = [bound for bound in held.bounds if id(bound.tensor) not in gone]
+                held.versions = []
 
     def has_entry(self, bound: BoundTensor) -> bool:
-        """Whether somebody has the weight's memory at home as an entry of a `state_dict`."""
-        return any(each.tensor is bound.tensor and each.is_held() for each in self._entries)
+        """Whether somebody has the weight's memory at home as an entry of a `state_dict`, or has had it before."""
+        is_entry = any(each.tensor is bound.tensor and each.is_held() for each in self._entries)
+        return is_entry or any(bound in held.bounds for held in self._held.values())
+
+    def give(self, entries: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Somebody gets these entries, in a pause. How many look at their memory is counted once it is over."""
+        self._given = {id(weight) for weight, _ in entries}
 
     def track(self, entries: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Entries of a `state_dict` that somebody has now, each with its weight."""
+        """Entries of a `state_dict` that somebody has now, each with its weight; after `give`."""
+        self._given = set()
         for weight, entry in entries:
             count = use_count(storage := entry.untyped_storage())
             num_holders = 0 if count is None else count - 1
             del storage
             self._entries.append(_Entry(weight, entry, entry._version, num_holders))
+
+    def held_before(self, found: Sequence[tuple[StreamedUnit, Sequence[BoundTensor]]]) -> None:
+        """Units begin to stream, or do again after a pause, and somebody looks at the memory in which these weights of
+        them were found."""
+        before = {id(bound.tensor) for held in self._held.values() for bound in held.bounds}
+        self._kept = [kept for kept in self._kept if not kept.is_found or id(kept.tensor) not in before]
+        # By whoever has read them since, and is told of elsewhere.
+        told = {id(kept.tensor) for kept in self._kept} | {id(each.tensor) for each in self._entries} | self._given
+        for unit, bounds in found:
+            held = [bound for bound in bounds if id(bound.tensor) in before or id(bound.tensor) not in told]
+            if held:
+                self._held[unit.index] = _Held(held)
+            self._kept += [_KeptView(b.tensor, b.home, is_found=True) for b in held if b.home is not b.master]
+
+    def pass_ended(self) -> None:
+        """What a call has written to weights that are held elsewhere is home at its end: what differs from it when the
+        next begins was written elsewhere."""
+        with without_subclasses():
+            for index, held in self._held.items():
+                unit = self.units.get(index)
+                if unit is None or (unit.is_present and unit.binding.is_guarded):
+                    continue  # of a component that did not run
+                versions = held.versions_now()
+                if unit.is_present and not unit.is_lent:
+                    counted = unit.binding.written() if versions != held.versions else []
+                    uncounted = [b for b in unit.binding.uncounted() if b in held.bounds]
+                    for bound in [*(b for b in counted if b in held.bounds), *uncounted]:
+                        if bound.has_form_of(bound.tensor):
+                            unit.home.write(bound, bound.tensor.data)
+                held.versions = versions
 
     # ---- what is found
 
@@ -151,11 +225,12 @@ class Edits:
         Args:
             is_new_use: large ones are compared, too.
         """
-        stale = self._by_version()
+        edited: _Edited = defaultdict(set)
+        self._by_version(edited)
         # Both are let go only once they were compared: what was written to one that nobody has any more was written
         # all the same.
         if is_new_use or sum(kept.view.nbytes for kept in self._kept) <= _SMALL_BYTES:
-            stale |= self._of_kept()
+            self._of_kept(edited)
             counts = Counter(kept.view.untyped_storage().data_ptr() for kept in self._kept)
             self._kept = [
                 kept
@@ -163,10 +238,13 @@ class Edits:
                 if is_held(kept.view, num_own=counts[kept.view.untyped_storage().data_ptr()])
             ]
         if is_new_use or sum(each.entry.nbytes for each in self._entries) <= _SMALL_BYTES:
-            stale |= self._of_entries(but=stale)
+            self._of_entries(edited)
             self._entries = [each for each in self._entries if each.is_held()]
+        self._of_held(edited, is_new_use=is_new_use)
         self._tell_of_large_ones()
-        return stale
+        for unit, bounds in edited.items():
+            self._bring_home_others(unit, bounds)
+        return set(edited)
 
     def came_home(self, bounds: Sequence[BoundTensor]) -> None:
         """What was written on the device is home now; views that are kept see it, as of a resident weight."""
@@ -175,12 +253,23 @@ class Edits:
                 if kept.tensor is bound.tensor and _fits(kept.view, bound):
                     kept.view.copy_(bound.master)
 
+    def before_pause(self) -> None:
+        """Weights are at home, and may be edited there or through what is kept."""
+        if sum(kept.view.nbytes for kept in self._kept) <= _SMALL_BYTES:
+            for kept in self._kept:
+                kept.before = kept.view.to("cpu", copy=True)
+
     def after_pause(self) -> None:
         """Weights may have changed at home, and belong to other units now."""
         self._kept = [kept for kept in self._kept if self._bound_of(kept.tensor) is not None]
+        for kept in self._kept:
+            bound, before, kept.before = self._bound_of(kept.tensor), kept.before, None
+            if bound is not None and before is not None and not _same_bytes(kept.view.to("cpu"), before):
+                self._take(kept.view, bound)
         self.came_home([bound for kept in self._kept if (bound := self._bound_of(kept.tensor)) is not None])
         for each in self._entries:
             each.version = each.entry._version
+        self._held = {index: held for index, held in self._held.items() if index in self.units}
 
     # ---- inside
 
@@ -189,23 +278,20 @@ class Edits:
         if num_bytes > _SMALL_BYTES and not self._has_told:
             self._has_told = True
             warn(
-                f"{format_bytes(num_bytes)} of tensors that were read from weights while they are streamed are still "
+                f"{format_bytes(num_bytes)} of tensors that were read from weights which are streamed now are still "
                 "held (a state_dict, weight.data): they are compared with the weights before each call, in case "
                 "somebody writes to them. Let them go to save that time.",
             )
 
-    def _by_version(self) -> set[StreamedUnit]:
-        found = set()
+    def _by_version(self, edited: _Edited) -> None:
         for each in self._entries:
             bound = self._bound_of(each.tensor)
             if bound is not None and each.entry._version != each.version:
                 each.version = each.entry._version
                 self._take(each.entry, bound)
-                found.add(self._unit_of(each.tensor))
-        return found
+                edited[self._unit_of(each.tensor)].add(bound)
 
-    def _of_kept(self) -> set[StreamedUnit]:
-        found = set()
+    def _of_kept(self, edited: _Edited) -> None:
         for kept in self._kept:
             bound = self._bound_of(kept.tensor)
             if bound is None or not _fits(kept.view, bound):
@@ -214,13 +300,11 @@ class Edits:
             slot = unit.slot
             if slot is not None and slot.start <= kept.view.data_ptr() < slot.end:
                 self.wait(unit)  # it was left to whoever looks at it, and is being loaded again
-            if self._differ(kept.view, bound.master):
+            if self._differs_in_value(kept.view, bound.master):
                 self._take(kept.view, bound)
-                found.add(self._unit_of(kept.tensor))
-        return found
+                edited[unit].add(bound)
 
-    def _of_entries(self, but: set[StreamedUnit]) -> set[StreamedUnit]:
-        found = set()
+    def _of_entries(self, edited: _Edited) -> None:
         for each in self._entries:
             entry, bound = each.entry, self._bound_of(each.tensor)
             if bound is None or not _fits(entry, bound):
@@ -229,15 +313,44 @@ class Edits:
             if entry.data_ptr() != bound.master.data_ptr():
                 if not _same_bytes(entry, bound.master):
                     self._take(entry, bound)
-                    found.add(unit)
-            elif (
-                unit not in but | found
-                and not unit.is_lent
-                and self._is_on_device(unit, bound)
-                and self._differ(bound.tensor.data, bound.master)
-            ):
-                found.add(unit)
-        return found
+                    edited[unit].add(bound)
+            elif not unit.is_lent and self._is_older(unit, bound):
+                edited[unit].add(bound)
+
+    def _of_held(self, edited: _Edited, *, is_new_use: bool) -> None:
+        # Of more, reading back what the device has takes longer than what a call streams.
+        compares = is_new_use and sum(b.num_bytes for h in self._held.values() for b in h.bounds) <= _SMALL_BYTES
+        for index, held in self._held.items():
+            unit = self.units.get(index)
+            if unit is None or unit.is_lent or unit.slot is None:
+                continue
+            with without_subclasses():
+                has_moved = bool(held.versions) and held.versions_now() != held.versions
+            if has_moved or compares:
+                # Their versions are those of the weights: what a call has counted is home since its end.
+                edited[unit].update(b for b in held.bounds if self._is_older(unit, b, is_counted_at_home=True))
+                if not edited[unit]:
+                    del edited[unit]
+
+    def _is_older(self, unit: StreamedUnit, bound: BoundTensor, *, is_counted_at_home: bool = False) -> bool:
+        """Whether the device has bytes of a weight that differ from those at home, and were not written there."""
+        there = self._on_device(unit, bound)
+        if there is None or bound in unit.binding.uncounted():
+            return False
+        is_written = not is_counted_at_home and unit.is_present and bound in unit.binding.written()
+        return not is_written and self._differ(there, bound.master)
+
+    def _bring_home_others(self, unit: StreamedUnit, edited: Collection[BoundTensor]) -> None:
+        """What the device has of a unit is about to be dropped, since some of its weights were edited elsewhere: what
+        was written to its others is brought home before."""
+        if not unit.is_present:
+            return
+        if unit.binding.is_guarded:
+            unit.binding.unguard()
+        for bound in self.written(unit):
+            if bound not in edited and bound.has_form_of(bound.tensor):
+                unit.home.write(bound, bound.tensor.data)
+                self.came_home([bound])
 
     def _take(self, edited: torch.Tensor, bound: BoundTensor) -> None:
         """What somebody wrote is what the weight is from now on."""
@@ -255,8 +368,14 @@ class Edits:
     def _unit_of(self, tensor: torch.Tensor) -> StreamedUnit:
         return self.units[self.unit_of[id(tensor)].unit]
 
-    def _is_on_device(self, unit: StreamedUnit, bound: BoundTensor) -> bool:
-        return unit.is_present and not unit.binding.is_guarded and bound.tensor.data_ptr() != bound.master.data_ptr()
+    def _on_device(self, unit: StreamedUnit, bound: BoundTensor) -> torch.Tensor | None:
+        """What the device has of a weight; None: nothing, or what nobody is about to use."""
+        if unit.is_present:
+            is_there = not unit.binding.is_guarded and bound.tensor.data_ptr() != bound.master.data_ptr()
+            return bound.tensor.data if is_there else None
+        if unit.slot is None:
+            return None
+        return self.wait(unit)[unit.binding.tensors.index(bound)]  # loaded ahead, perhaps before it was written
 
     def _differ(self, there: torch.Tensor, home: torch.Tensor) -> bool:
         """Whether a tensor on the device differs from the bytes at home; waits for the device."""
@@ -265,6 +384,12 @@ class Edits:
         if not home.numel():
             return False
         return not all(map(self._are_equal, _chunks(there), _chunks(home)))
+
+    def _differs_in_value(self, view: torch.Tensor, home: torch.Tensor) -> bool:
+        """The same of memory that a weight was found in, whose strides the device does not keep."""
+        if view.stride() == home.stride() or view.device != home.device:
+            return self._differ(view, home)
+        return not _same_bytes(view, home)
 
     def _are_equal(self, there: torch.Tensor, home: torch.Tensor) -> bool:
         try:

@@ -284,6 +284,7 @@ class EngineListener:
                 self._catch_up_unless_others_run(lane, None)
                 units = [self._units[index] for index in indices if index in self._units]
             self._residency.unguard(units)
+            self._residency.wait_on_this_stream()
             missing = [unit for unit in units if not unit.is_present]
             if missing:
                 self._passes.begin_by_touch(lane, missing, is_grad)

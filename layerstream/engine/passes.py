@@ -201,6 +201,9 @@ class Passes:
         elif error is None:
             self._ledger.check_operators()
         if not self._lanes.others_run(lane):
+            if self._edits:
+                with engine_tensors():
+                    self._edits.pass_ended()
             self._exchanges.at_rest()
             self._residency.prefetch(held=[])
             self._residency.guard()

@@ -154,6 +154,7 @@ class Streamer:
             self._catch_up,
             self._changing,
         )
+        self._taken_in: set[str] = set()  # components whose weights at home have another form now
         self._changed_inside: set[str] = set()  # components of which a running call has cast something
 
     @property
@@ -269,7 +270,7 @@ class Streamer:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
             self._passes.drop_times()
-            self._attaching.detach(self._attached.all, attempt)
+            self._attaching.detach(self._attached.all, attempt, goes_on=False)
             self._replay.stop()
             self._lanes.main.caller = None  # an interrupted call's frame, which holds what it was given
             self.exchanges.forget()
@@ -296,10 +297,7 @@ class Streamer:
             try:
                 yield  # without a lock: code here may start threads that read other components' weights
             finally:
-                with self.gate.reading_lock, self._mutex:
-                    self.is_paused = False
-                    if not self.is_closed:
-                        self._resume(names, component is None)
+                self._resume(names, component is None)
 
     def _reading(self, units: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         return self.listener.reading(units)
@@ -317,7 +315,8 @@ class Streamer:
                 with engine_tensors(), contextlib.ExitStack() as afterwards:
                     self._ledger.end_interval()
                     self._passes.drop_times()  # perhaps of units that will be others
-                    self._attaching.detach(taken, functools.partial(_attempt, afterwards))
+                    self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
+                    self.edits.before_pause()
             except BaseException:
                 twice_if_interrupted(self.close)
                 raise
@@ -327,11 +326,17 @@ class Streamer:
     def _resume(self, names: set[str], is_all: bool) -> None:
         """Attach what was detached for a pause, as it is now; where that fails, nothing stays streamed."""
         try:
-            described = self._describe()
-            layouts = [layout for layout in described if is_all or layout.name in names]
-            division = divide(layouts)
-            _refuse_compiled_wholes(layouts)
-            with self._standstill(layouts, division):  # a call may have begun in the pause, when there were no hooks
+            self.is_paused = False
+            if self.is_closed:
+                return
+            with self.gate.reading_lock, self._mutex:
+                described = self._describe()
+                layouts = [layout for layout in described if is_all or layout.name in names]
+                division = divide(layouts)
+                _refuse_compiled_wholes(layouts)
+            # A call may have begun when there were no hooks. It is waited for without a lock: it may itself wait to
+            # read a weight that it found absent.
+            with self._standstill(layouts, division), self.gate.reading_lock, self._mutex:
                 names_now = [c.name for c in described]
                 self._attaching.attach(layouts, division, self.listener, names_now, changed=names)
                 self._attaching.move_others()
@@ -353,6 +358,8 @@ class Streamer:
                 self._residency.write_back(unit, may_replace=False)
                 if is_guarded:
                     unit.binding.guard()
+            elif not self._residency.take_in(unit):  # `set_` asks no class
+                self._taken_in.add(unit.spec.component)
 
     def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
@@ -379,7 +386,7 @@ class Streamer:
             component: is about to be entered.
         """
         self._let_go()
-        taken: set[str] = set()
+        taken, self._taken_in = self._taken_in, set()
         is_new_use = self.gate.running is not self._passes.last_use
         units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
         with without_subclasses():

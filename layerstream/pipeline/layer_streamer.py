@@ -223,7 +223,8 @@ class LayerStreamer:
             return original(*args, **kwargs)  # in the middle of this thread's own forward; others wait
         with self.paused():
             result = original(*args, **kwargs)
-            entries = entries_of(result, module)
+            entries = list(entries_of(result, module))
+            streamer.edits.give(entries)
         streamer.edits.track(entries)
         return result
 

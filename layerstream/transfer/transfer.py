@@ -247,6 +247,7 @@ class TransferEngine:
         else:
             self.ring[self.ring.index(slot)] = fresh
         fresh.ready, unit.slot, fresh.unit = fresh.after[0], fresh, unit
+        slot.after = [*slot.after, *map(self._device.record, slot.readers)]  # its tensors are absent: none follows
         self._free(slot)
 
     # ---- inside

@@ -699,7 +699,7 @@ def test_a_weight_set_to_another_is_pickled_as_that(shape: tuple[int, ...], budg
             assert torch.equal(copied.blocks[3].scale, torch.full(shape, 0.5 + num_passes))
 
 
-@pytest.mark.parametrize("budget", ["min", 100_000, 10**8])
+@pytest.mark.parametrize("budget", ["min", 10**8])
 def test_readers_on_another_stream_are_waited_for(budget: int | str) -> None:
     """A hook keeps a weight, whose slot is then left to it; another thread reads one between calls."""
     model, expected = toy(), run(toy())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import layerstream
 from layerstream.device.simulated import SimulatedDevice
-from layerstream.engine import ledger
+from layerstream.engine import planner
 from layerstream.model import units as unit_division
 from layerstream.model.adapters import registry
 from layerstream.planning.pace import Pace, predict_pass
@@ -159,7 +159,7 @@ def simulated_passes(
 @pytest.fixture
 def fix_plan(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Gives the engine a placement of its one component that the planner would not choose."""
-    make_plan = ledger.make_plan
+    make_plan = planner.make_plan
     wanted: dict[str, Any] = {}
 
     def fixed(*args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ def fix_plan(monkeypatch: pytest.MonkeyPatch) -> Any:
         )
         return replace(plan, phases=(phase,))
 
-    monkeypatch.setattr(ledger, "make_plan", fixed)
+    monkeypatch.setattr(planner, "make_plan", fixed)
     return wanted.update
 
 

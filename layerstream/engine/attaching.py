@@ -129,12 +129,16 @@ class Attaching:
         """
         taken = list(attachments)
         self._session.forget_plan()
-        attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
-        if goes_on:
-            units = [unit for attachment in taken for unit in attachment.units]
-            attempt(functools.partial(self._residency.discard, units), "leave memory to those who look at it")
-        attempt(self._device.synchronize, "wait for the device")
-        self._attached.detach(taken, self._forget_slots, attempt)
+        try:
+            attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
+            if goes_on:
+                units = [unit for attachment in taken for unit in attachment.units]
+                attempt(functools.partial(self._residency.discard, units), "leave memory to those who look at it")
+            attempt(self._device.synchronize, "wait for the device")
+            self._attached.detach(taken, self._forget_slots, attempt)
+        finally:
+            for attachment in taken:
+                attachment.interception.remove()
 
     def _forget_slots(self, unit: StreamedUnit) -> None:
         """A unit that is let go of leaves its slot; its tensors are at home already."""

@@ -807,6 +807,27 @@ def test_what_was_taken_before_entering_is_written_to(
     check()
 
 
+@pytest.mark.parametrize("budget", ["min", 10**8])
+def test_a_weight_that_was_held_and_is_no_weight_any_more(budget: int | str) -> None:
+    """A pause attaches what is there then: of the parameter that was exchanged nothing is remembered."""
+    resident, model = toy(), toy()
+    kept = [each.blocks[3].scale.detach().numpy() for each in (resident, model)]
+    with layerstream.offload(model, vram_budget=budget, device=adversary()) as streamer:
+        assert_equal(run(model), run(resident))
+        for each in (resident, model):
+            each.blocks[3].scale = nn.Parameter(torch.full((16,), 0.5))
+        with streamer.paused():
+            pass
+        assert_equal(run(model), run(resident))
+        assert not any(
+            bound.name.endswith("3.scale") for h in streamer._streamer.edits._held.values() for bound in h.bounds
+        )
+        model.state_dict()
+        assert_equal(run(model), run(resident))
+    del kept
+    assert_equal(run(model), run(resident))
+
+
 def test_a_state_dict_from_before_costs_no_loads() -> None:
     loads = []
     for is_held in (True, False):

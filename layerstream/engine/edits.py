@@ -269,7 +269,12 @@ class Edits:
         self.came_home([bound for kept in self._kept if (bound := self._bound_of(kept.tensor)) is not None])
         for each in self._entries:
             each.version = each.entry._version
-        self._held = {index: held for index, held in self._held.items() if index in self.units}
+        # What nobody holds any more was not told of when these units were attached anew.
+        self._held = {
+            index: held
+            for index, held in self._held.items()
+            if index in self.units and all(bound in self.units[index].binding.tensors for bound in held.bounds)
+        }
 
     # ---- inside
 

@@ -828,6 +828,35 @@ def test_a_weight_that_was_held_and_is_no_weight_any_more(budget: int | str) -> 
     assert_equal(run(model), run(resident))
 
 
+@pytest.mark.parametrize("budget", ["min", 10**8])
+def test_what_an_interrupted_call_has_written_stays_although_it_is_held(budget: int | str) -> None:
+    """An interrupt skips the hooks that would have told of the call's end."""
+    models = resident, model = toy(), toy()
+    kept = [each.state_dict() for each in models]
+
+    def write(module: nn.Module, args: object) -> None:
+        with torch.no_grad():
+            module.scale.mul_(2)  # type: ignore[operator, union-attr]
+
+    def interrupt(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    with layerstream.offload(model, vram_budget=budget, device=adversary()):
+        assert_equal(run(model), run(resident))
+        for each in models:
+            hooks = [
+                each.blocks[2].register_forward_pre_hook(write),
+                each.blocks[4].register_forward_pre_hook(interrupt),
+            ]
+            with contextlib.suppress(KeyboardInterrupt):
+                run(each)
+            for hook in hooks:
+                hook.remove()
+        assert_equal(run(model), run(resident))
+    del kept
+    assert_equal(run(model), run(resident))
+
+
 def test_a_state_dict_from_before_costs_no_loads() -> None:
     loads = []
     for is_held in (True, False):

@@ -78,7 +78,7 @@ class _Held:
     """Weights of a unit whose memory, as they were found, somebody has looked at since before they streamed.
 
     Attributes:
-        versions: of these weights when the last call ended; empty: none did.
+        versions: of these weights when the last call ended; empty: none did, or another has begun since.
     """
 
     bounds: list[BoundTensor]
@@ -190,6 +190,13 @@ class Edits:
             if held:
                 self._held[unit.index] = _Held(held)
             self._kept += [_KeptView(b.tensor, b.home, is_found=True) for b in held if b.home is not b.master]
+
+    def pass_begins(self) -> None:
+        """What it writes is on the device alone, until it has ended: an interrupt may keep it from that."""
+        for index, held in self._held.items():
+            unit = self.units.get(index)
+            if unit is not None and not (unit.is_present and unit.binding.is_guarded):
+                held.versions = []
 
     def pass_ended(self) -> None:
         """What a call has written to weights that are held elsewhere is home at its end: what differs from it when the
@@ -329,11 +336,12 @@ class Edits:
             unit = self.units.get(index)
             if unit is None or unit.is_lent or unit.slot is None:
                 continue
+            has_ended = bool(held.versions)  # since when all that the call has counted is home
             with without_subclasses():
-                has_moved = bool(held.versions) and held.versions_now() != held.versions
+                has_moved = has_ended and held.versions_now() != held.versions
             if has_moved or compares:
-                # Their versions are those of the weights: what a call has counted is home since its end.
-                edited[unit].update(b for b in held.bounds if self._is_older(unit, b, is_counted_at_home=True))
+                older = [b for b in held.bounds if self._is_older(unit, b, is_counted_at_home=has_ended)]
+                edited[unit].update(older)
                 if not edited[unit]:
                     del edited[unit]
 

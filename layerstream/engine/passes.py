@@ -264,6 +264,7 @@ class Passes:
         num_ooms = self._device.num_ooms()
         with engine_tensors():
             self._residency.discard(self._edits.settle(is_new_use=is_new_use))
+            self._edits.pass_begins()
             # Discarded only once all are at home: one's weight may have been pointed at another's memory.
             stale: list[StreamedUnit] = []
             for unit in self._edits.lent:

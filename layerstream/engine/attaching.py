@@ -128,16 +128,16 @@ class Attaching:
             goes_on: they are attached again, and what somebody has read of them stays tied to them.
         """
         taken = list(attachments)
+        units = [unit for attachment in taken for unit in attachment.units]
         self._session.forget_plan()
         try:
-            attempt(functools.partial(self._bring_home, taken), "copy back weights that were written")
+            attempt(functools.partial(self._bring_home, units), "copy back weights that were written")
             if goes_on:
-                units = [unit for attachment in taken for unit in attachment.units]
                 attempt(functools.partial(self._residency.discard, units), "leave memory to those who look at it")
             attempt(self._device.synchronize, "wait for the device")
             self._attached.detach(taken, self._forget_slots, attempt)
         finally:
-            for attachment in taken:
+            for attachment in taken:  # also of those that could not be handed back
                 attachment.interception.remove()
 
     def _forget_slots(self, unit: StreamedUnit) -> None:
@@ -150,13 +150,13 @@ class Attaching:
             unit.is_quiet = False
             self._residency.order.take_in([unit.index])
 
-    def _bring_home(self, attachments: Sequence[Attachment]) -> None:
+    def _bring_home(self, units: Sequence[StreamedUnit]) -> None:
         """What was written on the device, or edited elsewhere, goes where it is handed back from."""
         # Those of others stay guarded: nobody looks at them unseen in a pause of these.
-        self._residency.unguard(unit for a in attachments for unit in a.units if unit.is_present)
+        self._residency.unguard(units)
         if self._edits:
             self._residency.discard(self._edits.settle(is_new_use=True))
-        for unit in [unit for a in attachments for unit in a.units]:
+        for unit in units:
             if not unit.is_present:
                 self._residency.take_in(unit)
             else:

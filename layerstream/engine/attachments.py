@@ -28,7 +28,6 @@ from layerstream.saying import warn
 from layerstream.transfer.unit import StreamedUnit
 from layerstream.weights.absent import AbsentClasses, Reading, nan_scalar
 from layerstream.weights.binding import BoundTensor
-from layerstream.weights.references import is_held
 
 
 @dataclass(eq=False)
@@ -124,8 +123,7 @@ class Attachments:
                 streamed = StreamedUnit(unit.spec, unit.binding, unit.called, as_found)
                 attachment.units.append(streamed)  # first: what fails half-way is handed back
                 self.units[streamed.index] = streamed
-                # By more than this tensor and what it is bound as.
-                looked_at = [bound for bound in unit.binding.tensors if bound.num_bytes and is_held(bound.home, 2)]
+                looked_at = [b for b in unit.binding.tensors if b.num_bytes and b.is_held_elsewhere()]
                 if looked_at:
                     held.append((streamed, looked_at))
                 streamed.home = attachment.store.add(unit.binding)

@@ -209,9 +209,8 @@ class Edits:
                 versions = held.versions_now()
                 if unit.is_present and not unit.is_lent:
                     counted = unit.binding.written() if versions != held.versions else []
-                    uncounted = [b for b in unit.binding.uncounted() if b in held.bounds]
-                    for bound in [*(b for b in counted if b in held.bounds), *uncounted]:
-                        if bound.has_form_of(bound.tensor):
+                    for bound in [*counted, *unit.binding.uncounted()]:
+                        if bound in held.bounds and bound.has_form_of(bound.tensor):
                             unit.home.write(bound, bound.tensor.data)
                 held.versions = versions
 
@@ -400,9 +399,9 @@ class Edits:
 
     def _differs_in_value(self, view: torch.Tensor, home: torch.Tensor) -> bool:
         """The same of memory that a weight was found in, whose strides the device does not keep."""
-        if view.stride() == home.stride() or view.device != home.device:
+        if view.stride() == home.stride():
             return self._differ(view, home)
-        return not _same_bytes(view, home)
+        return not _same_bytes(view.to(home.device), home)
 
     def _are_equal(self, there: torch.Tensor, home: torch.Tensor) -> bool:
         try:

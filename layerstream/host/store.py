@@ -48,7 +48,6 @@ from layerstream.host.memory import (
 from layerstream.host.page_locks import PageLocks, page_locks_of
 from layerstream.saying import warn
 from layerstream.weights.binding import BoundTensor, UnitBinding
-from layerstream.weights.references import is_held
 
 IN_PLACE_LEAST_BYTES = 2**20
 # Of a stretch of memory that is locked as one. What else it holds is locked, and of a file mapping made anonymous
@@ -262,7 +261,7 @@ class HostStore:
             is_on_host = bound.home_device.type == "cpu"
             is_shared = is_on_host and bound.home.is_shared()
             is_large = bound.num_bytes >= IN_PLACE_LEAST_BYTES
-            is_kept = not bound.is_dense or is_shared or _is_held_elsewhere(bound)
+            is_kept = not bound.is_dense or is_shared or bound.is_held_elsewhere()
             binding.rehome(bound, master, keeps_home=is_kept, is_handed_back=is_on_host and is_large)
         if size >= IN_PLACE_LEAST_BYTES:
             trim_heap()  # whose fragments would keep what was let go
@@ -279,8 +278,3 @@ def _taken_locks(homes: Sequence[RawHome]) -> list[Range]:
     for home in homes:
         home.locks = []
     return taken
-
-
-def _is_held_elsewhere(bound: BoundTensor) -> bool:
-    """Whether anything but this parameter, and our view of its home, looks at its storage."""
-    return is_held(bound.home, num_own=2)

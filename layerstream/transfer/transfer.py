@@ -225,12 +225,7 @@ class TransferEngine:
         slot = unit.slot
         if slot is None or unit.is_present:
             unit.refuse(UnitState.LOADED)
-        if not slot.readers:  # what nobody waited for may still be on its way
-            slot.after = [*slot.after, slot.ready]
-        elif (current := stream or self._device.compute_stream()) not in slot.readers:
-            slot.readers.append(current)
-        for reader in slot.readers:
-            slot.after = [*slot.after, self._device.record(reader)]
+        self._note_readers(slot, stream or self._device.compute_stream())
         unit.left()
         if slot.is_extra:
             self.drop_extra(slot)
@@ -247,10 +242,20 @@ class TransferEngine:
         else:
             self.ring[self.ring.index(slot)] = fresh
         fresh.ready, unit.slot, fresh.unit = fresh.after[0], fresh, unit
-        slot.after = [*slot.after, *map(self._device.record, slot.readers)]  # its tensors are absent: none follows
+        self._note_readers(slot, self._device.compute_stream())  # its tensors are absent: none follows
         self._free(slot)
 
     # ---- inside
+
+    def _note_readers(self, slot: Slot, stream: Stream) -> None:
+        """What comes to lie in a slot's memory next waits for what was issued up to now on the streams that read it,
+        and on `stream`."""
+        if not slot.readers:  # what nobody waited for may still be on its way
+            slot.after = [*slot.after, slot.ready]
+        elif stream not in slot.readers:
+            slot.readers.append(stream)
+        for reader in slot.readers:
+            slot.after = [*slot.after, self._device.record(reader)]
 
     def _make_slot(self, num_bytes: int, *, is_extra: bool = False) -> Slot:
         with engine_tensors():

@@ -17,6 +17,7 @@ from torch import nn
 
 from layerstream.torch_private import without_subclasses
 from layerstream.weights.absent import AbsentClasses, AbsentRecord, make_absent, make_present, switch
+from layerstream.weights.references import is_held
 
 _DATA_PTR, _VERSION = torch.Tensor.data_ptr, operator.attrgetter("_version")
 
@@ -66,6 +67,11 @@ class BoundTensor:
     def is_dense(self) -> bool:
         """Whether its bytes are one range of memory, in the strides they have on the device."""
         return self.home.stride() == self.strides
+
+    def is_held_elsewhere(self) -> bool:
+        """Whether anything but this parameter, and our view of its home, looks at its storage; asked before its bytes
+        are moved."""
+        return is_held(self.home, num_own=2)
 
     def has_form_of(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor has the dtype, shape and strides in which it is laid out."""

@@ -906,3 +906,119 @@ class _Counting(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+@pytest.mark.parametrize("kind", ["detach", "numpy", "state_dict"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_weight_read_after_a_write_to_what_was_kept_of_it(kind: str, budget: str) -> None:
+    """No call runs between the write and the read, which alone would have brought the one home."""
+
+    def kept(model: Toy) -> torch.Tensor:
+        weight = model.blocks[4].scale
+        if kind == "numpy":
+            return torch.from_numpy(weight.detach().numpy())
+        return weight.detach() if kind == "detach" else model.state_dict()["blocks.4.scale"]
+
+    resident, model = toy(), toy()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        for _ in range(2):
+            assert_equal(run(model), run(resident))
+        views = [kept(each) for each in (resident, model)]
+        assert_equal(run(model), run(resident))  # whose weights go elsewhere
+        for _ in range(2):
+            for view in views:
+                view.add_(0.5)
+            assert torch.equal(model.blocks[4].scale.detach(), resident.blocks[4].scale.detach())
+            assert_equal(run(model), run(resident))
+    assert_alike(model, resident)
+
+
+@pytest.mark.parametrize("kind", ["data", "detach", "state_dict"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_a_cast_has_left_is_no_longer_the_weight(kind: str, budget: str) -> None:
+    """`layer.double().float()` gives a weight memory of its own, and what was read of it before is not that."""
+
+    def kept(model: Toy) -> torch.Tensor:
+        weight = model.blocks[1].up.weight
+        if kind == "state_dict":
+            return model.state_dict()["blocks.1.up.weight"]
+        return weight.data if kind == "data" else weight.detach()
+
+    resident, model = toy(), toy()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        assert_equal(run(model), run(resident))
+        views = [kept(each) for each in (resident, model)]
+        for each in (resident, model):
+            each.blocks[1].up.double().float()
+        for view in views:
+            view.add_(0.5)
+        assert_equal(run(model), run(resident))
+    assert_alike(model, resident)
+
+
+@pytest.mark.parametrize("has_entries", [False, True])
+@pytest.mark.parametrize("place", ["tied by its data", "of a block", "of the base"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_view_that_a_hook_kept_is_written_to_between_calls(place: str, has_entries: bool, budget: str) -> None:
+    """Inside a call weights are plain, so that nobody is told of it."""
+
+    def made() -> tuple[Toy, nn.Module, str]:
+        model = toy()
+        if place == "tied by its data":  # other objects over the same memory
+            model.blocks[-1].scale = nn.Parameter(model.blocks[0].scale.data)
+        return (model, model.head, "weight") if place == "of the base" else (model, model.blocks[-1], "scale")
+
+    (resident, *its), (model, *mine) = made(), made()
+    views: list[torch.Tensor] = []
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        if has_entries:
+            assert len(model.state_dict()) == len(resident.state_dict())
+        for each, (owner, name) in ((resident, its), (model, mine)):
+            hook = functools.partial(lambda name, m, *_: views.append(getattr(m, name).data), name)
+            handle = owner.register_forward_hook(hook)
+            run(each, passes=1)
+            handle.remove()
+        for _ in range(2):
+            for _ in range(4):
+                assert_equal(run(model), run(resident))
+            for view in views:
+                view.add_(0.5)
+            assert_equal(run(model), run(resident))
+            for view in views:
+                view.mul_(1.5)
+            assert_alike(pickle.loads(pickle.dumps(model)), resident)
+        assert_equal(run(model), run(resident))
+        for view in views:
+            view.sub_(0.25)
+    assert_alike(model, resident)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_weight_set_to_one_of_other_strides(is_read: bool, budget: str) -> None:
+    def edit(model: Toy) -> None:
+        weight = model.blocks[3].conv.weight
+        other = torch.linspace(-1, 1, weight.numel()).reshape(weight.shape)
+        with torch.no_grad():
+            weight.set_(other)
+        if is_read:
+            assert weight.is_contiguous()
+
+    resident, model = toy(), toy()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        for _ in range(3):
+            assert_equal(run(model), run(resident))
+        for each in (resident, model):
+            edit(each)
+        with torch.enable_grad():  # a call of another kind: what is there makes way
+            assert_equal([model(toy_input(0)).detach()], [resident(toy_input(0)).detach()])
+        for _ in range(3):
+            assert_equal(run(model), run(resident))
+    assert_alike(model, resident)
+    assert model.blocks[3].conv.weight.stride() == resident.blocks[3].conv.weight.stride()
+
+
+def assert_alike(model: nn.Module, resident: nn.Module) -> None:
+    expected = resident.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

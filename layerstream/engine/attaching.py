@@ -160,6 +160,7 @@ class Attaching:
             if not unit.is_present:
                 self._residency.take_in(unit)
             else:
+                self._residency.lend_if_looked_at(unit)
                 self._residency.write_back(unit, may_replace=True)
                 # Graphs may hold what they saved of weights that stayed resident, too.
                 unit.binding.forbid_backward()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +23,7 @@ from layerstream.hooks.entrances import Entrance, EntranceFinder
 from layerstream.hooks.intercept import Interception, Listener
 from layerstream.host.home import RawHome
 from layerstream.host.store import HostStore, Stretches
-from layerstream.model.units import ComponentLayout, Division, TensorPlace, connected, part_of
+from layerstream.model.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
 from layerstream.progress import Progress
 from layerstream.saying import warn
 from layerstream.transfer.unit import StreamedUnit
@@ -110,6 +111,7 @@ class Attachments:
         self._uses.clear()
         stretches = Stretches(self._device, (b for unit in division.units for b in unit.binding.tensors))
         held: list[tuple[StreamedUnit, list[BoundTensor]]] = []
+        looked_at = _looked_at(division)
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         for group in connected(layouts, division):
             part = division if len(group) == len(layouts) else part_of(division, group)
@@ -123,9 +125,8 @@ class Attachments:
                 streamed = StreamedUnit(unit.spec, unit.binding, unit.called, as_found)
                 attachment.units.append(streamed)  # first: what fails half-way is handed back
                 self.units[streamed.index] = streamed
-                looked_at = [b for b in unit.binding.tensors if b.num_bytes and b.is_held_elsewhere()]
-                if looked_at:
-                    held.append((streamed, looked_at))
+                if unit in looked_at:
+                    held.append((streamed, looked_at[unit]))
                 streamed.home = attachment.store.add(unit.binding)
                 progress.add(unit.spec.num_bytes)
                 unit.binding.prepare(streamed.index, nans, self._classes)
@@ -341,3 +342,17 @@ def is_hookable(layout: ComponentLayout) -> bool:
     there are blocks, these are compiled instead, and a separate compiled module has hooks of its own."""
     has_blocks = any(stack.blocks for stack in layout.stacks)
     return has_blocks or layout.outermost is not layout.root or compiled.describe_compiled(layout.root) is None
+
+
+def _looked_at(division: Division) -> dict[Unit, list[BoundTensor]]:
+    """Of each unit the weights whose memory somebody else looks at. Asked for all units before the first of them moves:
+    those that lie in one storage, as in a file or tied by their `.data`, do not count as somebody else."""
+    bounds = [bound for unit in division.units for bound in unit.binding.tensors if bound.num_bytes]
+    sharing = Counter(map(_storage_of, bounds))
+    held = {bound for bound in bounds if bound.is_held_elsewhere(sharing[_storage_of(bound)])}
+    found = {unit: [bound for bound in unit.binding.tensors if bound in held] for unit in division.units}
+    return {unit: some for unit, some in found.items() if some}
+
+
+def _storage_of(bound: BoundTensor) -> tuple[torch.device, int]:
+    return bound.home_device, bound.home.untyped_storage().data_ptr()

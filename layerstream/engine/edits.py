@@ -112,6 +112,7 @@ class Edits:
     _entries: list[_Entry] = field(default_factory=list)
     _held: dict[int, _Held] = field(default_factory=dict)  # by unit
     _given: set[int] = field(default_factory=set)  # ids of weights whose entries are to be tracked
+    _places: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)  # of tied weights when a pause begins
     _has_told: bool = False
     _has_lent: bool = False  # asked at each call, where going through all units would take longer
 
@@ -152,13 +153,7 @@ class Edits:
 
     def pointed_elsewhere(self, bounds: Sequence[BoundTensor]) -> None:
         """`weight.data = other`: memory that these weights had before is no longer theirs."""
-        if bounds:
-            gone = {id(bound.tensor) for bound in bounds}
-            self._kept = [kept for kept in self._kept if id(kept.tensor) not in gone]
-            self._entries = [each for each in self._entries if id(each.tensor) not in gone]
-            for held in self._held.values():
-                held.bounds = [bound for bound in held.bounds if id(bound.tensor) not in gone]
-                held.versions = []
+        self._untie({id(bound.tensor) for bound in bounds})
 
     def has_entry(self, bound: BoundTensor) -> bool:
         """Whether somebody has the weight's memory at home as an entry of a `state_dict`, or has had it before."""
@@ -185,6 +180,8 @@ class Edits:
         self._kept = [kept for kept in self._kept if not kept.is_found or id(kept.tensor) not in before]
         # By whoever has read them since, and is told of elsewhere.
         told = {id(kept.tensor) for kept in self._kept} | {id(each.tensor) for each in self._entries} | self._given
+        places = {b.home.data_ptr() for _, bounds in found for b in bounds if id(b.tensor) in told}
+        told |= {id(b.tensor) for _, bounds in found for b in bounds if b.home.data_ptr() in places}  # tied to those
         for unit, bounds in found:
             held = [bound for bound in bounds if id(bound.tensor) in before or id(bound.tensor) not in told]
             if held:
@@ -223,6 +220,15 @@ class Edits:
         suspects = binding.tensors if unit.is_lent else binding.uncounted()
         return [*found, *(b for b in suspects if b not in found and self._differ(b.tensor.data, b.master))]
 
+    def settle_of(self, units: Collection[StreamedUnit]) -> set[StreamedUnit]:
+        """The same as `settle` of these units alone, which somebody is about to read between two calls."""
+        weights = {id(bound.tensor) for unit in units for bound in unit.binding.tensors}
+        edited: _Edited = defaultdict(set)
+        self._of_kept(edited, [kept for kept in self._kept if id(kept.tensor) in weights])
+        self._of_entries(edited, [each for each in self._entries if id(each.tensor) in weights])
+        self._of_held(edited, {u.index: h for u in units if (h := self._held.get(u.index))}, compares=True)
+        return self._with_others_home(edited)
+
     def settle(self, *, is_new_use: bool) -> set[StreamedUnit]:
         """Bring home what was edited elsewhere than in the present units; returns those whose device bytes are stale.
 
@@ -236,7 +242,7 @@ class Edits:
         # Both are let go only once they were compared: what was written to one that nobody has any more was written
         # all the same.
         if is_new_use or sum(kept.view.nbytes for kept in self._kept) <= _SMALL_BYTES:
-            self._of_kept(edited)
+            self._of_kept(edited, self._kept)
             counts = Counter(kept.view.untyped_storage().data_ptr() for kept in self._kept)
             self._kept = [
                 kept
@@ -244,13 +250,13 @@ class Edits:
                 if is_held(kept.view, num_own=counts[kept.view.untyped_storage().data_ptr()])
             ]
         if is_new_use or sum(each.entry.nbytes for each in self._entries) <= _SMALL_BYTES:
-            self._of_entries(edited)
+            self._of_entries(edited, self._entries)
             self._entries = [each for each in self._entries if each.is_held()]
-        self._of_held(edited, is_new_use=is_new_use)
+        # Of more, reading back what the device has takes longer than what a call streams.
+        compares = is_new_use and sum(b.num_bytes for h in self._held.values() for b in h.bounds) <= _SMALL_BYTES
+        self._of_held(edited, self._held, compares=compares)
         self._tell_of_large_ones()
-        for unit, bounds in edited.items():
-            self._bring_home_others(unit, bounds)
-        return set(edited)
+        return self._with_others_home(edited)
 
     def came_home(self, bounds: Sequence[BoundTensor]) -> None:
         """What was written on the device is home now; views that are kept see it, as of a resident weight."""
@@ -261,9 +267,20 @@ class Edits:
 
     def before_pause(self) -> None:
         """Weights are at home, and may be edited there or through what is kept."""
+        tied = [kept.tensor for kept in self._kept] + [each.tensor for each in self._entries]
+        tied += [bound.tensor for held in self._held.values() for bound in held.bounds]
+        with without_subclasses():  # of components that go on streaming
+            self._places = {id(tensor): (tensor, tensor.data_ptr()) for tensor in tied}
         if sum(kept.view.nbytes for kept in self._kept) <= _SMALL_BYTES:
             for kept in self._kept:
                 kept.before = kept.view.to("cpu", copy=True)
+
+    def pause_ends(self) -> None:
+        """Before weights are taken hold of again: what was pointed at other memory inside (`model.double().float()`) is
+        no longer what somebody has read of it."""
+        places, self._places = self._places, {}
+        with without_subclasses():
+            self._untie({of for of, (tensor, address) in places.items() if tensor.data_ptr() != address})
 
     def after_pause(self) -> None:
         """Weights may have changed at home, and belong to other units now."""
@@ -284,6 +301,16 @@ class Edits:
 
     # ---- inside
 
+    def _untie(self, gone: Collection[int]) -> None:
+        """Nothing that somebody has of these weights, by their ids, is theirs any more."""
+        if not gone:
+            return
+        self._kept = [kept for kept in self._kept if id(kept.tensor) not in gone]
+        self._entries = [each for each in self._entries if id(each.tensor) not in gone]
+        for held in self._held.values():
+            held.bounds = [bound for bound in held.bounds if id(bound.tensor) not in gone]
+            held.versions = []
+
     def _tell_of_large_ones(self) -> None:
         num_bytes = sum(k.view.nbytes for k in self._kept) + sum(e.entry.nbytes for e in self._entries)
         if num_bytes > _SMALL_BYTES and not self._has_told:
@@ -302,8 +329,8 @@ class Edits:
                 self._take(each.entry, bound)
                 edited[self._unit_of(each.tensor)].add(bound)
 
-    def _of_kept(self, edited: _Edited) -> None:
-        for kept in self._kept:
+    def _of_kept(self, edited: _Edited, kept_views: Iterable[_KeptView]) -> None:
+        for kept in kept_views:
             bound = self._bound_of(kept.tensor)
             if bound is None or not _fits(kept.view, bound):
                 continue
@@ -315,8 +342,8 @@ class Edits:
                 self._take(kept.view, bound)
                 edited[unit].add(bound)
 
-    def _of_entries(self, edited: _Edited) -> None:
-        for each in self._entries:
+    def _of_entries(self, edited: _Edited, entries: Iterable[_Entry]) -> None:
+        for each in entries:
             entry, bound = each.entry, self._bound_of(each.tensor)
             if bound is None or not _fits(entry, bound):
                 continue
@@ -328,10 +355,8 @@ class Edits:
             elif not unit.is_lent and self._is_older(unit, bound):
                 edited[unit].add(bound)
 
-    def _of_held(self, edited: _Edited, *, is_new_use: bool) -> None:
-        # Of more, reading back what the device has takes longer than what a call streams.
-        compares = is_new_use and sum(b.num_bytes for h in self._held.values() for b in h.bounds) <= _SMALL_BYTES
-        for index, held in self._held.items():
+    def _of_held(self, edited: _Edited, held_of: Mapping[int, _Held], *, compares: bool) -> None:
+        for index, held in held_of.items():
             unit = self.units.get(index)
             if unit is None or unit.is_lent or unit.slot is None:
                 continue
@@ -351,6 +376,11 @@ class Edits:
             return False
         is_written = not is_counted_at_home and unit.is_present and bound in unit.binding.written()
         return not is_written and self._differ(there, bound.master)
+
+    def _with_others_home(self, edited: _Edited) -> set[StreamedUnit]:
+        for unit, bounds in edited.items():
+            self._bring_home_others(unit, bounds)
+        return set(edited)
 
     def _bring_home_others(self, unit: StreamedUnit, edited: Collection[BoundTensor]) -> None:
         """What the device has of a unit is about to be dropped, since some of its weights were edited elsewhere: what

@@ -283,6 +283,8 @@ class EngineListener:
                 # Not in another thread's pause, which that thread may be about to end.
                 self._catch_up_unless_others_run(lane, None)
                 units = [self._units[index] for index in indices if index in self._units]
+            if not self._lanes.others_run(lane):
+                self._passes.settle_before_reading(units)
             self._residency.unguard(units)
             self._residency.wait_on_this_stream()
             missing = [unit for unit in units if not unit.is_present]

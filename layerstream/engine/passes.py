@@ -173,6 +173,14 @@ class Passes:
         elif self._ledger.is_settled:
             self._phase_changes.quieten(phase_plan)
 
+    def settle_before_reading(self, units: Sequence[StreamedUnit]) -> None:
+        """Code between two calls reads weights: what was written elsewhere to these is there."""
+        if self._edits:
+            num_ooms = self._device.num_ooms()
+            with engine_tensors():
+                self._residency.discard(self._edits.settle_of(units))
+            self._ledger.forgive(self._device.num_ooms() - num_ooms)
+
     def begin_by_touch(self, lane: Lane, units: Sequence[StreamedUnit], is_grad: bool) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
         its phase, because a VAE and a denoiser may not fit beside each other."""

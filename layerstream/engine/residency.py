@@ -313,6 +313,12 @@ class Residency:
             if unit.binding.is_guarded:
                 unit.binding.unguard()
 
+    def lend_if_looked_at(self, unit: StreamedUnit) -> None:
+        """Code may have kept, in the middle of a call, views of weights that are there still (`module.weight.data` in a
+        hook): what is written to them is counted nowhere."""
+        if unit.is_present and unit.holding().is_aliased(num_bound=len(unit.binding.tensors)):
+            self._edits.lend([unit])
+
     def write_back(self, unit: StreamedUnit, *, may_replace: bool) -> list[BoundTensor]:
         """Keep what was written into the unit's tensors: the host bytes are what the next load reads."""
         written = self._edits.written(unit)
@@ -390,7 +396,10 @@ def _positions(units: Sequence[StreamedUnit]) -> dict[StreamedUnit, int]:
 
 
 def _changed(bound: BoundTensor, now: torch.Tensor) -> str:
+    before, after = f"{bound.dtype} {list(bound.shape)}", f"{now.dtype} {list(now.shape)}"
+    if before == after:
+        before, after = (f"{kind} in strides {list(s)}" for kind, s in ((before, bound.strides), (after, now.stride())))
     return (
-        f"`{bound.name}` was changed from {bound.dtype} {list(bound.shape)} to {now.dtype} {list(now.shape)} while it "
-        "streams. Leave the offload context, change it, and enter again."
+        f"`{bound.name}` was changed from {before} to {after} while it streams. Leave the offload context, change it, "
+        "and enter again."
     )

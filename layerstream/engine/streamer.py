@@ -338,6 +338,7 @@ class Streamer:
             # read a weight that it found absent.
             with self._standstill(layouts, division), self.gate.reading_lock, self._mutex:
                 names_now = [c.name for c in described]
+                self.edits.pause_ends()
                 self._attaching.attach(layouts, division, self.listener, names_now, changed=names)
                 self._attaching.move_others()
                 self._attaching.load_fixed()
@@ -351,10 +352,13 @@ class Streamer:
     def _unit_home(self, unit: StreamedUnit) -> None:
         """Copy home what was written to a unit on the device, which stays as it is."""
         with self._mutex, engine_tensors():
+            if self._lanes.are_idle():
+                self._passes.settle_before_reading([unit])
             if unit.is_present:
                 is_guarded = unit.binding.is_guarded
                 if is_guarded:
                     unit.binding.unguard()
+                self._residency.lend_if_looked_at(unit)
                 self._residency.write_back(unit, may_replace=False)
                 if is_guarded:
                     unit.binding.guard()
@@ -391,6 +395,8 @@ class Streamer:
         units = self._units.values() if is_new_use else self._attached.units_of_component(component or "")
         with without_subclasses():
             changed = [unit for unit in units if not unit.is_present and unit.binding.is_changed_while_absent()]
+            if is_new_use:  # the same of those that are there, of which there may be many
+                taken |= {unit.spec.component for unit in units if unit.binding.is_of_another_form_while_guarded()}
         for unit in changed:
             if not self._residency.take_in(unit):
                 taken.add(unit.spec.component)

@@ -241,12 +241,13 @@ def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:
     if rest and isinstance(rest[0], dict):
         found = {name: _given(value) for name, value in rest[0].items()}
         state = {name: value for name, value in found.items() if value is not _NOT_THERE}
-        for name in _HOOK_DICTS:
-            if _HOOKS & set(state.get(name, ())):
-                state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in _HOOKS)
         if guarded is not None and not is_copy:
             for name in ("_parameters", "_buffers"):
                 state[name] = type(state[name])((key, guarded.stand_in(value)) for key, value in state[name].items())
+        # Only now, and into dicts of their own: bringing weights home may put hooks back on blocks that had none.
+        for name in _HOOK_DICTS:
+            if name in state:
+                state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in _HOOKS)
         rest[0] = state
     return function, arguments, *rest
 

@@ -143,8 +143,10 @@ class _Absent:
             record = _record_of(args[0])
             if record is not None:
                 with without_subclasses():
-                    size, dtype = args[0].size(), args[0].dtype
-                    twin = torch.empty_strided(size, record.strides, dtype=dtype, device="meta")
+                    size, strides, dtype = args[0].size(), args[0].stride(), args[0].dtype
+                    # Over its one NaN it has none; over what `set_` has given it, which asks no class, those of that.
+                    strides = strides if any(strides) else record.strides
+                    twin = torch.empty_strided(size, strides, dtype=dtype, device="meta")
                 return func(twin, *args[1:], **kwargs)
         with reading((args, kwargs)):
             return func(*args, **kwargs)

@@ -68,10 +68,10 @@ class BoundTensor:
         """Whether its bytes are one range of memory, in the strides they have on the device."""
         return self.home.stride() == self.strides
 
-    def is_held_elsewhere(self) -> bool:
-        """Whether anything but this parameter, and our view of its home, looks at its storage; asked before its bytes
-        are moved."""
-        return is_held(self.home, num_own=2)
+    def is_held_elsewhere(self, num_sharing: int = 1) -> bool:
+        """Whether anything but so many of our parameters, this one among them, and our views of their homes, looks at
+        its storage; asked before their bytes are moved."""
+        return is_held(self.home, num_own=2 * num_sharing)
 
     def has_form_of(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor has the dtype, shape and strides in which it is laid out."""
@@ -174,6 +174,13 @@ class UnitBinding:
         """Whether a tensor was given other memory behind its absent class' back: `set_` asks no class. Call under
         `DisableTorchFunctionSubclass`."""
         return list(map(_DATA_PTR, self._objects)) != self._absent_addresses
+
+    def is_of_another_form_while_guarded(self) -> bool:
+        """Whether a tensor that is present and guarded was given memory of another form: see
+        `is_changed_while_absent`."""
+        if not (self.is_present and self.is_guarded) or list(map(_DATA_PTR, self._objects)) == self._addresses:
+            return False
+        return not all(bound.has_form_of(bound.tensor) for bound in self.tensors)
 
     def changed_while_absent(self) -> list[BoundTensor]:
         """Those of which `is_changed_while_absent` tells."""

@@ -1018,6 +1018,90 @@ def test_a_weight_set_to_one_of_other_strides(is_read: bool, budget: str) -> Non
     assert model.blocks[3].conv.weight.stride() == resident.blocks[3].conv.weight.stride()
 
 
+@pytest.mark.parametrize("how", ["data", "set_"])
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_one_of_two_weights_tied_by_their_data_is_pointed_elsewhere(how: str, is_read: bool, budget: str) -> None:
+    def tied() -> Toy:
+        model = toy()
+        model.blocks[-1].scale = nn.Parameter(model.blocks[0].scale.data)
+        return model
+
+    resident, model = tied(), tied()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        for _ in range(2):
+            assert_equal(run(model), run(resident))
+        for each in (resident, model):
+            weight, other = each.blocks[0].scale, torch.linspace(-1, 1, 16)
+            if is_read:
+                assert weight.detach().sum().isfinite()
+            with torch.no_grad():
+                if how == "set_":
+                    weight.set_(other)
+                else:
+                    weight.data = other
+        for _ in range(2):
+            assert_equal(run(model), run(resident))
+        for each in (resident, model):
+            each.blocks[-1].scale.data.mul_(0.5)
+        assert_equal(run(model), run(resident))
+    assert_alike(model, resident)
+
+
+@pytest.mark.parametrize("then", ["call", "leave", "pickle", "pause"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_an_edit_after_an_interrupted_call(then: str, budget: str) -> None:
+    """Nobody has told of its end, so its weights are plain, and who looks at them is not noticed."""
+    resident, model = toy(), toy()
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()) as streamer:
+        for _ in range(2):
+            assert_equal(run(model), run(resident))
+        handle = model.blocks[3].down.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model)
+        handle.remove()
+        for each in (resident, model):
+            for weight in (each.blocks[2].gain, each.blocks[3].up.weight, each.head.weight):
+                weight.data.mul_(1.5)
+        if then == "call":
+            assert_equal(run(model), run(resident))
+        elif then == "pickle":
+            assert_alike(pickle.loads(pickle.dumps(model)), resident)
+        elif then == "pause":
+            with streamer.paused():
+                assert_alike(model, resident)
+    assert_alike(model, resident)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_weight_edited_while_graphs_have_what_it_was(budget: str) -> None:
+    """What the slot holds is older than what was written to the copy that is there for code outside."""
+    resident, model = toy(), toy()
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        handle = model.blocks[-1].down.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt) as held:  # with all that the frames of the call hold
+            model(toy_input(0))
+        handle.remove()
+        assert_alike(model, resident)
+        graph = model(toy_input(0))
+        for number in range(4):
+            for each in (resident, model):
+                each.blocks[-1].gain.data.mul_(1.5)
+                each.blocks[number].norm.bias.data.add_(0.5)  # whose block takes its place
+            assert_alike(model, resident)
+        assert_equal(run(model), run(resident))
+        del held, graph
+    assert_alike(model, resident)
+
+
 def assert_alike(model: nn.Module, resident: nn.Module) -> None:
     expected = resident.state_dict()
     for name, tensor in model.state_dict().items():

@@ -152,6 +152,7 @@ class Attaching:
 
     def _bring_home(self, units: Sequence[StreamedUnit]) -> None:
         """What was written on the device, or edited elsewhere, goes where it is handed back from."""
+        self._residency.notice_interrupt()
         # Those of others stay guarded: nobody looks at them unseen in a pause of these.
         self._residency.unguard(units)
         if self._edits:

@@ -118,10 +118,13 @@ class Passes:
         makes_graphs = is_grad and (
             require_grad(args, kwargs) or any(b.requires_grad for unit in used for b in unit.binding.tensors)
         )
-        self._residency.unguard(used if reads is None else reads)
+        others_run = self._lanes.others_run(lane)
+        if not others_run:
+            self._residency.notice_interrupt()
+        self._residency.unguard_for_call(used if reads is None else reads)
         self._residency.wait_on_this_stream()
         self._residency.listen_under_autocast()
-        if self._lanes.others_run(lane):
+        if others_run:
             # What runs beside another pass runs under its plan: nothing may be laid out anew while that one computes.
             self._residency.makes_graphs |= makes_graphs
             return
@@ -175,6 +178,7 @@ class Passes:
 
     def settle_before_reading(self, units: Sequence[StreamedUnit]) -> None:
         """Code between two calls reads weights: what was written elsewhere to these is there."""
+        self._residency.notice_interrupt()
         if self._edits:
             num_ooms = self._device.num_ooms()
             with engine_tensors():

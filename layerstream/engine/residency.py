@@ -60,6 +60,7 @@ class Residency:
         self.with_autocast: set[str] = set()
         self.units: Mapping[int, StreamedUnit] = attached.units
         self.recorder: ScheduleRecorder | None = None
+        self._is_guarding = True  # whoever looks at weights that are there is noticed
         self._device = device
         self._attached = attached
         self._transfer = transfer
@@ -304,9 +305,22 @@ class Residency:
 
     def guard(self) -> None:
         """No call runs: who looks at weights that are present is noticed from now on."""
+        self._is_guarding = True
         for unit in self._transfer.loaded:
             if unit.is_present and not unit.binding.is_guarded and not unit.is_lent:
                 unit.binding.guard()
+
+    def unguard_for_call(self, units: Iterable[StreamedUnit]) -> None:
+        """A call begins that uses these units; `guard` is to follow."""
+        self._is_guarding = False
+        self.unguard(units)
+
+    def notice_interrupt(self) -> None:
+        """No call runs. One that was interrupted has not told of its end, and has left its weights plain: who has
+        looked at them since was not noticed."""
+        if not self._is_guarding:
+            self._is_guarding = True
+            self._edits.lend(u for u in self._transfer.loaded if u.is_present and not u.binding.is_guarded)
 
     def unguard(self, units: Iterable[StreamedUnit]) -> None:
         for unit in units:
@@ -329,6 +343,8 @@ class Residency:
                 if not bound.has_form_of(now):
                     raise StreamerStateError(_changed(bound, now))
                 self._keep_at_home(unit, bound, now)
+                if unit.is_cloned and not is_replaced:  # so that whoever looks at the slot sees it, too
+                    unit.holding().views(unit)[unit.binding.tensors.index(bound)].copy_(now)
         self._edits.pointed_elsewhere(replaced)
         self._edits.came_home(written)
         return written
@@ -341,12 +357,26 @@ class Residency:
     def _is_replaced_at_home(
         self, unit: StreamedUnit, bound: BoundTensor, now: torch.Tensor, *, is_replaced: bool
     ) -> bool:
-        """Hand back what the user made of a weight, where the memory at home is not for it: that has another form,
-        or is somebody's entry of a `state_dict`, which the weight was pointed away from. Returns whether it is so."""
-        is_meant = not bound.has_form_of(now) or (is_replaced and self._edits.has_entry(bound))
-        if is_meant:
+        """Hand back what the user made of a weight, where the memory at home is not for it: see `has_left_home`.
+        Returns whether it is so."""
+        has_left = not bound.has_form_of(now) or (is_replaced and self._is_anothers(unit, bound))
+        if has_left:
             unit.home.replace(bound, now)
-        return is_meant
+        return has_left
+
+    def has_left_home(self, unit: StreamedUnit) -> bool:
+        """Whether a weight of a present unit has another form now, or was pointed away from memory at home that is also
+        somebody's entry of a `state_dict`, or another weight's."""
+        binding = unit.binding
+        with without_subclasses():
+            has_form = all(bound.has_form_of(bound.tensor) for bound in binding.tensors)
+            return not has_form or any(self._is_anothers(unit, bound) for bound in binding.replaced())
+
+    def _is_anothers(self, unit: StreamedUnit, bound: BoundTensor) -> bool:
+        """Whether the memory of a weight at home is not its alone."""
+        at = bound.master.data_ptr()
+        is_tied = any(b is not bound and b.master.data_ptr() == at for b in unit.binding.tensors)
+        return is_tied or self._edits.has_entry(bound)
 
     def take_in(self, unit: StreamedUnit) -> bool:
         """Bring home what the weights of an absent unit were given meanwhile; returns whether it can go on so."""

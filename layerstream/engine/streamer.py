@@ -396,7 +396,8 @@ class Streamer:
         with without_subclasses():
             changed = [unit for unit in units if not unit.is_present and unit.binding.is_changed_while_absent()]
             if is_new_use:  # the same of those that are there, of which there may be many
-                taken |= {unit.spec.component for unit in units if unit.binding.is_of_another_form_while_guarded()}
+                moved = [unit for unit in units if unit.binding.is_moved_while_guarded()]
+                taken |= {unit.spec.component for unit in moved if self._residency.has_left_home(unit)}
         for unit in changed:
             if not self._residency.take_in(unit):
                 taken.add(unit.spec.component)
@@ -414,12 +415,7 @@ class Streamer:
             units.update(self._attached.of_component[name].units)
         found = set()
         for unit in units.union(self.edits.lent):
-            if not unit.is_present:
-                continue
-            binding = unit.binding
-            has_other_form = not all(bound.has_form_of(bound.tensor) for bound in binding.tensors)
-            replaced = () if binding.is_guarded else binding.replaced()  # guarded, nobody has looked at them
-            if has_other_form or any(map(self.edits.has_entry, replaced)):
+            if unit.is_present and self._residency.has_left_home(unit):
                 found.add(unit.spec.component)
         return found
 

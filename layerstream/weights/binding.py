@@ -175,12 +175,9 @@ class UnitBinding:
         `DisableTorchFunctionSubclass`."""
         return list(map(_DATA_PTR, self._objects)) != self._absent_addresses
 
-    def is_of_another_form_while_guarded(self) -> bool:
-        """Whether a tensor that is present and guarded was given memory of another form: see
-        `is_changed_while_absent`."""
-        if not (self.is_present and self.is_guarded) or list(map(_DATA_PTR, self._objects)) == self._addresses:
-            return False
-        return not all(bound.has_form_of(bound.tensor) for bound in self.tensors)
+    def is_moved_while_guarded(self) -> bool:
+        """Whether a tensor that is present and guarded was given other memory: see `is_changed_while_absent`."""
+        return self.is_present and self.is_guarded and list(map(_DATA_PTR, self._objects)) != self._addresses
 
     def changed_while_absent(self) -> list[BoundTensor]:
         """Those of which `is_changed_while_absent` tells."""

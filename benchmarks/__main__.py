@@ -1,4 +1,4 @@
-"""The harness: `python -m benchmarks run | suite | list | plots`.
+"""The harness: `python -m benchmarks run | suite | list | plots | timeline`.
 
 Exit codes: 0 all measured and equal, 1 something of ours failed or differed, 2 wrong arguments or no GPU.
 """
@@ -37,6 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plots.make(options.results, options.readme, options.page)
         except (plots.NoResultsError, NoPlaceError) as exc:
             parser.error(str(exc))
+        return 0
+    if options.command == "timeline":
+        from benchmarks import timelines
+
+        starts, ends = options.starts or [None], options.ends or [None]
+        if len(starts) != len(ends):
+            parser.error(f"{len(starts)} --from and {len(ends)} --to; more than one panel needs both for each")
+        try:
+            lines = timelines.make(options.trace, options.picture, list(zip(starts, ends, strict=True)))
+        except timelines.NoTimelineError as exc:
+            parser.error(str(exc))
+        print("\n".join(lines))
         return 0
     device = options.device or ("cuda" if options.scale == "full" else suite.default_device())
     if device == "cuda" and not torch.cuda.is_available():
@@ -139,6 +151,18 @@ def _parser() -> argparse.ArgumentParser:
     plots.add_argument(
         "--page", type=Path, default=Path("benchmarks/README.md"), metavar="FILE", help="the long table's"
     )
+    timeline = commands.add_parser("timeline", help="a picture of what `streamer.trace` wrote")
+    timeline.add_argument("trace", type=Path, metavar="TRACE.json[.gz]")
+    timeline.add_argument("picture", type=Path, metavar="PICTURE.png")
+    for name, dest, default in (("--from", "starts", "the first span's start"), ("--to", "ends", "the last one's end")):
+        timeline.add_argument(
+            name,
+            dest=dest,
+            type=float,
+            action="append",
+            metavar="MS",
+            help=f"default: {default}; given again for another panel",
+        )
     return parser
 
 

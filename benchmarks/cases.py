@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerstream.standins.repository import (
     autoregressive_call,
@@ -24,6 +25,7 @@ from layerstream.standins.weights import unfilled
 
 Form = Literal["denoiser", "pipeline"]
 FORMS: tuple[Form, ...] = ("denoiser", "pipeline")
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _SEEDS = (1, 2)  # of the inputs: with the prompt, and with the negative one
 
 
@@ -59,6 +61,7 @@ class Case:
         repeated: what a call repeats; its times are told, and what limits them.
         experts: the denoisers that take turns within a call, with a timestep of each.
         num_steps: timed steps of the denoiser alone; None: as many passes as are asked for.
+        is_without_cudnn: attention goes without cuDNN's kernels.
     """
 
     guidance: str
@@ -74,6 +77,7 @@ class Case:
     repeated: tuple[Repeated, ...] = ()
     experts: Mapping[str, int] = field(default_factory=lambda: {"transformer": 500})
     num_steps: int | None = None
+    is_without_cudnn: bool = False
 
 
 _DENOISER = Repeated("pass", "transformer", "transformer")
@@ -83,7 +87,7 @@ _NEXTSTEP = Case(
     forms=("pipeline",),
     is_autoregressive=True,
     steps="num_sampling_steps",
-    short={"num_tokens": 8},
+    short={"num_tokens": 12},  # of fewer, what only the prompt needs does not seem seldom
     repeated=(Repeated("token", "model.layers.0", "model.layers.-1"),),
 )
 _CASES: Mapping[str, Case] = {
@@ -91,7 +95,8 @@ _CASES: Mapping[str, Case] = {
     "ovis": Case("single", "ovis", is_shared=True),
     "longcat": Case("single", "longcat", is_shared=True),
     "nextstep": _NEXTSTEP,  # the code whose layers run by `forward`, with a DynamicCache
-    "nextstep-static": replace(_NEXTSTEP, model="nextstep_a"),  # the first one: `forward_model`, with a StaticCache
+    # The first one: `forward_model`, with a StaticCache.
+    "nextstep-static": replace(_NEXTSTEP, model="nextstep_a", is_without_cudnn=True),
     "mammoth": Case(
         "single",
         "mammoth",
@@ -251,7 +256,8 @@ class Work:
         """The images [1, 3, height, width] of one call, on the host."""
         if self.about.is_autoregressive:
             call = {**self.call(), **changes}
-            return run_autoregressive(self.pipe, self.about.model, scale=self.scale, seed=0, **call)
+            with sdpa_kernel(_WITHOUT_CUDNN) if self.about.is_without_cudnn else contextlib.nullcontext():
+                return run_autoregressive(self.pipe, self.about.model, scale=self.scale, seed=0, **call)
         generator = torch.Generator("cpu").manual_seed(0)
         if self.about.repeated:
             torch.manual_seed(0)  # a language model may draw its tokens by the generator of all

@@ -349,6 +349,10 @@ def _calls_with_tokens(cell: Cell, setup: Setup, memory: _Memory, record: Record
     times: list[float] = []
     while sum(times) < _LEAST_SECONDS_WITH_TOKENS and len(times) < _MOST_CALLS:
         times.append(timed("call"))
+    if cell.method == "resident":
+        before = outputs["call"]
+        times.append(timed("call"))
+        record["repeats_itself"] = all(map(torch.equal, before, outputs["call"]))
     record["seconds_all_calls"] += times
     record["seconds"] = round(statistics.median(times), 3)
     if setup.counters is not None and loaded is not None:
@@ -378,6 +382,9 @@ def _extrapolated(timed: Any, steps: int, limit: float, num_warm_up_steps: int) 
 
 def _compare(outputs: dict[str, list[torch.Tensor]], path: Path, method: str, record: Record) -> None:
     """With the outputs of the first resident measurement, which keeps them for the others."""
+    if record.get("repeats_itself") is False:
+        record["error"] = "two resident calls differ from each other, so that nothing can be compared with them"
+        return
     if method == "resident" and not path.exists():
         torch.save(outputs, path)
     record["is_finite"] = all(bool(output.isfinite().all()) for each in outputs.values() for output in each)

@@ -44,7 +44,7 @@ of each by the library's own code, and how it is tested. Made with {versions}.
   embedding or projection beside them is a unit of its own.
 - *weights*, *largest unit*: in bfloat16, as the class is built from its default config, which is that of no checkpoint
   for some. *tiny*: built as a tiny pipeline has it, since the defaults do not build; sizes are left out then. Blocks of
-  480 MiB or more are cut into pieces.
+  240 MiB or more are cut into pieces.
 - *in stacks*: the share of the bytes that streams. The rest is the base, which comes and goes as a whole.
 - *tested*: the tiny pipelines that have it (`tests/test_pipelines.py`), and how many of the swept ones do
   (`tests/test_variants.py`); *layout only*: no more than this page.

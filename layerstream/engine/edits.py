@@ -15,10 +15,8 @@ What was edited is copied home, or is home already; then what the device has of 
 
 from __future__ import annotations
 
-import operator
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 
 from layerstream.budget import format_bytes
 from layerstream.device.base import Device
-from layerstream.host.memory import bytes_of
+from layerstream.engine.ties import Entry, Held, KeptView, differ, differ_in_value, fits, same_bytes
 from layerstream.saying import warn
 from layerstream.stats import Stats
 from layerstream.torch_private import without_subclasses
@@ -34,61 +32,8 @@ from layerstream.transfer.unit import StreamedUnit
 from layerstream.weights.binding import BoundTensor
 from layerstream.weights.references import is_held, use_count
 
-_COMPARED_BYTES = 2**23  # at once: so much of home is on the device meanwhile
-_VERSION = operator.attrgetter("_version")
 # Kept views and entries of more than this are compared once a use of the pipeline, not at each pass of a component.
 _SMALL_BYTES = 2**28
-
-
-@dataclass(eq=False)
-class _KeptView:
-    """Memory that a unit has left. `tensor` is the weight that it was; `view` looks at the memory.
-
-    Attributes:
-        is_found: it was found there when it began to stream.
-        before: what it was when the pause that goes on began.
-    """
-
-    tensor: torch.Tensor
-    view: torch.Tensor
-    is_found: bool = False
-    before: torch.Tensor | None = None
-
-
-@dataclass(eq=False)
-class _Entry:
-    """An entry of a `state_dict`: memory at home, with a version counter of its own.
-
-    Attributes:
-        num_holders: tensors that looked at the memory when nobody but us had taken anything from the entry.
-    """
-
-    tensor: torch.Tensor
-    entry: torch.Tensor
-    version: int
-    num_holders: int
-
-    def is_held(self) -> bool:
-        """Whether somebody else has the entry, or what was made of it: a view, an array."""
-        return sys.getrefcount(self.entry) > 2 or is_held(self.entry, self.num_holders)
-
-
-@dataclass(eq=False)
-class _Held:
-    """Weights of a unit whose memory, as they were found, somebody has looked at since before they streamed.
-
-    Attributes:
-        versions: of these weights when the last call ended; empty: none did, or another has begun since.
-    """
-
-    bounds: list[BoundTensor]
-    versions: list[int] = field(default_factory=list)
-
-    def versions_now(self) -> list[int]:
-        """Call under `DisableTorchFunctionSubclass`."""
-        # One call in place of one for each: somebody may hold a `state_dict` of all there is.
-        return list(map(_VERSION, [bound.tensor for bound in self.bounds]))
-
 
 _Edited = defaultdict[StreamedUnit, set[BoundTensor]]  # whose device bytes are stale for it
 
@@ -108,9 +53,9 @@ class Edits:
     unit_of: Mapping[int, Any]
     stats: Stats
     wait: Callable[[StreamedUnit], list[torch.Tensor]]
-    _kept: list[_KeptView] = field(default_factory=list)
-    _entries: list[_Entry] = field(default_factory=list)
-    _held: dict[int, _Held] = field(default_factory=dict)  # by unit
+    _kept: list[KeptView] = field(default_factory=list)
+    _entries: list[Entry] = field(default_factory=list)
+    _held: dict[int, Held] = field(default_factory=dict)  # by unit
     _given: set[int] = field(default_factory=set)  # ids of weights whose entries are to be tracked
     _places: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)  # of tied weights when a pause begins
     _has_told: bool = False
@@ -142,14 +87,14 @@ class Edits:
         for bound, view in zip(unit.binding.tensors, views, strict=True):
             if view.numel() and bound not in but:
                 # `.data`: a view would keep what it was made of, and look held by that.
-                self._kept.append(_KeptView(bound.tensor, view.data))
+                self._kept.append(KeptView(bound.tensor, view.data))
 
     def keep_held(self, bounds: Iterable[BoundTensor]) -> None:
         """These weights are about to leave memory that is each one's own, not a slot's; some of it may be held."""
         for bound in bounds:
             view = bound.tensor.data
             if view.numel() and is_held(view, num_own=2):
-                self._kept.append(_KeptView(bound.tensor, view))
+                self._kept.append(KeptView(bound.tensor, view))
 
     def pointed_elsewhere(self, bounds: Sequence[BoundTensor]) -> None:
         """`weight.data = other`: memory that these weights had before is no longer theirs."""
@@ -171,7 +116,7 @@ class Edits:
             count = use_count(storage := entry.untyped_storage())
             num_holders = 0 if count is None else count - 1
             del storage
-            self._entries.append(_Entry(weight, entry, entry._version, num_holders))
+            self._entries.append(Entry(weight, entry, entry._version, num_holders))
 
     def held_before(self, found: Sequence[tuple[StreamedUnit, Sequence[BoundTensor]]]) -> None:
         """Units begin to stream, or do again after a pause, and somebody looks at the memory in which these weights of
@@ -185,8 +130,8 @@ class Edits:
         for unit, bounds in found:
             held = [bound for bound in bounds if id(bound.tensor) in before or id(bound.tensor) not in told]
             if held:
-                self._held[unit.index] = _Held(held)
-            self._kept += [_KeptView(b.tensor, b.home, is_found=True) for b in held if b.home is not b.master]
+                self._held[unit.index] = Held(held)
+            self._kept += [KeptView(b.tensor, b.home, is_found=True) for b in held if b.home is not b.master]
 
     def pass_begins(self) -> None:
         """What it writes is on the device alone, until it has ended: an interrupt may keep it from that."""
@@ -218,7 +163,7 @@ class Edits:
         binding = unit.binding
         found = binding.written()
         suspects = binding.tensors if unit.is_lent else binding.uncounted()
-        return [*found, *(b for b in suspects if b not in found and self._differ(b.tensor.data, b.master))]
+        return [*found, *(b for b in suspects if b not in found and differ(b.tensor.data, b.master))]
 
     def settle_of(self, units: Collection[StreamedUnit]) -> set[StreamedUnit]:
         """The same as `settle` of these units alone, which somebody is about to read between two calls."""
@@ -262,7 +207,7 @@ class Edits:
         """What was written on the device is home now; views that are kept see it, as of a resident weight."""
         for bound in bounds:
             for kept in self._kept:
-                if kept.tensor is bound.tensor and _fits(kept.view, bound):
+                if kept.tensor is bound.tensor and fits(kept.view, bound):
                     kept.view.copy_(bound.master)
 
     def before_pause(self) -> None:
@@ -287,7 +232,7 @@ class Edits:
         self._kept = [kept for kept in self._kept if self._bound_of(kept.tensor) is not None]
         for kept in self._kept:
             bound, before, kept.before = self._bound_of(kept.tensor), kept.before, None
-            if bound is not None and before is not None and not _same_bytes(kept.view.to("cpu"), before):
+            if bound is not None and before is not None and not same_bytes(kept.view.to("cpu"), before):
                 self._take(kept.view, bound)
         self.came_home([bound for kept in self._kept if (bound := self._bound_of(kept.tensor)) is not None])
         for each in self._entries:
@@ -329,33 +274,33 @@ class Edits:
                 self._take(each.entry, bound)
                 edited[self._unit_of(each.tensor)].add(bound)
 
-    def _of_kept(self, edited: _Edited, kept_views: Iterable[_KeptView]) -> None:
+    def _of_kept(self, edited: _Edited, kept_views: Iterable[KeptView]) -> None:
         for kept in kept_views:
             bound = self._bound_of(kept.tensor)
-            if bound is None or not _fits(kept.view, bound):
+            if bound is None or not fits(kept.view, bound):
                 continue
             unit = self._unit_of(kept.tensor)
             slot = unit.slot
             if slot is not None and slot.start <= kept.view.data_ptr() < slot.end:
                 self.wait(unit)  # it was left to whoever looks at it, and is being loaded again
-            if self._differs_in_value(kept.view, bound.master):
+            if differ_in_value(kept.view, bound.master):
                 self._take(kept.view, bound)
                 edited[unit].add(bound)
 
-    def _of_entries(self, edited: _Edited, entries: Iterable[_Entry]) -> None:
+    def _of_entries(self, edited: _Edited, entries: Iterable[Entry]) -> None:
         for each in entries:
             entry, bound = each.entry, self._bound_of(each.tensor)
-            if bound is None or not _fits(entry, bound):
+            if bound is None or not fits(entry, bound):
                 continue
             unit = self._unit_of(each.tensor)
             if entry.data_ptr() != bound.master.data_ptr():
-                if not _same_bytes(entry, bound.master):
+                if not same_bytes(entry, bound.master):
                     self._take(entry, bound)
                     edited[unit].add(bound)
             elif not unit.is_lent and self._is_older(unit, bound):
                 edited[unit].add(bound)
 
-    def _of_held(self, edited: _Edited, held_of: Mapping[int, _Held], *, compares: bool) -> None:
+    def _of_held(self, edited: _Edited, held_of: Mapping[int, Held], *, compares: bool) -> None:
         for index, held in held_of.items():
             unit = self.units.get(index)
             if unit is None or unit.is_lent or unit.slot is None:
@@ -375,7 +320,7 @@ class Edits:
         if there is None or bound in unit.binding.uncounted():
             return False
         is_written = not is_counted_at_home and unit.is_present and bound in unit.binding.written()
-        return not is_written and self._differ(there, bound.master)
+        return not is_written and differ(there, bound.master)
 
     def _with_others_home(self, edited: _Edited) -> set[StreamedUnit]:
         for unit, bounds in edited.items():
@@ -396,7 +341,7 @@ class Edits:
 
     def _take(self, edited: torch.Tensor, bound: BoundTensor) -> None:
         """What somebody wrote is what the weight is from now on."""
-        if not _fits(edited, bound):
+        if not fits(edited, bound):
             return
         self._unit_of(bound.tensor).home.write(bound, edited)
         self.came_home([bound])
@@ -418,37 +363,3 @@ class Edits:
         if unit.slot is None:
             return None
         return self.wait(unit)[unit.binding.tensors.index(bound)]  # loaded ahead, perhaps before it was written
-
-    def _differ(self, there: torch.Tensor, home: torch.Tensor) -> bool:
-        """Whether a tensor on the device differs from the bytes at home; waits for the device."""
-        if there.shape != home.shape or there.dtype != home.dtype or there.stride() != home.stride():
-            return True
-        if not home.numel():
-            return False
-        return not all(map(self._are_equal, _chunks(there), _chunks(home)))
-
-    def _differs_in_value(self, view: torch.Tensor, home: torch.Tensor) -> bool:
-        """The same of memory that a weight was found in, whose strides the device does not keep."""
-        if view.stride() == home.stride():
-            return self._differ(view, home)
-        return not _same_bytes(view.to(home.device), home)
-
-    def _are_equal(self, there: torch.Tensor, home: torch.Tensor) -> bool:
-        try:
-            return torch.equal(there, home.to(there.device))
-        except torch.OutOfMemoryError:  # the budget is full
-            return torch.equal(there.to(home.device), home)
-
-
-def _fits(tensor: torch.Tensor, bound: BoundTensor) -> bool:
-    return tensor.dtype == bound.dtype and tuple(tensor.shape) == bound.shape
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
-
-
-def _chunks(dense: torch.Tensor) -> Iterator[torch.Tensor]:
-    flat = bytes_of(dense)
-    for start in range(0, flat.numel(), _COMPARED_BYTES):
-        yield flat[start : start + _COMPARED_BYTES]

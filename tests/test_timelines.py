@@ -170,8 +170,8 @@ def test_a_wrong_window_is_said_and_nothing_is_drawn(
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"no JSON", b"\xff\xfe", b"3", b"[]", b"{}", b'{"traceEvents": [{"ph": "X"}]}', gzip.compress(b"{}", mtime=0),
-        b"\x1f\x8b and no more", gzip.compress(b"{}" * 99, mtime=0)[:-9],
+        b"", b"no JSON", b"\xff\xfe", b"3", b"[]", b"{}", b'{"traceEvents": [{"ph": "X"}]}',
+        gzip.compress(b"{}", mtime=0), b"\x1f\x8b and no more", gzip.compress(b"{}" * 99, mtime=0)[:-9],
     ],
 )  # fmt: skip
 def test_what_is_no_trace_is_said(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

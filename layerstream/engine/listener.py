@@ -27,10 +27,11 @@ from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
 from layerstream.engine.session import Session
 from layerstream.hooks import compiled
+from layerstream.hooks.entrances import Entrance
 from layerstream.hooks.outputs import refuse_backward
 from layerstream.transfer.timeline import BLOCKS
 from layerstream.transfer.timing import PassTimer
-from layerstream.transfer.unit import kept_out_of_slots
+from layerstream.transfer.unit import StreamedUnit, kept_out_of_slots
 
 _FRAMES_TO_CALLER = 2  # a method of the listener, and what keeps dynamo out of it
 
@@ -260,11 +261,20 @@ class EngineListener:
         present, all at once. No other thread evicts them before the `with` block is left."""
         is_grad = _is_grad_enabled()
         with self._gate.reading():
-            self.make_present(units, is_grad)
-            yield
+            looked_at = self.make_present(units, is_grad)
+            try:
+                yield
+            finally:
+                if looked_at:
+                    with self._mutex:
+                        self._residency.guard_again(looked_at)
 
-    def make_present(self, indices: Sequence[int], is_grad: bool) -> None:
-        """Load units for code that reads them outside of their blocks; in the middle of a call or between two."""
+    def make_present(self, indices: Sequence[int], is_grad: bool) -> Sequence[StreamedUnit]:
+        """Load units for code that reads them outside of their blocks; in the middle of a call or between two.
+
+        Returns: those of another phase that are kept on the device, and that somebody looks at without calling a part
+            of their component. The next who looks at them may do that, which needs room.
+        """
         lane = self._lanes.here
         with self._mutex:
             # Else streaming ended meanwhile, and all is plain.
@@ -275,10 +285,14 @@ class EngineListener:
                 self._residency.unguard(units)
                 with engine_tensors():
                     self._residency.use(units, is_touch=True, is_grad=is_grad)
-                return
-            if self._gate.is_inside_call:
-                for component in {unit.spec.component for unit in units}:
-                    self.look_for_entrance(component)
+                return ()
+            kept = [unit for unit in units if unit.is_present and not self._passes.is_of_phase(unit)]
+            parts = {}
+            for component in dict.fromkeys(unit.spec.component for unit in units):
+                is_inside = self._gate.is_inside_call
+                entrance = self.look_for_entrance(component) if is_inside else self._entrance_between_calls(component)
+                if entrance is not None:
+                    parts[component] = str(entrance)
             if not all(unit.is_present for unit in units) and self._gate.is_inside:
                 # Not in another thread's pause, which that thread may be about to end.
                 self._catch_up_unless_others_run(lane, None)
@@ -288,29 +302,38 @@ class EngineListener:
             self._residency.unguard(units)
             self._residency.wait_on_this_stream()
             missing = [unit for unit in units if not unit.is_present]
-            if missing:
-                self._passes.begin_by_touch(lane, missing, is_grad)
+            if missing or parts:
+                self._passes.begin_by_touch(lane, {u.spec.component: None for u in missing} | parts, parts, is_grad)
+                missing = [unit for unit in units if not unit.is_present]  # what was kept may have made way
             self._edits.lend(units)  # first: what is cloned is lent, and goes when the next call begins
             if missing:
                 with engine_tensors():
                     self._residency.use(missing, is_touch=True, is_grad=is_grad)
-            if not self._lanes.others_run(lane):
-                self._residency.guard()
+            if self._lanes.others_run(lane):
+                return ()
+            self._residency.guard()
+            return [unit for unit in kept if unit.spec.component not in parts]
 
     def changing(self, component: str) -> contextlib.AbstractContextManager[None]:
         """A component, or a part of it, is about to be cast."""
         return self._change(component)
 
-    def look_for_entrance(self, component: str) -> bool:
+    def look_for_entrance(self, component: str) -> Entrance | None:
         """A block runs, or a weight is read, outside of what is watched: watch what has called it from now on. Returns
-        whether there is such."""
-        entrance, is_new = self._attached.entrances.find(component)
+        that, where there is such."""
+        return self._watched(component, *self._attached.entrances.find(component))
+
+    # ---- inside
+
+    def _entrance_between_calls(self, component: str) -> Entrance | None:
+        """The same for what reads a weight while no call of a pipeline runs: somebody who looks at it, or a part."""
+        return self._watched(component, *self._attached.entrances.find(component, is_between_calls=True))
+
+    def _watched(self, component: str, entrance: Entrance | None, is_new: bool) -> Entrance | None:
         if entrance is not None and is_new:
             _log.debug("`%s` is entered by `%s`, which is watched from now on", component, entrance)
             self._attached.watch_entrance(entrance, component, self)
-        return entrance is not None
-
-    # ---- inside
+        return entrance
 
     def _catch_up_unless_others_run(self, lane: Lane, component: str | None) -> None:
         if not self._lanes.others_run(lane):

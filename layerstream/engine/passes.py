@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class Passes:
         *,
         reads: Collection[StreamedUnit] | None = None,
         is_block: bool = False,
+        part: str = "",
     ) -> None:
         """A component is entered from outside: make its phase the current one, and its base present.
 
@@ -107,6 +108,7 @@ class Passes:
             entry: the method by which it is entered; "": its forward.
             reads: the units that it may use; None: all of the component's.
             is_block: it is entered by a block, of which `entry` is the stack.
+            part: the method that reads weights, and was not known before; the entry is READ.
         """
         lane.handled = sys.exc_info()[1]
         self._replay.stop()  # of a pass that was interrupted: nobody has told of its end
@@ -135,7 +137,7 @@ class Passes:
         if self._transfer.extra:  # what the plan has no room for
             with engine_tensors():
                 self._residency.drop_extra_slots(held=[])
-        begun = (component, entry, shapes_of(args, kwargs), is_grad)
+        begun = (component, entry, ((part, ()),) if part else shapes_of(args, kwargs), is_grad)
         self._timer.end()
         if not self._is_as_before(begun):
             # When weights are read no block runs, and beside the main lane two passes do.
@@ -176,6 +178,11 @@ class Passes:
         elif self._ledger.is_settled:
             self._phase_changes.quieten(phase_plan)
 
+    def is_of_phase(self, unit: StreamedUnit) -> bool:
+        """Whether a unit is of a component of the phase that is laid out."""
+        applied = self._session.applied
+        return applied is None or bool({unit.spec.component, *unit.spec.also} & set(applied.phase.components))
+
     def settle_before_reading(self, units: Sequence[StreamedUnit]) -> None:
         """Code between two calls reads weights: what was written elsewhere to these is there."""
         self._residency.notice_interrupt()
@@ -185,13 +192,18 @@ class Passes:
                 self._residency.discard(self._edits.settle_of(units))
             self._ledger.forgive(self._device.num_ooms() - num_ooms)
 
-    def begin_by_touch(self, lane: Lane, units: Sequence[StreamedUnit], is_grad: bool) -> None:
+    def begin_by_touch(self, lane: Lane, components: Iterable[str], parts: Mapping[str, str], is_grad: bool) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
-        its phase, because a VAE and a denoiser may not fit beside each other."""
-        for component in dict.fromkeys(unit.spec.component for unit in units):
+        its phase, because a VAE and a denoiser may not fit beside each other.
+
+        Args:
+            parts: of the component that is being called, the method that reads its own weights; it begins anew, as it
+                takes more than whoever looked before.
+        """
+        for component in components:
             applied = self._session.applied
-            if applied is None or component not in applied.phase.components:
-                self.begin(lane, component, READ, (), {}, is_grad)
+            if applied is None or component not in applied.phase.components or component in parts:
+                self.begin(lane, component, READ, (), {}, is_grad, part=parts.get(component, ""))
 
     def end(self, lane: Lane) -> None:
         """An outermost call ended, perhaps by an exception."""
@@ -280,6 +292,7 @@ class Passes:
             # Discarded only once all are at home: one's weight may have been pointed at another's memory.
             stale: list[StreamedUnit] = []
             for unit in self._edits.lent:
+                self._residency.unguard([unit])
                 if not unit.is_present:
                     unit.is_lent = False
                 elif unit.is_cloned:

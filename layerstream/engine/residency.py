@@ -310,6 +310,12 @@ class Residency:
             if unit.is_present and not unit.binding.is_guarded and not unit.is_lent:
                 unit.binding.guard()
 
+    def guard_again(self, units: Iterable[StreamedUnit]) -> None:
+        """Whoever has looked at these is done: the next one is noticed as well."""
+        for unit in units:
+            if unit.index in self.units and unit.is_present and not unit.binding.is_guarded:
+                unit.binding.guard()
+
     def unguard_for_call(self, units: Iterable[StreamedUnit]) -> None:
         """A call begins that uses these units; `guard` is to follow."""
         self._is_guarding = False

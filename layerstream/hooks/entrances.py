@@ -57,15 +57,19 @@ class EntranceFinder:
         self.modules = {module: place for module, place in self.modules.items() if module not in gone}
         self._found = {(owner, name) for owner, name in self._found if owner not in gone}
 
-    def find(self, component: str) -> tuple[Entrance | None, bool]:
+    def find(self, component: str, *, is_between_calls: bool = False) -> tuple[Entrance | None, bool]:
         """The outermost method of a module of `component` that is running in this thread, and whether it is new.
 
         A module's own `__call__` counts as its `forward`.
+
+        Args:
+            is_between_calls: it is seldom asked for, however often in vain.
         """
         searches = self._num_searches.get(component, _MOST_SEARCHES)
-        if searches >= _MOST_SEARCHES:
-            return None, False
-        self._num_searches[component] = searches + 1
+        if not is_between_calls:
+            if searches >= _MOST_SEARCHES:
+                return None, False
+            self._num_searches[component] = searches + 1
         outermost: Entrance | None = None
         for owner, code in _methods(sys._getframe(1)):
             place = self.modules.get(id(owner))

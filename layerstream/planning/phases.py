@@ -21,7 +21,8 @@ from layerstream.planning.phase_plan import Phase
 
 Shapes = tuple[tuple[Hashable, tuple[int, ...]], ...]  # (dtype, shape) of every tensor passed
 
-# The entry of a component whose weights are read while nothing runs. What that takes says nothing of what follows.
+# The entry of a component whose weights are read while nothing runs: by somebody who looks at them, which says nothing
+# of what follows, or by a part of it that was called and is not known yet, whose name is in the place of a dtype.
 READ = "(weights)"
 GROWTH = 1.25
 # A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
@@ -49,6 +50,11 @@ class Key:
     entry: str
     shapes: Shapes
     is_grad: bool = False
+
+    @property
+    def is_look(self) -> bool:
+        """Whether somebody looks at weights, and calls nothing."""
+        return self.entry == READ and not self.shapes
 
     @property
     def num_elements(self) -> int:
@@ -202,10 +208,10 @@ class PhaseTracker:
             self._run[group] = []
             self.current = group
         run = self._run[group]
-        if key.entry != READ and any(r.key.entry == READ for r in run):
+        if not key.is_look and any(r.key.is_look for r in run):
             # What was read before the first call of a phase says nothing, and would keep it unknown.
-            run = self._run[group] = [r for r in run if r.key.entry != READ]
-        if kind not in run and (key.entry != READ or not run):
+            run = self._run[group] = [r for r in run if not r.key.is_look]
+        if kind not in run and (not key.is_look or not run):
             run.append(kind)
         self._entered = kind
         return kind
@@ -339,7 +345,7 @@ class PhaseTracker:
         return max(known) if known and len(known) == len(found) else None
 
     def _kind(self, key: Key) -> CallKind:
-        if key.entry == READ:  # a call of the component is to follow, perhaps of a part that nobody knows of
+        if key.is_look:  # a call of the component is to follow, perhaps of a part that nobody knows of
             measured = [r for k, r in self._kinds.items() if k.component == key.component and r.is_measured]
             return max(measured, key=lambda r: r.over_bytes or 0, default=CallKind(key, num_missing=_MOST_KEYS))
         known = self._kinds.pop(key, None)

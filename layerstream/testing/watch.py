@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerstream.engine.streamer import Streamer
+from layerstream.hooks.entrances import Entrance
 from layerstream.testing.findings import Findings
 from layerstream.transfer.unit import StreamedUnit
 
@@ -50,15 +51,15 @@ class EngineWatch:
         self._counts = counts
         return self._make_room(unit, held)
 
-    def _noting_reading(self, indices: Sequence[int], is_grad: bool) -> None:
+    def _noting_reading(self, indices: Sequence[int], is_grad: bool) -> Sequence[StreamedUnit]:
         """Something looks at weights that are not bound to the device, be they on their way or not."""
         if self.is_settled:
             for unit in indices:
                 if not self._engine._units[unit].is_present:
                     self._findings.read_outside(self._engine, unit)
-        self._make_present(indices, is_grad)
+        return self._make_present(indices, is_grad)
 
-    def _noting_search(self, component: str) -> bool:
+    def _noting_search(self, component: str) -> Entrance | None:
         if self.is_settled:
             self._findings.entered_from_outside(self._engine, component)
         return self._look(component)

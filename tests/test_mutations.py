@@ -213,6 +213,7 @@ def device_memory_left(patch: pytest.MonkeyPatch) -> None:
 
 def nobody_is_noticed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(residency.Residency, "guard", lambda self: None)
+    patch.setattr(residency.Residency, "notice_interrupt", lambda self: None)
 
 
 def what_is_lent_is_forgotten(patch: pytest.MonkeyPatch) -> None:

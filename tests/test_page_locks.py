@@ -38,7 +38,8 @@ class Counting(SimulatedDevice):
 
 
 @pytest.fixture
-def device() -> Iterator[Counting]:
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+    monkeypatch.setattr(page_locks, "_IDLE_S", 1.0)  # on a busy machine what follows at once may take longer than 0.25
     made = Counting(copies="late", is_poisoned=True)
     yield made
     until(lambda: not made.registered)

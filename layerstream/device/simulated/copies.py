@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -37,19 +36,22 @@ class CopyQueue:
 
     def add(self) -> Copy:
         """Issue a copy; its pairs are added to it."""
-        self.last = copy = Copy([])
-        self._queue.append(copy)
-        return copy
+        with self._lock:
+            self.last = copy = Copy([])
+            self._queue.append(copy)
+            return copy
 
     def drop_if_empty(self, copy: Copy) -> None:
         """It failed. Pairs that were issued before are on their way."""
-        if not copy.pairs:
-            self._queue.remove(copy)
-            copy.is_done = True
+        with self._lock:
+            if not copy.pairs:
+                self._queue.remove(copy)
+                copy.is_done = True
 
-    def sources(self) -> Iterator[torch.Tensor]:
+    def sources(self) -> list[torch.Tensor]:
         """What is still read."""
-        return (source for copy in self._queue for _, source in copy.pairs)
+        with self._lock:
+            return [source for copy in self._queue for _, source in copy.pairs]
 
     def progress(self) -> None:
         """Time passes."""

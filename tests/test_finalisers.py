@@ -23,7 +23,7 @@ from layerstream.device.simulated import SimulatedDevice
 from layerstream.finalisers import FinaliserLock
 from layerstream.host import memory
 from layerstream.host.memory import MemoryMaps, PageMapping
-from layerstream.host.page_locks import Hold, PageLocks
+from layerstream.host.page_locks import PageLocks
 from layerstream.model.adapters import registry
 from layerstream.model.adapters.registry import adapter_for
 from layerstream.pipeline import owners, watch
@@ -110,7 +110,7 @@ class Collecting(SimulatedDevice):
 def test_page_locks_of_a_dropped_store_go_once_others_are_taken() -> None:
     device, locks = Collecting(), PageLocks()
     first, second = PageMapping(4096), PageMapping(4096)
-    dropped = [Hold(lock) for lock in locks.acquire(device, [first.range]) if lock is not None]
+    dropped = locks.acquire(device, [first.range])
     kept: list[Any] = [first]
     device.collect = lambda: locks.release_all_when_free(device, dropped, kept)
 
@@ -122,7 +122,7 @@ def test_page_locks_of_a_dropped_store_go_once_others_are_taken() -> None:
     assert kept == []
     assert set(device.registered) == {first.range[0], second.range[0]}
     device.collect = lambda: None
-    locks.release(device, [Hold(first.range), Hold(second.range)])
+    locks.release(device, [first.range, second.range])
     assert not device.registered
     assert not len(locks)
 

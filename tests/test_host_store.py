@@ -764,7 +764,7 @@ def test_locks_are_disjoint_counted_and_hold_what_they_say(
                 assert refused or locks.overlapping(span) is not None
     assert device.registered == {start: end - start for start, end in held}
     while held:
-        locks.release(device, [page_locks.Hold(held.pop())])
+        locks.release(device, [held.pop()])
         assert device.registered == {start: end - start for start, end in held}
     assert not len(locks)
 

@@ -218,7 +218,6 @@ class Device(DeviceMemory, Streams, CopyEngine, HostLocks, Protocol):
     torch_device: torch.device
     name: str
     is_simulated: bool
-    unlocks_behind: bool  # whether page locks that nobody holds are given up by a thread
     is_named_apart: bool  # whether `torch_device` and host memory have different names to torch
 
 

@@ -116,7 +116,6 @@ class CudaDevice:
     """
 
     is_simulated = False
-    unlocks_behind = True
     is_named_apart = True
 
     def __init__(self, torch_device: torch.device) -> None:
@@ -292,9 +291,8 @@ class CudaDevice:
         return error == 0
 
     def unregister(self, address: int) -> None:
-        with torch.cuda.device(self.torch_device):  # in a thread of its own, too
-            if int(self._cudart.cudaHostUnregister(address)):
-                _clear_sticky_error()
+        if int(self._cudart.cudaHostUnregister(address)):
+            _clear_sticky_error()
 
     def pinned_staging(self, num_bytes: int) -> torch.Tensor | None:
         try:

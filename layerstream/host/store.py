@@ -45,7 +45,7 @@ from layerstream.host.memory import (
     trim_heap,
     whole_pages,
 )
-from layerstream.host.page_locks import Hold, PageLocks, page_locks_of
+from layerstream.host.page_locks import PageLocks, page_locks_of
 from layerstream.saying import warn
 from layerstream.weights.binding import BoundTensor, UnitBinding
 
@@ -90,7 +90,7 @@ class Stretches:
                 needed += locked[1] - locked[0] if locks.overlapping(locked) is None else 0
             elif is_file:
                 needed += sum(bound.num_bytes for bound in inside)
-        _refuse_too_much(needed, self.files, locks)
+        _refuse_too_much(needed, self.files)
 
     def of(self, bound: BoundTensor) -> Range | None:
         """What is locked so that a tensor can stay; None: it cannot."""
@@ -107,13 +107,10 @@ def _locked_for(stretch: Range, own: Sequence[Range], locks: PageLocks, *, is_fi
     return wanted if covered >= _LEAST_SHARE_OF_STRETCH * (wanted[1] - wanted[0]) else None
 
 
-def _refuse_too_much(num_bytes: int, spans: Iterable[Range], locks: PageLocks) -> None:
+def _refuse_too_much(num_bytes: int, spans: Iterable[Range]) -> None:
     """Raise if so much of files, or of a GPU, cannot become memory of this process, where all of it must be to be
     page-locked."""
     room = available_bytes()
-    if room is not None and num_bytes > (1 - _SPARED_SHARE) * room[0]:
-        locks.unlock_idle()  # memory that nobody has any more may be locked still
-        room = available_bytes()
     if room is None or num_bytes <= (1 - _SPARED_SHARE) * room[0]:
         return
     num_bytes -= anonymous_bytes(list(spans))  # what was written to before; asked last, because it takes long
@@ -215,12 +212,12 @@ class HostStore:
         """Give up the page locks of a home that is no unit's any more; idempotent. No copy from it may be in flight."""
         if home in self._homes:
             self._homes.remove(home)
-            page_locks_of(self._device).release(self._device, _taken_holds([home]))
+            page_locks_of(self._device).release(self._device, _taken_locks([home]))
 
     def close(self) -> None:
-        """Release the page locks, perhaps behind; idempotent. No copy may be in flight."""
+        """Release the page locks; idempotent. No copy may be in flight."""
         self._release.detach()  # whatever happens now, happens once
-        page_locks_of(self._device).release_all(self._device, _taken_holds(self._homes), self._homes)
+        page_locks_of(self._device).release_all(self._device, _taken_locks(self._homes), self._homes)
 
     def _wanted(self, locks: PageLocks) -> list[list[Range]]:
         """What each unit needs locked: its stretches; neighbours as one, where they are its alone."""
@@ -272,15 +269,12 @@ class HostStore:
 
 
 def _release_dropped(device: Device, locks: PageLocks, homes: list[RawHome]) -> None:
-    locks.release_all_when_free(device, _taken_holds(homes), homes)
+    locks.release_all_when_free(device, _taken_locks(homes), homes)
 
 
-def _taken_holds(homes: Sequence[RawHome]) -> list[Hold]:
-    """The page locks of homes, which are theirs no longer, and the memory of theirs that is in them."""
-    taken = []
+def _taken_locks(homes: Sequence[RawHome]) -> list[Range]:
+    """The page locks of homes, which are theirs no longer."""
+    taken = [lock for home in homes for lock in home.locks]
     for home in homes:
-        sources = [(source, source.data_ptr()) for source, _, _ in home.ranges]
-        for lock in home.locks:
-            taken.append(Hold(lock, tuple(source for source, at in sources if lock[0] <= at < lock[1])))
         home.locks = []
     return taken

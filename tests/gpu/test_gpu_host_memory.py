@@ -91,24 +91,3 @@ def test_any_copy_by_user_code_works(where: Callable[[list[int], Path], list[tor
             assert torch.equal(model(x.cuda()), expected)
     for parameter, value in zip(model.parameters(), values, strict=True):
         assert torch.equal(parameter, value)
-
-
-def test_pages_are_unlocked_behind_while_the_weights_are_used() -> None:
-    tensors = [PageMapping(32 * MIB).cut(0, 32 * MIB).view(torch.float32).normal_() for _ in range(24)]
-    values = [t.clone() for t in tensors]
-    model = Weights(tensors)
-    x = torch.zeros((), dtype=torch.float64)
-    for number in range(4):
-        with layerstream.offload(model, vram_budget="min") as streamer, torch.no_grad():
-            model(x.cuda())
-            assert streamer.stats().pinned_bytes == 24 * 32 * MIB
-        idle = page_locks._REAL.num_idle
-        assert idle == 24
-        if number % 2:  # they are copied from while they are unlocked
-            while page_locks._REAL.num_idle:
-                for parameter, value in zip(model.parameters(), values, strict=True):
-                    copied = parameter.detach().to("cuda", non_blocking=True)
-                    assert torch.equal(copied.cpu(), value)
-        for parameter, value in zip(model.parameters(), values, strict=True):
-            assert torch.equal(parameter, value)
-    torch.cuda.synchronize()

@@ -31,7 +31,6 @@ class SimulatedDevice:
         is_poisoned: fill a slot with NaN while a copy into it is queued.
         link_gb_per_s: speed of the simulated bus.
         refuses_pinning: `register` answers False, as under WSL or a memlock limit.
-        unlocks_behind: page locks that nobody holds are given up by a thread.
         is_named_apart: a module that is moved to "cpu" is moved off the device.
         seed: of the "random" order.
     """
@@ -49,14 +48,12 @@ class SimulatedDevice:
         is_poisoned: bool = False,
         link_gb_per_s: float = 50.0,
         refuses_pinning: bool = False,
-        unlocks_behind: bool = False,
         is_named_apart: bool = False,
         seed: int = 0,
     ) -> None:
         self.is_poisoned = is_poisoned
         self.link_gb_per_s = link_gb_per_s
         self.refuses_pinning = refuses_pinning
-        self.unlocks_behind = unlocks_behind
         self.is_named_apart = is_named_apart
         self.operations: deque[str] = deque(maxlen=_REMEMBERED_OPERATIONS)  # the last ones, by name
         self.num_operations = 0

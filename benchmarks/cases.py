@@ -61,7 +61,7 @@ class Case:
         repeated: what a call repeats; its times are told, and what limits them.
         experts: the denoisers that take turns within a call, with a timestep of each.
         num_steps: timed steps of the denoiser alone; None: as many passes as are asked for.
-        is_without_cudnn: attention goes without cuDNN's kernels.
+        is_without_cudnn: attention goes without cuDNN's kernels, with which the resident model does not repeat itself.
     """
 
     guidance: str

@@ -176,7 +176,7 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    alike = [r for r in records if (r["case"], r["form"]) == (case, form)]
+    alike = _of_one_gpu([r for r in records if (r["case"], r["form"]) == (case, form)])
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for method, extrapolated in sorted({_kind(r) for r in alike}, key=lambda kind: (_METHODS.index(kind[0]), kind[1])):
         points = sorted(

@@ -486,6 +486,11 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     assert "|" not in readme.read_text(), "there are no whole calls"
     plots.make(tmp_path, readme, page)
     assert page.read_text() == text
+    drawn = picture.read_bytes()
+    other = {**base, "method": "layerstream", "vram_budget": "6GiB", "gpu": "H", "ms_per_pass": 120.0}
+    (tmp_path / "ovis_h_20261124.json").write_text(json.dumps([other]))
+    (picture,) = plots.make(tmp_path, readme, page)
+    assert picture.read_bytes() == drawn, "a picture is of one GPU"
 
 
 def call_of(method: str, budget: str | None, seconds: float | None, gib: float = 10, **fields: Any) -> dict[str, Any]:

@@ -1102,6 +1102,52 @@ def test_a_weight_edited_while_graphs_have_what_it_was(budget: str) -> None:
     assert_alike(model, resident)
 
 
+@pytest.mark.parametrize("held", ["a state_dict from before", "a state_dict", "an array from before"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_view_that_a_hook_kept_of_a_weight_that_is_held_at_home_too(held: str, budget: str) -> None:
+    """Either may be written to, and nothing but the bytes tells which was."""
+    resident, model = toy(), toy()
+
+    def at_home(each: Toy) -> torch.Tensor:
+        if held == "an array from before":
+            return torch.from_numpy(each.blocks[-1].scale.detach().numpy())
+        return each.state_dict()["blocks.5.scale"]
+
+    before = None if held == "a state_dict" else [at_home(each) for each in (resident, model)]
+    views: list[torch.Tensor] = []
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        for _ in range(3):
+            assert_equal(run(model), run(resident))
+        homes = before or [at_home(each) for each in (resident, model)]
+        for each in (resident, model):
+            handle = each.blocks[-1].register_forward_hook(lambda module, *_: views.append(module.scale.data))
+            run(each, passes=1)
+            handle.remove()
+        for number in range(4):
+            for some in (views, homes)[:: 1 if number % 2 else -1]:
+                for view in some:
+                    view.add_(0.5)
+                assert_equal(run(model), run(resident))
+    assert_alike(model, resident)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_an_array_of_an_entry_and_then_another_state_dict(budget: str) -> None:
+    resident, model = toy(), toy()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        arrays = []
+        for each in (resident, model):
+            run(each)
+            arrays.append(each.state_dict()["blocks.4.up.weight"].numpy())
+            for _ in range(2):
+                assert len(each.state_dict())
+        for number in range(5):
+            for array in arrays:
+                array[number] = number
+            assert_equal(run(model), run(resident))
+    assert_alike(model, resident)
+
+
 def assert_alike(model: nn.Module, resident: nn.Module) -> None:
     expected = resident.state_dict()
     for name, tensor in model.state_dict().items():

@@ -30,7 +30,7 @@ from layerstream.stats import Stats
 from layerstream.torch_private import without_subclasses
 from layerstream.transfer.unit import StreamedUnit
 from layerstream.weights.binding import BoundTensor
-from layerstream.weights.references import is_held, use_count
+from layerstream.weights.references import is_held
 
 # Kept views and entries of more than this are compared once a use of the pipeline, not at each pass of a component.
 _SMALL_BYTES = 2**28
@@ -57,6 +57,7 @@ class Edits:
     _entries: list[Entry] = field(default_factory=list)
     _held: dict[int, Held] = field(default_factory=dict)  # by unit
     _given: set[int] = field(default_factory=set)  # ids of weights whose entries are to be tracked
+    _homes: dict[int, torch.Tensor] = field(default_factory=dict)  # by the id of a weight: see `_remember_homes`
     _places: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)  # of tied weights when a pause begins
     _has_told: bool = False
     _has_lent: bool = False  # asked at each call, where going through all units would take longer
@@ -113,10 +114,8 @@ class Edits:
         """Entries of a `state_dict` that somebody has now, each with its weight; after `give`."""
         self._given = set()
         for weight, entry in entries:
-            count = use_count(storage := entry.untyped_storage())
-            num_holders = 0 if count is None else count - 1
-            del storage
-            self._entries.append(Entry(weight, entry, entry._version, num_holders))
+            self._entries.append(made := Entry(weight, entry, entry._version))
+            made.num_holders = made.count()
 
     def held_before(self, found: Sequence[tuple[StreamedUnit, Sequence[BoundTensor]]]) -> None:
         """Units begin to stream, or do again after a pause, and somebody looks at the memory in which these weights of
@@ -155,6 +154,7 @@ class Edits:
                         if bound in held.bounds and bound.has_form_of(bound.tensor):
                             unit.home.write(bound, bound.tensor.data)
                 held.versions = versions
+            self._remember_homes()
 
     # ---- what is found
 
@@ -210,6 +210,11 @@ class Edits:
                 if kept.tensor is bound.tensor and fits(kept.view, bound):
                     kept.view.copy_(bound.master)
 
+    def pause_begins(self) -> None:
+        """Before weights go home, and are taken hold of by other tensors of ours afterwards."""
+        for each in self._entries:
+            each.num_others = each.count() - each.num_holders
+
     def before_pause(self) -> None:
         """Weights are at home, and may be edited there or through what is kept."""
         tied = [kept.tensor for kept in self._kept] + [each.tensor for each in self._entries]
@@ -237,6 +242,8 @@ class Edits:
         self.came_home([bound for kept in self._kept if (bound := self._bound_of(kept.tensor)) is not None])
         for each in self._entries:
             each.version = each.entry._version
+            # What is given in this pause is told of by an entry of its own.
+            each.num_holders = max(0, each.count() - each.num_others - (id(each.tensor) in self._given))
         # What nobody holds any more was not told of when these units were attached anew.
         self._held = {
             index: held
@@ -255,6 +262,30 @@ class Edits:
         for held in self._held.values():
             held.bounds = [bound for bound in held.bounds if id(bound.tensor) not in gone]
             held.versions = []
+
+    def _remember_homes(self) -> None:
+        """Copies of what is at home now of weights that somebody has there, where somebody else has kept views of what
+        is on the device: what differs when the next call begins was written by either."""
+        self._homes = {}
+        units = {self.units.get(index) for index in self._held}
+        units |= {self._unit_of_id(id(each.tensor)) for each in self._entries}
+        aliased = [
+            unit
+            for unit in units
+            if unit is not None and unit.is_present and not unit.is_lent and unit.slot is not None
+            if unit.slot.is_aliased(num_bound=len(unit.binding.tensors))
+        ]
+        if not aliased:
+            return
+        watched = {id(bound.tensor) for held in self._held.values() for bound in held.bounds}
+        watched |= {id(each.tensor) for each in self._entries}
+        homes = {id(b.tensor): b.master for unit in aliased for b in unit.binding.tensors if id(b.tensor) in watched}
+        if sum(home.nbytes for home in homes.values()) <= _SMALL_BYTES:
+            self._homes = {weight: home.clone() for weight, home in homes.items()}
+
+    def _unit_of_id(self, weight: int) -> StreamedUnit | None:
+        record = self.unit_of.get(weight)
+        return None if record is None else self.units.get(record.unit)
 
     def _tell_of_large_ones(self) -> None:
         num_bytes = sum(k.view.nbytes for k in self._kept) + sum(e.entry.nbytes for e in self._entries)
@@ -320,7 +351,13 @@ class Edits:
         if there is None or bound in unit.binding.uncounted():
             return False
         is_written = not is_counted_at_home and unit.is_present and bound in unit.binding.written()
-        return not is_written and differ(there, bound.master)
+        if is_written or not differ(there, bound.master):
+            return False
+        before = self._homes.get(id(bound.tensor))
+        if before is None:
+            return True
+        self.lend([unit])  # somebody has views of what is there
+        return not same_bytes(before, bound.master)  # else it was written on the device
 
     def _with_others_home(self, edited: _Edited) -> set[StreamedUnit]:
         for unit, bounds in edited.items():

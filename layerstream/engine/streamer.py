@@ -315,6 +315,7 @@ class Streamer:
                 with engine_tensors(), contextlib.ExitStack() as afterwards:
                     self._ledger.end_interval()
                     self._passes.drop_times()  # perhaps of units that will be others
+                    self.edits.pause_begins()
                     self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
                     self.edits.before_pause()
             except BaseException:

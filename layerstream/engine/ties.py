@@ -11,7 +11,7 @@ import torch
 
 from layerstream.host.memory import bytes_of
 from layerstream.weights.binding import BoundTensor
-from layerstream.weights.references import is_held
+from layerstream.weights.references import is_held, use_count
 
 _COMPARED_BYTES = 2**23  # at once: so much of home is on the device meanwhile
 _VERSION = operator.attrgetter("_version")
@@ -38,12 +38,19 @@ class Entry:
 
     Attributes:
         num_holders: tensors that looked at the memory when nobody but us had taken anything from the entry.
+        num_others: how many more than those, when the pause that goes on began.
     """
 
     tensor: torch.Tensor
     entry: torch.Tensor
     version: int
-    num_holders: int
+    num_holders: int = 0
+    num_others: int = 0
+
+    def count(self) -> int:
+        """How many tensors look at the memory now; 0: torch does not tell."""
+        count = use_count(self.entry.untyped_storage())
+        return 0 if count is None else count - 1
 
     def is_held(self) -> bool:
         """Whether somebody else has the entry, or what was made of it: a view, an array."""

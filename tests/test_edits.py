@@ -1148,6 +1148,41 @@ def test_an_array_of_an_entry_and_then_another_state_dict(budget: str) -> None:
     assert_alike(model, resident)
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_kept_view_of_one_of_two_tied_weights_is_written_to(is_interrupted: bool, budget: str) -> None:
+    """Both are one at home: what the device has of the other is as old."""
+
+    def tied() -> Toy:
+        model = toy()
+        model.blocks[-1].scale = nn.Parameter(model.blocks[0].scale.data)
+        return model
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    resident, model = tied(), tied()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        assert_equal(run(model), run(resident))
+        views = [each.blocks[-1].scale.data for each in (resident, model)]
+        assert len(model.state_dict())  # a pause, after which the weights lie elsewhere on the device
+        for _ in range(4):
+            assert_equal(run(model), run(resident))
+        for _ in range(2):
+            if is_interrupted:
+                handle = model.blocks[3].down.register_forward_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    run(model)
+                handle.remove()
+            else:
+                assert_alike(pickle.loads(pickle.dumps(model)), resident)
+                assert model.head.weight.sum().isfinite()  # which lies with the tied ones
+            for view in views:
+                view.add_(0.5)
+            assert_equal(run(model), run(resident))
+    assert_alike(model, resident)
+
+
 def assert_alike(model: nn.Module, resident: nn.Module) -> None:
     expected = resident.state_dict()
     for name, tensor in model.state_dict().items():

@@ -371,8 +371,9 @@ class Edits:
             return
         if unit.binding.is_guarded:
             unit.binding.unguard()
+        homes = {bound.master.data_ptr() for bound in edited}  # of those that are tied to them, too
         for bound in self.written(unit):
-            if bound not in edited and bound.has_form_of(bound.tensor):
+            if bound.master.data_ptr() not in homes and bound.has_form_of(bound.tensor):
                 unit.home.write(bound, bound.tensor.data)
                 self.came_home([bound])
 

@@ -303,7 +303,7 @@ class EngineListener:
             self._residency.wait_on_this_stream()
             missing = [unit for unit in units if not unit.is_present]
             if missing or parts:
-                self._passes.begin_by_touch(lane, {u.spec.component: None for u in missing} | parts, parts, is_grad)
+                self._passes.begin_by_touch(lane, units, parts, is_grad)
                 missing = [unit for unit in units if not unit.is_present]  # what was kept may have made way
             self._edits.lend(units)  # first: what is cloned is lent, and goes when the next call begins
             if missing:

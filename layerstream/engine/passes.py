@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,17 +192,21 @@ class Passes:
                 self._residency.discard(self._edits.settle_of(units))
             self._ledger.forgive(self._device.num_ooms() - num_ooms)
 
-    def begin_by_touch(self, lane: Lane, components: Iterable[str], parts: Mapping[str, str], is_grad: bool) -> None:
+    def begin_by_touch(
+        self, lane: Lane, units: Sequence[StreamedUnit], parts: Mapping[str, str], is_grad: bool
+    ) -> None:
         """Code between two calls reads weights: of a VAE that is to decode next, say (`vae.latents_mean`). That begins
         its phase, because a VAE and a denoiser may not fit beside each other.
 
         Args:
-            parts: of the component that is being called, the method that reads its own weights; it begins anew, as it
-                takes more than whoever looked before.
+            parts: of a component that is being called, the method that reads its own weights; it begins a phase also
+                where these are there, kept beside another one.
         """
-        for component in components:
+        missing = {unit.spec.component for unit in units if not unit.is_present}
+        for component in dict.fromkeys(unit.spec.component for unit in units):
             applied = self._session.applied
-            if applied is None or component not in applied.phase.components or component in parts:
+            is_other = applied is None or component not in applied.phase.components
+            if is_other and (component in missing or component in parts):
                 self.begin(lane, component, READ, (), {}, is_grad, part=parts.get(component, ""))
 
     def end(self, lane: Lane) -> None:

@@ -283,10 +283,6 @@ class Edits:
         if sum(home.nbytes for home in homes.values()) <= _SMALL_BYTES:
             self._homes = {weight: home.clone() for weight, home in homes.items()}
 
-    def _unit_of_id(self, weight: int) -> StreamedUnit | None:
-        record = self.unit_of.get(weight)
-        return None if record is None else self.units.get(record.unit)
-
     def _tell_of_large_ones(self) -> None:
         num_bytes = sum(k.view.nbytes for k in self._kept) + sum(e.entry.nbytes for e in self._entries)
         if num_bytes > _SMALL_BYTES and not self._has_told:
@@ -346,7 +342,8 @@ class Edits:
                     del edited[unit]
 
     def _is_older(self, unit: StreamedUnit, bound: BoundTensor, *, is_counted_at_home: bool = False) -> bool:
-        """Whether the device has bytes of a weight that differ from those at home, and were not written there."""
+        """Whether the device has bytes of a weight that differ from those at home, and were not written there. Where
+        somebody has views of them, the unit is lent from now on."""
         there = self._on_device(unit, bound)
         if there is None or bound in unit.binding.uncounted():
             return False
@@ -356,7 +353,7 @@ class Edits:
         before = self._homes.get(id(bound.tensor))
         if before is None:
             return True
-        self.lend([unit])  # somebody has views of what is there
+        self.lend([unit])
         return not same_bytes(before, bound.master)  # else it was written on the device
 
     def _with_others_home(self, edited: _Edited) -> set[StreamedUnit]:
@@ -386,9 +383,12 @@ class Edits:
         self.stats.num_written_back += 1
 
     def _bound_of(self, tensor: torch.Tensor) -> BoundTensor | None:
-        record = self.unit_of.get(id(tensor))
-        unit = self.units.get(record.unit) if record is not None else None
+        unit = self._unit_of_id(id(tensor))
         return next((b for b in unit.binding.tensors if b.tensor is tensor), None) if unit is not None else None
+
+    def _unit_of_id(self, weight: int) -> StreamedUnit | None:
+        record = self.unit_of.get(weight)
+        return None if record is None else self.units.get(record.unit)
 
     def _unit_of(self, tensor: torch.Tensor) -> StreamedUnit:
         return self.units[self.unit_of[id(tensor)].unit]

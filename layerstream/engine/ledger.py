@@ -12,9 +12,10 @@ The last term is the key's reserve. In steady state nothing is read and nothing 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_bytes
@@ -307,9 +308,12 @@ class Ledger:
         if not (self.is_settled and plan.phase_of(self._kind.key.component).phase.is_repeated):
             self._check_passes()
 
-    def forgive(self, num_ooms: int) -> None:
-        """So many allocations of our own were refused, and done without."""
-        self._num_ooms += num_ooms
+    @contextlib.contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """Allocations of our own inside may be refused, and done without."""
+        num_ooms = self._device.num_ooms()
+        yield
+        self._num_ooms += self._device.num_ooms() - num_ooms
 
     def _check_passes(self) -> None:
         if not self._is_unchecked:

@@ -289,8 +289,7 @@ class EngineListener:
             kept = [unit for unit in units if unit.is_present and not self._passes.is_of_phase(unit)]
             parts = {}
             for component in dict.fromkeys(unit.spec.component for unit in units):
-                is_inside = self._gate.is_inside_call
-                entrance = self.look_for_entrance(component) if is_inside else self._entrance_between_calls(component)
+                entrance = self.look_for_entrance(component, is_between_calls=not self._gate.is_inside_call)
                 if entrance is not None:
                     parts[component] = str(entrance)
             if not all(unit.is_present for unit in units) and self._gate.is_inside:
@@ -301,11 +300,9 @@ class EngineListener:
                 self._passes.settle_before_reading(units)
             self._residency.unguard(units)
             self._residency.wait_on_this_stream()
-            missing = [unit for unit in units if not unit.is_present]
-            if missing or parts:
-                self._passes.begin_by_touch(lane, units, parts, is_grad)
-                missing = [unit for unit in units if not unit.is_present]  # what was kept may have made way
+            self._passes.begin_by_touch(lane, units, parts, is_grad)
             self._edits.lend(units)  # first: what is cloned is lent, and goes when the next call begins
+            missing = [unit for unit in units if not unit.is_present]  # what was kept may have made way
             if missing:
                 with engine_tensors():
                     self._residency.use(missing, is_touch=True, is_grad=is_grad)
@@ -318,22 +315,20 @@ class EngineListener:
         """A component, or a part of it, is about to be cast."""
         return self._change(component)
 
-    def look_for_entrance(self, component: str) -> Entrance | None:
+    def look_for_entrance(self, component: str, *, is_between_calls: bool = False) -> Entrance | None:
         """A block runs, or a weight is read, outside of what is watched: watch what has called it from now on. Returns
-        that, where there is such."""
-        return self._watched(component, *self._attached.entrances.find(component))
+        that, where there is such.
 
-    # ---- inside
-
-    def _entrance_between_calls(self, component: str) -> Entrance | None:
-        """The same for what reads a weight while no call of a pipeline runs: somebody who looks at it, or a part."""
-        return self._watched(component, *self._attached.entrances.find(component, is_between_calls=True))
-
-    def _watched(self, component: str, entrance: Entrance | None, is_new: bool) -> Entrance | None:
+        Args:
+            is_between_calls: no call of a pipeline runs: it may be somebody who just looks.
+        """
+        entrance, is_new = self._attached.entrances.find(component, is_between_calls=is_between_calls)
         if entrance is not None and is_new:
             _log.debug("`%s` is entered by `%s`, which is watched from now on", component, entrance)
             self._attached.watch_entrance(entrance, component, self)
         return entrance
+
+    # ---- inside
 
     def _catch_up_unless_others_run(self, lane: Lane, component: str | None) -> None:
         if not self._lanes.others_run(lane):

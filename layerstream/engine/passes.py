@@ -187,10 +187,8 @@ class Passes:
         """Code between two calls reads weights: what was written elsewhere to these is there."""
         self._residency.notice_interrupt()
         if self._edits:
-            num_ooms = self._device.num_ooms()
-            with engine_tensors():
+            with self._ledger.forgiving(), engine_tensors():
                 self._residency.discard(self._edits.settle_of(units))
-            self._ledger.forgive(self._device.num_ooms() - num_ooms)
 
     def begin_by_touch(
         self, lane: Lane, units: Sequence[StreamedUnit], parts: Mapping[str, str], is_grad: bool
@@ -200,7 +198,7 @@ class Passes:
 
         Args:
             parts: of a component that is being called, the method that reads its own weights; it begins a phase also
-                where these are there, kept beside another one.
+                where these are there, kept beside another one. Who looks at what is there begins none.
         """
         missing = {unit.spec.component for unit in units if not unit.is_present}
         for component in dict.fromkeys(unit.spec.component for unit in units):
@@ -289,8 +287,7 @@ class Passes:
     def _settle_edits(self) -> None:
         """What code outside has edited since the last call takes effect now."""
         is_new_use = self._gate.running is not self.last_use
-        num_ooms = self._device.num_ooms()
-        with engine_tensors():
+        with self._ledger.forgiving(), engine_tensors():
             self._residency.discard(self._edits.settle(is_new_use=is_new_use))
             self._edits.pass_begins()
             # Discarded only once all are at home: one's weight may have been pointed at another's memory.
@@ -306,7 +303,6 @@ class Passes:
                 elif not unit.holding().is_aliased(num_bound=len(unit.binding.tensors)):
                     unit.is_lent = False
             self._residency.discard(stale)
-        self._ledger.forgive(self._device.num_ooms() - num_ooms)
 
     def _read_times(self) -> None:
         """What timed passes took, as far as the device is through with them."""

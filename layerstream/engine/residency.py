@@ -105,12 +105,11 @@ class Residency:
 
     def _cloned_views(self, unit: StreamedUnit, views: list[torch.Tensor]) -> list[torch.Tensor]:
         """Copies of a unit's weights; where there is no room for them, the weights in the slot."""
-        num_ooms = self._device.num_ooms()
-        try:
-            cloned = [view.clone() for view in views]
-        except torch.OutOfMemoryError:
-            self._ledger.forgive(self._device.num_ooms() - num_ooms)
-            return views
+        with self._ledger.forgiving():
+            try:
+                cloned = [view.clone() for view in views]
+            except torch.OutOfMemoryError:
+                return views
         unit.is_cloned = True
         return cloned
 

@@ -59,10 +59,10 @@ class EngineWatch:
                     self._findings.read_outside(self._engine, unit)
         return self._make_present(indices, is_grad)
 
-    def _noting_search(self, component: str) -> Entrance | None:
-        if self.is_settled:
+    def _noting_search(self, component: str, *, is_between_calls: bool = False) -> Entrance | None:
+        if self.is_settled and not is_between_calls:
             self._findings.entered_from_outside(self._engine, component)
-        return self._look(component)
+        return self._look(component, is_between_calls=is_between_calls)
 
     def _noting_entrance(self, entrance: Any, component: str, listener: Any) -> None:
         self._findings.found_entrance(component, str(entrance))

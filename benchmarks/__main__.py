@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if all(cell.method == "resident" for cell in wanted):
             named = ", ".join(options.methods or options.budgets or methods)
             parser.error(f"{', '.join(options.names)} measures none of {named}")
+        wanted = suite.in_turns(wanted, options.rounds)
     done = suite.run(
         wanted,
         topic=topic,
@@ -124,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("--without", type=_methods, metavar="A,B", help="all methods but these")
     some.add_argument("--methods", type=_methods, metavar="A,B", help="only these, and resident")
     named.add_argument("--topic", metavar="NAME", help="of the files (default: the suites and the methods)")
+    named.add_argument(
+        "--rounds", type=positive, default=1, metavar="N", help="all of it so often, in turns; the medians are told"
+    )
     named.add_argument("--budgets", type=_budgets, metavar="A,B", help="of methods that take one only these")
     for each in (run, named):
         each.add_argument("--scale", choices=["full", "tiny"], default="full")

@@ -49,6 +49,7 @@ class Cell:
         call_seconds: a peer's call that would take longer is extrapolated from calls of a few steps.
         tells_first_call: a pipeline's first call is a whole one, too, and told; else calls of a few steps come first.
         is_mapped: the weights lie in a mapped file, as a checkpoint's do, rather than in memory of their own.
+        round: of measurements that are made several times in turns, which time this is.
         folder: where the case's weights are, and the output of the first resident measurement.
     """
 
@@ -64,6 +65,7 @@ class Cell:
     call_seconds: float = 120
     tells_first_call: bool = True
     is_mapped: bool = False
+    round: int = 0
 
 
 def prepare(cell: Cell) -> None:
@@ -126,6 +128,7 @@ def empty_record(cell: Cell, command: str) -> Record:
         "method": cell.method,
         "vram_budget": cell.vram_budget,
         "is_mapped": cell.is_mapped,
+        "round": cell.round,
         "command": command,
     }
     if isinstance(cell.vram_budget, int):

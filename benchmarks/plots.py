@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.cases import CASES, FORMS
 from benchmarks.pages import write_parts
-from benchmarks.records import Record, budget_order, time_of
+from benchmarks.records import Record, budget_order, time_of, typical
 
 TARGET = "bench-plots"
 SHORT, LONG = "short table", "long table"  # names of the parts of pages
@@ -62,7 +62,7 @@ def read(results: Path) -> list[Record]:
     measured = [
         {**record, "file": path.stem}
         for path in results.glob("*.json")
-        for record in json.loads(path.read_text())
+        for record in typical(json.loads(path.read_text()))
         if "is_mapped" in record and not record["is_mapped"] and not record["case"].endswith("(tiny)")
     ]
     found: dict[tuple[object, ...], Record] = {}

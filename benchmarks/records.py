@@ -79,6 +79,35 @@ def time_of(record: Record) -> float | None:
     return time
 
 
+def typical(records: Sequence[Record]) -> list[Record]:
+    """One record for each measurement that was made several times in turns: that of the median time, with the highest
+    memory of all; equal if all were. A time that is missing counts as the longest. Others as they are."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for each in records:
+        key = tuple(each.get(name) for name in ("case", "form", "method", "vram_budget", "is_mapped"))
+        groups.setdefault(key, []).append(each)
+    return [each for group in groups.values() for each in _typical(group)]
+
+
+def _typical(group: Sequence[Record]) -> Sequence[Record]:
+    if len({each.get("round", 0) for each in group}) == 1:
+        return group
+    times = [math.inf if (time := time_of(each)) is None else time for each in group]
+    middle = sorted(zip(times, range(len(group)), strict=True))[(len(group) - 1) // 2][1]
+    peaks = [each["peak_reserved_bytes"] for each in group if each.get("peak_reserved_bytes")]
+    together = {
+        "num_rounds": len(group),
+        "times_of_rounds": [time for time in times if time < math.inf],
+        "equal": _all_of([each["equal"] for each in group]),
+        "peak_reserved_bytes": max(peaks, default=None),
+    }
+    return [{**group[middle], **together}]
+
+
+def _all_of(answers: Sequence[bool | None]) -> bool | None:
+    return False if False in answers else None if None in answers else True
+
+
 def budget_order(vram_budget: str | None) -> float:
     """By which budgets are sorted: bytes, the least before and all that is free behind every size."""
     if vram_budget in (None, "min"):

@@ -93,6 +93,9 @@ def write(done: Sequence[Record], directory: Path, topic: str) -> None:
     columns |= told
     columns |= _COSTS
     notes = [*_NOTES, *(_REPEATED_NOTES if told else [])]
+    medians = _medians(done)
+    if medians:
+        notes += ["## Medians", "\n".join(medians)]
     reached = targets.lines(done)
     if reached:
         notes += ["## Targets", "\n".join(reached)]
@@ -110,3 +113,29 @@ def write(done: Sequence[Record], directory: Path, topic: str) -> None:
         columns=columns,
         notes=notes,
     )
+
+
+def _medians(done: Sequence[Record]) -> list[str]:
+    """Lines of a table, where anything was measured in several rounds."""
+    told = [record for record in records.typical(done) if record.get("num_rounds")]
+    if not told:
+        return []
+    columns = {
+        **_SHARED,
+        "processes": field("num_rounds"),
+        "ms a pass, or s a call": records.time_of,
+        "least and most": lambda record: "{} to {}".format(*_ends(record["times_of_rounds"])),
+        "ratio": field("ratio_to_resident"),
+        "peak reserved GB": gigabytes("peak_reserved_bytes"),
+        "equal": field("equal"),
+    }
+    rows = [[cell(record) for cell in columns.values()] for record in told]
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows),
+    ]
+
+
+def _ends(times: Sequence[float]) -> tuple[float | None, float | None]:
+    return min(times, default=None), max(times, default=None)

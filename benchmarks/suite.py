@@ -15,6 +15,7 @@ import queue
 import re
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,7 +176,7 @@ def run(
 
 
 def rate(done: Sequence[Record]) -> None:
-    """Give each record its ratio to the mean of the resident measurements of its case and form."""
+    """Give each record its ratio to the median of the resident measurements of its case and form (of two, the mean)."""
     for each in done:
         alike = [r for r in done if (r["case"], r["form"], r["method"]) == (each["case"], each["form"], "resident")]
         for name, ratio in (
@@ -185,7 +186,7 @@ def rate(done: Sequence[Record]) -> None:
         ):
             known = [r[name] for r in alike if r.get(name)]
             if known and each.get(name):
-                each[ratio] = round(each[name] / (sum(known) / len(known)), 4)
+                each[ratio] = round(each[name] / statistics.median(known), 4)
     repeats.limit(done)
 
 
@@ -327,6 +328,19 @@ def expand(
         is_method = methods is None or entry.method in (*methods, "resident")
         if is_method and (budgets is None or entry.vram_budget is None or entry.vram_budget in budgets):
             yield Cell(entry.case, entry.form, entry.method, "", entry.vram_budget, is_mapped=entry.is_mapped, **common)
+
+
+def in_turns(cells: Sequence[Cell], rounds: int) -> list[Cell]:
+    """All of them so often, one round after another; what is resident at the end of a round is so at the next one's
+    beginning, and runs once there."""
+    found: list[Cell] = []
+    for number in range(rounds):
+        for cell in cells:
+            again = replace(cell, round=number)
+            if number and found and replace(found[-1], round=number) == again and cell.method == "resident":
+                continue
+            found.append(again)
+    return found
 
 
 def default_device() -> str:

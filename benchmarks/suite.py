@@ -331,15 +331,14 @@ def expand(
 
 
 def in_turns(cells: Sequence[Cell], rounds: int) -> list[Cell]:
-    """All of them so often, one round after another; what is resident at the end of a round is so at the next one's
-    beginning, and runs once there."""
+    """All of them so often, one round after another, each case and form by itself; what is resident at the end of a
+    round is so at the next one's beginning, and runs once there."""
     found: list[Cell] = []
-    for number in range(rounds):
-        for cell in cells:
-            again = replace(cell, round=number)
-            if number and found and replace(found[-1], round=number) == again and cell.method == "resident":
-                continue
-            found.append(again)
+    for case, form in dict.fromkeys((cell.case, cell.form) for cell in cells):
+        alike = [cell for cell in cells if (cell.case, cell.form) == (case, form)]
+        for number in range(rounds):
+            is_again = number > 0 and len(alike) > 1 and alike[0].method == alike[-1].method == "resident"
+            found += [replace(cell, round=number) for cell in alike[int(is_again) :]]
     return found
 
 

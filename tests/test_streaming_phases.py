@@ -198,12 +198,13 @@ class Denoiser(Blocks):
 
 
 class Vae(nn.Module):
-    def __init__(self, device: SimulatedDevice, num_bytes: int, ms: float) -> None:
+    def __init__(self, device: SimulatedDevice, num_bytes: int, ms: float, activations: int) -> None:
         super().__init__()
-        self.block, self.ms = SizedBlock(device, num_bytes, ms), ms
+        self.block, self.ms, self.activations = SizedBlock(device, num_bytes, ms), ms, activations
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(x)
+        large = torch.zeros(self.activations // 4)
+        return self.block(x) + large[:1]
 
 
 class LikeSD35(dict[str, nn.Module]):
@@ -217,7 +218,7 @@ class LikeSD35(dict[str, nn.Module]):
             text_encoder_2=Encoder(device, 32, 40 * mb, 0.5 * ms, 110 * mb),
             text_encoder_3=Encoder(device, 24, 386 * mb, 0.8 * ms, 263 * mb),
             transformer=Denoiser(device, 24, 185 * mb, 3.6 * ms, 60 * mb),
-            vae=Vae(device, 168 * mb, 80 * ms),
+            vae=Vae(device, 168 * mb, 80 * ms, 3000 * mb),
         )
 
     @torch.no_grad()
@@ -229,13 +230,16 @@ class LikeSD35(dict[str, nn.Module]):
 
 
 @pytest.mark.parametrize(
-    ("budget_gib", "most_times", "most_gib"), [(4, 1.13, 18), (6, 1.10, 14), (10, 1.03, 6), (12, 1.005, 0)]
+    ("budget_gib", "most_times", "most_gib"), [(4, 1.13, 17), (6, 1.12, 16), (10, 1.065, 8), (12, 1.02, 2.5)]
 )
 def test_an_encoder_that_runs_twice_stays_as_far_as_the_denoiser_needs_no_room(
     budget_gib: int, most_times: float, most_gib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text encoders' loads are hidden by nothing. What the denoiser runs as fast without is theirs throughout the call,
-    from the third call on; the bounds are those of the whole call, beside a device that holds everything."""
+    as far as the VAE's activations let it stay; the rest of what fits stays between the two. From the third call on;
+    the bounds are those of the whole call, beside a device that holds everything.
+
+    The denoiser's blocks make way for theirs: it computes for as long as its weights take to cross the bus."""
     for cls, is_repeated in ((Encoder, False), (Denoiser, True), (Vae, False)):
         adapter = layerstream.Adapter(stacks=["blocks"] if cls is not Vae else [], is_repeated=is_repeated)
         monkeypatch.setitem(registry._REGISTERED, cls, adapter)
@@ -250,11 +254,12 @@ def test_an_encoder_that_runs_twice_stays_as_far_as_the_denoiser_needs_no_room(
         return device.time_ms - started
 
     resident = call_ms()
-    with layerstream.offload(pipe, vram_budget=budget_gib * 2**20, device=device) as streamer:
+    with layerstream.offload(pipe, vram_budget=budget_gib * 2**20, device=device) as streamer, device.checking():
         for _ in range(3):
             call_ms()
         encoder, denoiser = (streamer._last.phase_stats[name] for name in ("text_encoder_3", "transformer"))
         before = encoder.loaded_bytes
-        assert call_ms() <= most_times * resident
+        took = call_ms()
+        assert took <= most_times * resident
         assert encoder.loaded_bytes - before <= most_gib * 2**20  # of twice 9.3
         assert denoiser.num_stalls < denoiser.num_loads / 4

@@ -76,20 +76,28 @@ def _claims(
     """What every phase would have beside what it needs, the most urgent first."""
     # Between two uses of a unit every other phase runs, so keeping it in some of them but not in all saves nothing.
     everywhere = tuple(known)
-    order = _by_urgency(drafts)
-    for unit in order:
-        yield _Claim((unit,), everywhere, "once loaded")
+    hidden = [u for d in drafts if d.hides_first_loads for u in d.blocks if u.index in d.resident]
+    late = {u.index for u in hidden}
+    for unit in _by_urgency(drafts):
+        if unit.index not in late:
+            yield _Claim((unit,), everywhere, "once loaded")
     if "once loaded" not in grants.refused:
         yield from _claims_of_blocks_used_once(known, everywhere, grants)
+        for unit in hidden:
+            yield _Claim((unit,), everywhere, "hidden in a first pass")
     # What no other phase can use goes to a phase's own blocks while it runs, spread: a loaded block that stays costs
     # nothing more, and a text encoder often runs twice a call, a language model once per token.
     once = [draft for draft in known if not draft.phase.is_repeated]
     served = {unit for draft in known for unit in draft.kept}
     for draft in once:
         chain = f"its own of {draft.phase.name}"
-        yield _Claim(tuple(b for b in draft.blocks if b.index not in draft.resident), (draft,), chain)
+        own = [b for b in draft.blocks if b.index not in draft.resident]
+        yield _Claim(tuple(own), (draft,), chain)
         if chain in grants.refused and not draft.shares_blocks:
             draft.choose(num_slots)
+        elif chain in grants.refused:
+            for block in _spread(own):
+                yield _Claim((block,), (draft,), f"some of {chain}")
     others = [u for d in once for u in d.units if u.index in d.resident and u.index not in served]
     for draft in once:
         for unit in others:
@@ -121,12 +129,13 @@ def _claims_of_blocks_used_once(
         chain = f"all of {component}"
         yield _Claim(tuple(blocks), everywhere, chain)
         if chain in grants.refused:
-            for position in sorted(range(len(blocks)), key=_reversed_bits):  # spread: halves, quarters, eighths
-                yield _Claim((blocks[position],), everywhere, f"some of {component}")
+            for block in _spread(blocks):
+                yield _Claim((block,), everywhere, f"some of {component}")
         owner.shares_blocks |= any(b.index in owner.resident for b in blocks)
         if chain in grants.refused:
             return
 
 
-def _reversed_bits(number: int) -> str:
-    return f"{number:032b}"[::-1]
+def _spread(blocks: Sequence[UnitSpec]) -> list[UnitSpec]:
+    """In an order whose beginnings are spread: halves, quarters, eighths."""
+    return [blocks[i] for i in sorted(range(len(blocks)), key=lambda number: f"{number:032b}"[::-1])]

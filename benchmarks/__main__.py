@@ -15,7 +15,7 @@ import torch
 from benchmarks import suite
 from benchmarks.cases import CASES, FORMS, forms_of
 from benchmarks.cell import Cell
-from benchmarks.methods import METHODS, MissingPeerError
+from benchmarks.methods import METHODS, OURS, MissingPeerError
 from benchmarks.pages import NoPlaceError
 from benchmarks.records import command_line
 from layerstream.arguments import Parser, budget, positive
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first, last = (Cell(*measured, "resident", "", **common) for _ in range(2))
         wanted = [first] if method.name == "resident" else [first, cell, last]
         topic = f"{options.case}-{options.form}-{options.method}"
-        refused = suite.refusal(cell) if method.name == "layerstream" else None
+        refused = suite.refusal(cell) if method.name in OURS else None
         if refused is not None:
             parser.error(refused)
     else:

@@ -26,6 +26,7 @@ from layerstream.standins.weights import unfilled
 Form = Literal["denoiser", "pipeline"]
 FORMS: tuple[Form, ...] = ("denoiser", "pipeline")
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_STEPS_IN_TURN = 4  # of a denoiser alone, with other latents each
 _SEEDS = (1, 2)  # of the inputs: with the prompt, and with the negative one
 
 
@@ -221,19 +222,17 @@ class Work:
     def turns(self, device: torch.device) -> list[tuple[str, dict[str, Any]]]:
         """The passes that take turns: the names of their denoisers, and their arguments.
 
-        Of two experts these are the steps of a call, the first half of the one and the rest of the other.
+        Latents and time differ from step to step, as a pipeline's do. Of two experts these are the steps of a call, the
+        first half of the one and the rest of the other.
         """
         inputs = self.inputs(device)
         experts = self.about.experts
         if len(experts) == 1:
-            return [("transformer", given) for given in inputs]
-        steps_each = (self.about.num_steps or len(experts)) // len(experts)
-        return [
-            (name, {**given, "timestep": torch.full_like(given["timestep"], time)})
-            for name, time in experts.items()
-            for _ in range(steps_each)
-            for given in inputs
-        ]
+            steps = [("transformer", None)] * _STEPS_IN_TURN
+        else:
+            steps_each = (self.about.num_steps or len(experts)) // len(experts)
+            steps = [(name, time) for name, time in experts.items() for _ in range(steps_each)]
+        return [(name, given) for number, (name, time) in enumerate(steps) for given in _of_step(inputs, number, time)]
 
     def call(self) -> dict[str, Any]:
         """Arguments of a call of the pipeline, but for the generator."""
@@ -283,6 +282,17 @@ class Work:
             yield
         finally:
             model.most_new_tokens = most
+
+
+def _of_step(inputs: Sequence[dict[str, Any]], number: int, time: int | None) -> list[dict[str, Any]]:
+    """The arguments of a step's passes, which share latents and time."""
+    latents = "sample" if "sample" in inputs[0] else "hidden_states"
+    before = inputs[0]["timestep"]
+    shared = {
+        latents: inputs[0][latents] * (1 - number / 8),
+        "timestep": before * (1 - number / 8) if time is None else torch.full_like(before, time - number),
+    }
+    return [{**given, **shared} for given in inputs]
 
 
 def build(case: str, form: Form, scale: Scale, *, fill_device: str | None = None, is_filled: bool = True) -> Work:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES, FORMS
+from benchmarks.methods import OURS
 from benchmarks.pages import write_parts
 from benchmarks.records import Record, budget_order, time_of, typical
 
@@ -17,6 +18,7 @@ SHORT, LONG = "short table", "long table"  # names of the parts of pages
 _COLOURS = {
     "resident": "black",
     "layerstream": "tab:red",
+    "paired": "tab:pink",
     "diffusers_leaf": "tab:blue",
     "diffusers_block": "tab:cyan",
     "model_offload": "tab:green",
@@ -27,6 +29,7 @@ _COLOURS = {
 }
 _METHODS = list(_COLOURS)
 _LABELS = {
+    "paired": "layerstream, passes paired",
     "diffusers_leaf": "diffusers, leaf level with streams",
     "diffusers_block": "diffusers, block level with streams",
     "model_offload": "diffusers, model offload",
@@ -111,7 +114,7 @@ def _fastest_other(calls: Sequence[Record], case: str) -> Record | None:
     timed = [
         (time, r["method"], r)
         for r in calls
-        if r["case"] == case and r["equal"] and r["method"] not in ("resident", "layerstream")
+        if r["case"] == case and r["equal"] and r["method"] not in ("resident", *OURS)
         if (time := time_of(r)) is not None and (r["peak_reserved_bytes"] or 0) <= _CARD_GIB * 2**30
     ]
     return min(timed, default=(0.0, "", None))[2]
@@ -185,7 +188,7 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
             if _kind(r) == (method, extrapolated) and time_of(r) is not None and r["peak_reserved_bytes"]
         )
         if points:
-            line = "o-" if method == "layerstream" else "o"
+            line = "o-" if method in OURS else "o"
             fill, mark = ("none", ", extrapolated") if extrapolated else ("full", "")
             label = _LABELS.get(method, method) + mark
             axes.plot(*zip(*points, strict=True), line, color=_COLOURS[method], fillstyle=fill, label=label)

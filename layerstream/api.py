@@ -21,11 +21,16 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 @overload
 def offload(
-    pipe: T, *, vram_budget: int | str = ..., device: Any = ..., call_timeout: float | None = ...
+    pipe: T, *, vram_budget: int | str = ..., device: Any = ..., call_timeout: float | None = ..., pairing: str = ...
 ) -> LayerStreamer: ...
 @overload
 def offload(
-    pipe: None = ..., *, vram_budget: int | str = ..., device: Any = ..., call_timeout: float | None = ...
+    pipe: None = ...,
+    *,
+    vram_budget: int | str = ...,
+    device: Any = ...,
+    call_timeout: float | None = ...,
+    pairing: str = ...,
 ) -> LayerStreamer: ...
 def offload(
     pipe: Any = None,
@@ -33,6 +38,7 @@ def offload(
     vram_budget: int | str = "auto",
     device: torch.device | str | int | Device | None = None,
     call_timeout: float | None = None,
+    pairing: str = "off",
 ) -> Any:
     """Stream a pipeline's weights from host memory, block by block, just in time.
 
@@ -51,6 +57,9 @@ def offload(
         device: where to run: a CUDA device, or "cpu" for the simulated one. Default: the current GPU, else "cpu".
         call_timeout: one call at a time: how many seconds a second caller waits for the first. None: as long as it
             takes; 0: not at all. Then it gets a `ConcurrentUseError`; the call that runs is never touched.
+        pairing: "auto": where a pipeline calls its denoiser twice a step, for two texts, and loads bound it, the two
+            passes run side by side, so that each load serves both, as soon as the second can be foreseen. "off": each
+            call runs by itself.
 
     Returns: a `LayerStreamer` (or, for a class or function, that, decorated).
 
@@ -63,11 +72,16 @@ def offload(
         HostMemoryError: the weights cannot be held in host memory.
 
     Raises, at once:
-        ArgumentError: `call_timeout` is no number of seconds, or a decorator was given what cannot be called.
+        ArgumentError: `call_timeout` is no number of seconds, `pairing` is neither "auto" nor "off", or a decorator was
+            given what cannot be called.
     """
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
     streamer = LayerStreamer(
-        None if is_target else pipe, vram_budget=vram_budget, device=device, call_timeout=call_timeout
+        None if is_target else pipe,
+        vram_budget=vram_budget,
+        device=device,
+        call_timeout=call_timeout,
+        pairing=pairing,
     )
     return streamer(pipe) if is_target else streamer
 

@@ -150,19 +150,21 @@ def run_resident(pipe: Any, call: Mapping[str, Any], device: str | None) -> Run 
     return Run(image, seconds)
 
 
-def run_streamed(pipe: Any, call: Mapping[str, Any], device: str | None, vram_budget: int | str | None) -> StreamedRun:
+def run_streamed(
+    pipe: Any, call: Mapping[str, Any], device: str | None, vram_budget: int | str | None, pairing: str = "off"
+) -> StreamedRun:
     """Run under `vram_budget`; without one, with about a third of the weights' size, or the least that works.
 
     Raises:
         LayerstreamError: see `layerstream.offload`.
     """
     if vram_budget is not None:
-        return _run_streamed(pipe, call, device, vram_budget)
+        return _run_streamed(pipe, call, device, vram_budget, pairing)
     third = int(BUDGET_SHARE * sum(part.num_bytes for part in describe(pipe)))
     try:
-        return _run_streamed(pipe, call, device, third)
+        return _run_streamed(pipe, call, device, third, pairing)
     except BudgetError:  # activations, and what lies outside the blocks, take more than that
-        return _run_streamed(pipe, call, device, "min")
+        return _run_streamed(pipe, call, device, "min", pairing)
 
 
 def are_identical(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -189,8 +191,10 @@ def save_png(image: torch.Tensor, path: Path) -> None:
     Image.fromarray(pixels.numpy()).save(path, format="PNG")
 
 
-def _run_streamed(pipe: Any, call: Mapping[str, Any], device: str | None, budget: int | str) -> StreamedRun:
-    with offload(pipe, vram_budget=budget, device=device) as streamer:
+def _run_streamed(
+    pipe: Any, call: Mapping[str, Any], device: str | None, budget: int | str, pairing: str
+) -> StreamedRun:
+    with offload(pipe, vram_budget=budget, device=device, pairing=pairing) as streamer:
         _run(pipe, call, num_steps=_WARM_UP_STEPS)
         before = streamer.stats().as_dict()
         image, seconds = _run(pipe, call)

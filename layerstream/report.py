@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from layerstream.blocks import UnitSpec
@@ -82,6 +82,8 @@ class Report:
         next_gib_ms: what one GiB more would take off a pass, by phase, as far as known.
         least_bytes: the smallest budget in which all that has run so far would run; None: not known yet.
         copied_by: the call that copies to the device; "": not known.
+        pairing: why the two passes of a step of guidance do not run side by side, by component; "": they do, or nothing
+            is known yet. Empty where they were not to.
     """
 
     stats: Stats
@@ -89,6 +91,7 @@ class Report:
     next_gib_ms: Mapping[str, float]
     least_bytes: int | None = None
     copied_by: str = ""
+    pairing: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -97,6 +100,7 @@ class Report:
         phases: Mapping[str, PhaseStats],
         least_bytes: int | None = None,
         copied_by: str = "",
+        pairing: Mapping[str, str] | None = None,
     ) -> Report:
         """The report of these counters under this plan, which does not change when they do.
 
@@ -130,17 +134,23 @@ class Report:
                     stall_ms_by_unit={unit.name: ms for unit, ms in waits.items()},
                 )
             )
-        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes, copied_by)
+        gains, repeated = (
+            plan.summary().next_gib_ms,
+            {c for p in plan.phases if p.phase.is_repeated for c in p.phase.components},
+        )
+        why = {name: reason for name, reason in (pairing or {}).items() if name in repeated}
+        return Report(replace(stats), tuple(reports), gains, least_bytes, copied_by, why)
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes" and
-        "copied_by"."""
+        """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes", "copied_by" and
+        "pairing"."""
         return {
             "stats": self.stats.as_dict(),
             "phases": [asdict(phase) for phase in self.phases],
             "next_gib_ms": dict(self.next_gib_ms),
             "least_bytes": self.least_bytes,
             "copied_by": self.copied_by,
+            "pairing": dict(self.pairing),
         }
 
     def __str__(self) -> str:
@@ -172,7 +182,18 @@ class Report:
         table = Table(headers, tuple(phase.cells() for phase in self.phases))
         waits = [line for phase in self.phases if (line := phase.waits()) is not None]
         least = () if self.least_bytes is None else (_least_line(self.least_bytes),)
-        return Page((*totals, "", table, *waits, *least, *gain_lines(self.next_gib_ms)))
+        return Page((*totals, *self._pairs(), "", table, *waits, *least, *gain_lines(self.next_gib_ms)))
+
+    def _pairs(self) -> list[str]:
+        """Of passes that run side by side."""
+        stats = self.stats
+        lines = []
+        if stats.num_paired_passes or stats.num_discarded_passes:
+            lines.append(
+                f"{stats.num_paired_passes} passes ran beside another, whose loads served both; "
+                f"{stats.num_discarded_passes} did so for nothing"
+            )
+        return [*lines, *(f"passes of `{name}` are not paired: {why}" for name, why in self.pairing.items() if why)]
 
 
 def _least_line(least_bytes: int) -> str:

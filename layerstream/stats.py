@@ -52,6 +52,8 @@ class Stats:
     context_bytes: int = 0  # outside torch's allocator, when streaming began
     foreign_bytes: int = 0  # held by others through torch's allocator, when streaming began
     pinned_bytes: int = 0
+    num_paired_passes: int = 0  # calls answered with what had run beside the call before: one load served both
+    num_discarded_passes: int = 0  # second passes that ran beside a first one for nothing
     num_slots: int = 0  # of the phase that ran last
     slot_bytes: int = 0
     num_extra_slots: int = 0  # slots made beyond the plan because more blocks were in use at once

@@ -21,7 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "CALL_CODE",
+    "DISPATCH_MODE_STACK",
+    "FUNCTION_MODE_STACK",
+    "FUNCTORCH_LEVEL",
     "GET_ALLOCATOR_SETTINGS",
+    "GLOBAL_HOOKS",
+    "GLOBAL_PRE_HOOKS",
     "NAMES",
     "SET_ALLOCATOR_SETTINGS",
     "SET_CUDA_ALLOCATOR_SETTINGS",
@@ -143,6 +148,17 @@ TREE_LEAVES = PrivateName("torch.utils._pytree.tree_leaves", "the absent tensors
 DISPATCH_MODE = PrivateName(
     "torch.utils._python_dispatch.TorchDispatchMode", "the simulated device: to see what operators read and write"
 )
+DISPATCH_MODE_STACK = PrivateName(
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack",
+    "whether a pass can run in another thread: modes are each thread's own",
+    "no two passes run side by side",
+)
+FUNCTION_MODE_STACK = PrivateName("torch._C._len_torch_function_stack", "the same", "the same")
+FUNCTORCH_LEVEL = PrivateName("torch._C._functorch.peek_interpreter_stack", "the same", "the same")
+GLOBAL_HOOKS = PrivateName(
+    "torch.nn.modules.module._global_forward_hooks", "whether somebody listens to all modules", "nobody does"
+)
+GLOBAL_PRE_HOOKS = PrivateName("torch.nn.modules.module._global_forward_pre_hooks", "the same", "the same")
 WRAPPER_SUBCLASS = PrivateName(
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass", "the simulated device: tensors inside of tensors"
 )

@@ -93,8 +93,9 @@ def test_the_version_is_the_packages() -> None:
 @pytest.mark.parametrize("function", [layerstream.offload, layerstream.LayerStreamer.__init__])
 def test_options_are_keyword_only(function: object) -> None:
     parameters = list(inspect.signature(function).parameters.values())  # type: ignore[arg-type]
-    assert [p.name for p in parameters if p.name != "self"] == ["pipe", "vram_budget", "device", "call_timeout"]
-    assert [p.kind for p in parameters[-3:]] == [inspect.Parameter.KEYWORD_ONLY] * 3
+    named = [p.name for p in parameters if p.name != "self"]
+    assert named == ["pipe", "vram_budget", "device", "call_timeout", "pairing"]
+    assert [p.kind for p in parameters[-4:]] == [inspect.Parameter.KEYWORD_ONLY] * 4
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())

@@ -50,7 +50,12 @@ OPTIONAL = [each for each in NAMES if each.without and not each.is_of_cuda]
 
 
 # Without these torch's own code does not run either.
-_NEEDED_BY_TORCH = {"torch.nn.Module._wrapped_call_impl", "torch._C._dynamo.eval_frame.set_eval_frame"}
+_NEEDED_BY_TORCH = {
+    "torch.nn.Module._wrapped_call_impl",
+    "torch._C._dynamo.eval_frame.set_eval_frame",
+    "torch.nn.modules.module._global_forward_hooks",
+    "torch.nn.modules.module._global_forward_pre_hooks",
+}
 
 
 def test_the_engine_does_without_any_of_them() -> None:

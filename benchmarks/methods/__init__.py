@@ -4,13 +4,15 @@ from benchmarks.methods.base import Method, MissingPeerError, Setup
 from benchmarks.methods.diffusers_offload import BLOCK, LEAF, MODEL_OFFLOAD, SEQUENTIAL
 from benchmarks.methods.flextensor import FLEXTENSOR
 from benchmarks.methods.mmgp import MMGP
-from benchmarks.methods.ours import LAYERSTREAM
+from benchmarks.methods.ours import LAYERSTREAM, PAIRED
 from benchmarks.methods.resident import RESIDENT
 from benchmarks.methods.vllm_omni import VLLM_OMNI
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (RESIDENT, LAYERSTREAM, LEAF, BLOCK, MODEL_OFFLOAD, SEQUENTIAL, VLLM_OMNI, FLEXTENSOR, MMGP)
+    for method in (RESIDENT, LAYERSTREAM, PAIRED, LEAF, BLOCK, MODEL_OFFLOAD, SEQUENTIAL, VLLM_OMNI, FLEXTENSOR, MMGP)
 }
 
-__all__ = ["METHODS", "Method", "MissingPeerError", "Setup"]
+OURS = (LAYERSTREAM.name, PAIRED.name)
+
+__all__ = ["METHODS", "OURS", "Method", "MissingPeerError", "Setup"]

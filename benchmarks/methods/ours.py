@@ -14,10 +14,11 @@ from benchmarks.repeats import Counters
 from layerstream.device.simulated import SimulatedDevice
 
 
-def _apply(setup: Setup) -> None:
+def _apply(setup: Setup, pairing: str = "off") -> None:
     # On the simulated device activations count only while somebody looks at the operators that make them.
     device = SimulatedDevice() if setup.device.type == "cpu" else setup.device
-    streamer = layerstream.offload(setup.work.target, vram_budget=setup.vram_budget or "auto", device=device)
+    budget = setup.vram_budget or "auto"
+    streamer = layerstream.offload(setup.work.target, vram_budget=budget, device=device, pairing=pairing)
     setup.undo.enter_context(streamer)
     if isinstance(device, SimulatedDevice):
         setup.undo.enter_context(device.accounting())
@@ -30,6 +31,7 @@ def _apply(setup: Setup) -> None:
             "locked_bytes": stats.pinned_bytes,  # what CUDA page-locks does not show in the system's own count
             "predicted_ms_per_pass": round(predicted[0].ms_per_pass, 3) if predicted else None,
             "predicted_bound": predicted[0].bound if predicted else None,
+            "stats_pairing": streamer._last.pairing.reasons() if streamer._last is not None else {},
             "plan": str(streamer),
             "report": str(streamer.report()),
         }
@@ -60,3 +62,5 @@ def _counters(streamer: layerstream.LayerStreamer) -> Counters:
 
 # Two measure what a pass takes, three how long, and the next is planned with both.
 LAYERSTREAM = Method("layerstream", _apply, num_warm_ups=8, takes_budget=True)
+# The same, with the two passes of a step side by side: foreseen after some steps, then measured and timed anew.
+PAIRED = Method("paired", functools.partial(_apply, pairing="auto"), num_warm_ups=32, takes_budget=True)

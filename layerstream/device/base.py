@@ -123,6 +123,22 @@ class Streams(Protocol):
     def stream_number(self) -> int:
         """The current stream of the calling thread as a number, for comparing: cheap enough to ask at each block."""
 
+    def beside(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        """What another thread enters to issue its work as if it were this one's: on the same device and stream. The
+        two must take turns."""
+
+    def is_own_mode(self, mode: object) -> bool:
+        """Whether a dispatch mode is this device's, which `beside` has the other thread enter, too."""
+
+    def is_capturing(self) -> bool:
+        """Whether what is issued now goes into a graph, to be run later."""
+
+    def random_state(self) -> torch.Tensor | None:
+        """Of the device's own default generator; None: it has none."""
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Go back to what `random_state` gave."""
+
     def record(self, stream: Stream) -> Event:
         """An event after everything issued on `stream` so far."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -215,6 +215,28 @@ class CudaDevice:
     def stream_number(self) -> int:
         index = self.torch_device.index
         return int(current_raw_stream(torch.cuda.current_device() if index is None else index))
+
+    def beside(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        index, stream = torch.cuda.current_device(), torch.cuda.current_stream(self.torch_device)
+
+        @contextlib.contextmanager
+        def entered() -> Iterator[None]:
+            with torch.cuda.device(index), torch.cuda.stream(stream):
+                yield
+
+        return entered
+
+    def is_own_mode(self, mode: object) -> bool:
+        return False
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def random_state(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state(self.torch_device)
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        torch.cuda.set_rng_state(state, self.torch_device)
 
     def record(self, stream: Any) -> torch.cuda.Event:
         event = torch.cuda.Event()

@@ -239,6 +239,10 @@ class Attachments:
                 self.root_of[id(layout.outermost)] = layout.name
             self.root_of.setdefault(id(layout.root), layout.name)
         attachment.interception.install(listener, roots, blocks)
+        for layout in attachment.layouts if listener.is_pairing else ():
+            if layout.root in roots and layout.outermost is layout.root:
+                around = functools.partial(listener.run_forward, layout.root)
+                attachment.interception.watch_call(layout.root, "forward", around)
         names = ", ".join(f"`{name}`" for name in attachment.interception.eager)
         if names and names not in self._told_eager:
             self._told_eager.add(names)  # pausing attaches them again

@@ -32,6 +32,7 @@ class Lane:
         method: the id of the component whose method runs, where that is what is outermost; its end is always told.
         ticket: of a bare component that runs here; of a pipeline's call its caller has it.
         handled: the exception that the caller was handling when the running call began.
+        is_answered: the running call's result is there: nothing of it runs.
         caller: the frame that called the hook or wrapper by which what is outermost was entered: on the stack until
             that returns or is interrupted; None: nothing was entered so.
         running: the modules that run, outermost first, each with whether it is a root.
@@ -41,6 +42,7 @@ class Lane:
         self.method: int | None = None
         self.ticket: Ticket | None = None
         self.handled: BaseException | None = None
+        self.is_answered = False
         self.caller: FrameType | None = None
         self._thread: int | None = None
         self.running: list[tuple[nn.Module, bool]] = []

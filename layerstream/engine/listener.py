@@ -22,6 +22,7 @@ from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
 from layerstream.engine.gate import Gate
 from layerstream.engine.lane import Lane, Lanes
+from layerstream.engine.pairing import Decision, Pairing
 from layerstream.engine.passes import Passes
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
@@ -59,6 +60,7 @@ class EngineListener:
         gate: Gate,
         timer: PassTimer,
         replay: Replay,
+        pairing: Pairing,
         mutex: threading.RLock,
         catch_up: Callable[[str | None], None],
         change: Callable[[str], contextlib.AbstractContextManager[None]],
@@ -74,6 +76,7 @@ class EngineListener:
         self._gate = gate
         self._timer = timer
         self._replay = replay
+        self._pairing = pairing
         self._mutex = mutex
         self._catch_up = catch_up
         self._change = change
@@ -82,6 +85,11 @@ class EngineListener:
     def is_inside(self) -> bool:
         """Whether this thread is in the middle of a call, of a pipeline or of a component."""
         return self._gate.is_inside and (self._gate.is_inside_call or not self._lanes.here.is_idle)
+
+    @property
+    def is_pairing(self) -> bool:
+        """Whether the two passes of a step of guidance may run side by side."""
+        return self._pairing.is_on
 
     def enter_late(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call that began before there were hooks, and has waited until there are."""
@@ -99,9 +107,15 @@ class EngineListener:
         is_grad = _is_grad_enabled()
         lane = self._lanes.here
         self._come_in(lane, f"`{name}`")
+        decision = self._arrive(lane, root, name, args, kwargs or {})
         with self._gate.reading_lock, self._mutex:
             if id(root) not in self._attached.root_of:  # streaming ended while this thread waited for its turn
                 self._go_out(lane)
+                return
+            lane.is_answered = decision is not None and decision.is_answer
+            if lane.is_answered:
+                lane.enter(root, is_root=True)
+                lane.caller = sys._getframe(_FRAMES_TO_CALLER)
                 return
             is_outermost = lane.is_outermost(root)
             if is_outermost:
@@ -115,19 +129,39 @@ class EngineListener:
             if is_outermost:
                 lane.caller = sys._getframe(_FRAMES_TO_CALLER)
                 try:
-                    self._passes.begin(lane, name, "", args, kwargs or {}, is_grad)
+                    second = None if decision is None else decision.second
+                    self._passes.begin(lane, name, "", args, kwargs or {}, is_grad, second=second)
                 except BaseException:
                     lane.leave(root)
                     self._go_out(lane)
                     raise
-            self._residency.order.begin_pass()
+            if lane is self._lanes.main:
+                self._residency.order.begin_pass()
+
+    def run_forward(self, root: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of a component's forward, where its passes may be paired."""
+        if self._lanes.here is not self._lanes.main:
+            return original(*args, **kwargs)
+        decision = self._pairing.take(root)
+        if decision.is_answer:
+            return decision.output
+        if decision.pair is not None:
+            return self._pairing.run(decision.pair, original, args, kwargs)
+        output = original(*args, **kwargs)
+        if decision.learned is not None:
+            self._pairing.learned(decision.learned, output)
+        return output
 
     def leave_root(self, root: nn.Module) -> None:
         """A component's forward ended; the slots of its last blocks are free for what comes next."""
         lane = self._lanes.here
         with self._gate.reading_lock, self._mutex:
             if lane.leave(root) and lane.is_idle:
-                self._end(lane)
+                if lane.is_answered:
+                    lane.is_answered = False
+                    self._go_out(lane)
+                else:
+                    self._end(lane)
 
     def enter_method(self, root: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A component is entered by a method; inside a running call that says nothing new."""
@@ -225,10 +259,22 @@ class EngineListener:
             if lane is self._lanes.main:
                 self._timer.enter_block(tuple(unit.index for unit in units))
             if timeline is not None:
-                timeline.enter(BLOCKS, id(block), units[0].spec.block_name)
+                timeline.enter(BLOCKS, (id(lane), id(block)), units[0].spec.block_name)
 
     def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
+        if not self._pairing.lockstep.is_on:
+            return self._leave_block(block, output)
+        lane = self._lanes.here
+        if lane is self._lanes.main:
+            if sys.exc_info()[1] is lane.handled:  # else it has failed
+                self._pairing.lockstep.first_hands_over()
+            return self._leave_block(block, output)
+        replaced = self._leave_block(block, output)
+        self._pairing.lockstep.second_hands_over()
+        return replaced
+
+    def _leave_block(self, block: nn.Module, output: Any) -> Any:
         if self._replay.bound is not None:
             with self._gate.reading_lock, self._mutex:
                 is_done, replaced = self._replay.leave(block, output)
@@ -247,7 +293,7 @@ class EngineListener:
             if lane is self._lanes.main:
                 self._timer.leave_block(tuple(unit.index for unit in units))
             if self._passes.timeline is not None:
-                self._passes.timeline.leave(BLOCKS, id(block))
+                self._passes.timeline.leave(BLOCKS, (id(lane), id(block)))
             replaced = kept_out_of_slots(output, units)
             if any(unit.may_be_saved for unit in units):
                 refuse_backward(replaced, units[0].spec.block_name)
@@ -329,6 +375,24 @@ class EngineListener:
         return entrance
 
     # ---- inside
+
+    def _arrive(
+        self, lane: Lane, root: nn.Module, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Decision | None:
+        """What an outermost call of a component is to be; None: nothing but what it is. Without a lock: a second pass
+        may run in it."""
+        if not self._pairing.is_on or lane is not self._lanes.main or lane.running or lane.method is not None:
+            return None
+
+        def settle() -> None:
+            with self._gate.reading_lock, self._mutex:
+                self._catch_up(component)
+
+        ticket, lane.ticket = lane.ticket, None  # whoever runs in it ends a use of its own
+        try:
+            return self._pairing.arrive(root, component, args, kwargs, settle=settle)
+        finally:
+            lane.ticket = ticket
 
     def _catch_up_unless_others_run(self, lane: Lane, component: str | None) -> None:
         if not self._lanes.others_run(lane):

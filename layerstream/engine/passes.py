@@ -26,6 +26,7 @@ from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
 from layerstream.engine.session import Session
+from layerstream.engine.snapshots import Given, tensors_of
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.phases import READ, CallKind
@@ -35,6 +36,8 @@ from layerstream.transfer.timeline import PASSES, Timeline
 from layerstream.transfer.timing import PassTimer
 from layerstream.transfer.transfer import TransferEngine
 from layerstream.transfer.unit import StreamedUnit
+
+BESIDE = "beside"  # in a call's shapes, between those of two passes that run side by side
 
 _log = logging.getLogger("layerstream.streamer")
 
@@ -101,6 +104,7 @@ class Passes:
         reads: Collection[StreamedUnit] | None = None,
         is_block: bool = False,
         part: str = "",
+        second: Given | None = None,
     ) -> None:
         """A component is entered from outside: make its phase the current one, and its base present.
 
@@ -109,6 +113,7 @@ class Passes:
             reads: the units that it may use; None: all of the component's.
             is_block: it is entered by a block, of which `entry` is the stack.
             part: the method that reads weights, and was not known before; the entry is READ.
+            second: what a second pass is given that is to run beside this one.
         """
         lane.handled = sys.exc_info()[1]
         self._replay.stop()  # of a pass that was interrupted: nobody has told of its end
@@ -137,12 +142,15 @@ class Passes:
         if self._transfer.extra:  # what the plan has no room for
             with engine_tensors():
                 self._residency.drop_extra_slots(held=[])
-        begun = (component, entry, ((part, ()),) if part else shapes_of(args, kwargs), is_grad)
+        shapes = ((part, ()),) if part else shapes_of(args, kwargs)
+        if second is not None:
+            shapes = (*shapes, (BESIDE, ()), *((t.dtype, t.shape) for t in tensors_of(second.leaves)))
+        begun = (component, entry, shapes, is_grad)
         self._timer.end()
         if not self._is_as_before(begun):
             # When weights are read no block runs, and beside the main lane two passes do.
             self._begin_phase(begun, may_time=entry != READ and lane is self._lanes.main)
-        if not is_block and entry != READ:
+        if not is_block and entry != READ and second is None:
             self._replay.begin(lane, component, entry, is_grad=is_grad)
 
     def _begin_phase(self, begun: tuple[str, str, tuple[Any, ...], bool], *, may_time: bool) -> None:

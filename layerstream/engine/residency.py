@@ -75,11 +75,13 @@ class Residency:
         if self._device.stream_number() != self._session.stream_number:
             self._session.stream_number = None  # what is bound now is waited for on this thread's stream alone
         held = [*units, *self._held()]
+        is_main = self._lanes.here is self._lanes.main
         if is_touch:
             self._not_the_pass()
         self.drop_extra_slots(held)
         for unit in units:
-            is_hit = unit.spec.is_block and self.order.observe(unit.index)
+            # A pass beside the main one uses what that has just used.
+            is_hit = unit.spec.is_block and is_main and self.order.observe(unit.index)
             if unit.slot is None:
                 # A block's later pieces may have to wait, foreseen or not, until the block before gives up its slots.
                 is_foreseen = is_hit and unit is not units[0]

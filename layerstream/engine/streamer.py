@@ -23,6 +23,7 @@ from layerstream.engine.gate import Gate
 from layerstream.engine.lane import Lanes
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.listener import EngineListener
+from layerstream.engine.pairing import Pairing
 from layerstream.engine.passes import Passes
 from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
@@ -57,6 +58,7 @@ class Streamer:
         num_slots: fixes the number of slots of every phase; the plan chooses otherwise.
         find_replaced: names a component that is another module than it was.
         let_go: lets go of components that the pipeline has no longer; called between two calls.
+        is_pairing: the two passes of a step of guidance may run side by side.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Streamer:
         num_slots: int | None = None,
         find_replaced: Callable[[], str | None] = lambda: None,
         let_go: Callable[[], None] = lambda: None,
+        is_pairing: bool = False,
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
@@ -138,6 +141,17 @@ class Streamer:
             self._ranges,
             find_replaced,
         )
+        self.pairing = Pairing(
+            device,
+            self._attached,
+            self._lanes,
+            self.gate,
+            self.stats,
+            is_on=is_pairing,
+            find_no_gain=self._find_no_gain,
+            is_edited=lambda: bool(self.edits),
+            forgive=self._ledger.forgive,
+        )
         self._mutex = threading.RLock()
         self.listener = EngineListener(
             device,
@@ -150,6 +164,7 @@ class Streamer:
             self.gate,
             self._timer,
             self._replay,
+            self.pairing,
             self._mutex,
             self._catch_up,
             self._changing,
@@ -272,6 +287,7 @@ class Streamer:
             self._passes.drop_times()
             self._attaching.detach(self._attached.all, attempt, goes_on=False)
             self._replay.stop()
+            self.pairing.close()
             self._lanes.main.caller = None  # an interrupted call's frame, which holds what it was given
             self.exchanges.forget()
             attempt(self._transfer.close, "free device memory")
@@ -315,6 +331,7 @@ class Streamer:
                 with engine_tensors(), contextlib.ExitStack() as afterwards:
                     self._ledger.end_interval()
                     self._passes.drop_times()  # perhaps of units that will be others
+                    self.pairing.forget()
                     self.edits.pause_begins()
                     self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
                     self.edits.before_pause()
@@ -369,6 +386,21 @@ class Streamer:
     def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
         return self._passes.explain(error, is_for_weights=is_for_weights)
+
+    def _find_no_gain(self, component: str, *, is_proven: bool) -> str:
+        """Why two passes of a component would not be faster side by side; "": they would.
+
+        Args:
+            is_proven: they have run so: what is predicted now is of both.
+        """
+        phase_plan = self._ledger.plan.phase_of(component)
+        if not phase_plan.num_slots:
+            return "nothing streams"
+        if is_proven:
+            return ""
+        if phase_plan.prediction is None:
+            return "what a pass takes is not known yet"
+        return "compute hides all loads" if phase_plan.prediction.bound == "compute" else ""
 
     # ---- changes
 

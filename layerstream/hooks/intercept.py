@@ -40,6 +40,13 @@ class Listener(Protocol):
         """A method is called by which pipelines enter the component; returns whether `leave_method` is to follow."""
 
     def leave_method(self, root: nn.Module) -> None: ...
+    def run_forward(self, root: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of a component's forward, where `is_pairing`."""
+
+    @property
+    def is_pairing(self) -> bool:
+        """Whether the two passes of a step of guidance may run side by side."""
+
     def reading(self, units: Sequence[int]) -> contextlib.AbstractContextManager[object]:
         """Weights are read, these units' at least; no other thread's call runs meanwhile."""
 
@@ -221,6 +228,11 @@ _HOOK_DICTS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+
+
+def is_our_hook(number: int) -> bool:
+    """Whether a hook, by its number in a module's dictionary, is one of ours."""
+    return number in _HOOKS
 
 
 def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:

@@ -11,6 +11,8 @@ from layerstream.device.base import Device
 from layerstream.device.cuda import CudaDevice, find_device
 from layerstream.errors import ArgumentError, DeviceError, brief
 
+PAIRINGS = ("auto", "off")
+
 
 def device_of(device: torch.device | str | int | Device | None) -> Device:
     if isinstance(device, bool | type) or not isinstance(device, torch.device | str | int | Device | None):
@@ -29,6 +31,12 @@ def budget_bytes_on(vram_budget: int | str, device: Device) -> int | None:
     return resolve_budget(
         vram_budget, free_bytes=device.allocated_bytes() + device.free_bytes(), total_bytes=device.total_bytes()
     )
+
+
+def checked_pairing(pairing: str) -> str:
+    if pairing not in PAIRINGS:
+        raise ArgumentError(f'pairing must be "auto" or "off", not {brief(pairing)}.')
+    return pairing
 
 
 def checked_timeout(call_timeout: float | None) -> float | None:

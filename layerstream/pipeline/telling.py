@@ -30,7 +30,8 @@ def report_of(streamer: Streamer) -> Report:
     """What happened since the start."""
     stats = streamer.look()
     plan, copied_by = streamer.plan.with_next_gib(), streamer.device.copied_by
-    return Report.of(plan, stats, streamer.phase_stats, streamer.least_bytes, copied_by)
+    pairing = streamer.pairing.reasons()
+    return Report.of(plan, stats, streamer.phase_stats, streamer.least_bytes, copied_by, pairing)
 
 
 @contextlib.contextmanager
@@ -62,5 +63,6 @@ def line_of(streamer: Streamer, *, is_active: bool) -> str:
 def html_of(streamer: Streamer, line: str) -> str:
     """`line`, the plan and the report, for notebooks."""
     stats = streamer.look()
-    report = Report.of(streamer.plan, stats, streamer.phase_stats, streamer.least_bytes)
+    pairing = streamer.pairing.reasons()
+    report = Report.of(streamer.plan, stats, streamer.phase_stats, streamer.least_bytes, pairing=pairing)
     return streamer_html(line, streamer.plan, report)

@@ -41,7 +41,7 @@ class Accounting(TorchDispatchMode):
 
     def __init__(self, watcher: Watcher, unseen: Unseen) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watcher = watcher
+        self.watcher = watcher
         self._unseen = unseen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +51,7 @@ class Accounting(TorchDispatchMode):
         return out
 
     def _see(self, func: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        self._watcher.made(inputs, outputs)
+        self.watcher.made(inputs, outputs)
 
 
 class HappensBefore(Accounting):
@@ -64,7 +64,7 @@ class HappensBefore(Accounting):
             made = {t.untyped_storage() for t in outputs}
             if any(t.untyped_storage() in made for t in inputs):
                 return
-        self._watcher.touched(inputs)
+        self.watcher.touched(inputs)
 
 
 def _plain_tensors(tree: Any) -> list[torch.Tensor]:

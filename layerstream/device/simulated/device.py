@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from layerstream.device.simulated.memory import SimulatedMemory
 from layerstream.device.simulated.page_locks import Registrations
 from layerstream.device.simulated.races import Buffer, Buffers, check_given_back
 from layerstream.device.simulated.streams import SimulatedEvent, SimulatedStream, Streams
+from layerstream.torch_private import DISPATCH_MODE_STACK
 
 _REMEMBERED_OPERATIONS = 256
+DISPATCH_MODES: Callable[[], Sequence[object]] = DISPATCH_MODE_STACK.find() or list
 
 
 class SimulatedDevice:
@@ -89,6 +91,31 @@ class SimulatedDevice:
             self._streams.here = outer
             if is_ordered:
                 self.wait(outer, self.record(stream))
+
+    def beside(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        stream = self._streams.here
+        own = [type(mode) for mode in DISPATCH_MODES() if isinstance(mode, Accounting) and mode.watcher is self]
+
+        @contextlib.contextmanager
+        def entered() -> Iterator[None]:
+            with contextlib.ExitStack() as modes, self.use_stream(stream, is_ordered=False):
+                for kind in own:
+                    modes.enter_context(kind(self, self._unseen))
+                yield
+
+        return entered
+
+    def is_own_mode(self, mode: object) -> bool:
+        return isinstance(mode, Accounting) and mode.watcher is self
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def random_state(self) -> torch.Tensor | None:
+        return None
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        return None
 
     def compute(self, ms: float) -> None:
         """Spend simulated time on this thread's compute stream."""

@@ -1,0 +1,573 @@
+"""Pairing: the two passes of a step of guidance run side by side, so that each load serves both.
+
+A pipeline calls its denoiser for the prompt, and again for the negative one, with the same latents and another text.
+From the second call of a few steps it is learned where each of its arguments comes from: the first call of the same
+step, or the second one of the step before. So when the first call comes the second is known, and both run in lockstep
+(`lockstep.py`). When the pipeline's second call comes, its arguments are compared byte by byte with those that the
+second pass ran with. Equal: the result is there, and the call is answered with it. Not equal: it is dropped, and the
+call runs.
+
+Who may pair: no gradients, nobody's modes or hooks, a forward that leaves its model as it found it and draws no random
+numbers, arguments and results that are tensors and plain values. Before the first paired step of a kind of call, a step
+that has run is run once more, in lockstep, and must give the same bits (*probation*).
+
+What is found out too late (random numbers were drawn, memory was refused) is mended: the second pass is dropped, and
+the first runs again from its arguments, alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from layerstream.device.base import Device
+from layerstream.engine.attachments import Attachments
+from layerstream.engine.gate import Gate, Ticket
+from layerstream.engine.lane import Lanes
+from layerstream.engine.lockstep import Lockstep
+from layerstream.engine.model_state import ModelState
+from layerstream.engine.snapshots import Given, Path, UnknownValueError, copy_of, leaves_of_output, same
+from layerstream.engine.thread_state import ThreadState, refusal, runner
+from layerstream.hooks import compiled
+from layerstream.stats import Stats
+
+_log = logging.getLogger("layerstream.pairing")
+
+_FITS = 2  # second calls that came as the step before says, until the next one is foreseen
+_MOST_MISSES = 2  # foreseen calls that came otherwise, until the pipeline's call is over
+_MOST_STRAYS = 6  # calls in a row that are no second ones, until the pipeline's call is over
+_MOST_CHANGES = 4  # of the model's own state, until it is taken to change at each call
+_MOST_IDLE_USES = 3  # calls of the pipeline in which nothing could be foreseen
+
+
+class FindNoGain(Protocol):
+    """Why two passes of a component would not be faster side by side; "": they would."""
+
+    def __call__(self, component: str, *, is_proven: bool) -> str: ...
+
+
+class Role:
+    """Where an argument of the second call comes from."""
+
+    FIRST = "the first call of the step"
+    LAST = "the second call of the step before"
+
+
+@dataclass
+class _Call:
+    """A call that ran alone, while it is learned what follows what."""
+
+    given: Given
+    mark: tuple[int, int]
+    output: Mapping[Path, Any] | None = None  # a copy, once it has ended
+
+
+@dataclass
+class _Pending:
+    """A second pass that has run before its call came.
+
+    Attributes:
+        output: what the forward returned.
+        mark: what would be another had weights changed since.
+    """
+
+    given: Given
+    output: Any
+    thread: ThreadState
+    mark: tuple[int, int]
+
+
+@dataclass
+class _Track:
+    """What is known of one component's calls.
+
+    Attributes:
+        use: the pipeline's call that goes on; None: the component is called by itself.
+        calls: the last two that ran alone in it.
+        roles: of the second call's arguments, by path.
+        second: the second call of the last step.
+        was_second: the last call was the second of its step.
+        proven: kinds of calls that have passed probation.
+        off: why its passes are not paired any more; "": they may be.
+        idle: why they are not, as it is now.
+        rests: nothing is foreseen until the pipeline's call is over.
+    """
+
+    use: Ticket | None = None
+    calls: list[_Call] = field(default_factory=list)
+    roles: dict[Path, str] = field(default_factory=dict)
+    second: Given | None = None
+    was_second: bool = False
+    num_fits: int = 0
+    num_misses: int = 0
+    num_strays: int = 0
+    num_changes: int = 0
+    num_idle_uses: int = 0
+    state: ModelState | None = None
+    proven: set[tuple[object, ...]] = field(default_factory=set)
+    pending: _Pending | None = None
+    off: str = ""
+    idle: str = ""
+    rests: bool = False
+    has_paired: bool = False
+
+    def forget_calls(self) -> None:
+        self.calls, self.second, self.pending = [], None, None
+        self.was_second, self.num_fits = False, 0
+
+
+@dataclass
+class _Pair:
+    """Two passes that are about to run."""
+
+    track: _Track
+    root: nn.Module
+    second: Given
+    random: tuple[Any, ...]
+    is_trial: bool = False
+    outputs: tuple[Any, Any] | None = None  # of a trial
+    failure: str = ""
+
+
+@dataclass
+class Decision:
+    """What a call that arrives is to be: run, run beside a second one, or answered.
+
+    Attributes:
+        pair: with a second pass; None: alone.
+        learned: a call whose output is wanted.
+        is_answer: `output` is its result, and nothing runs.
+    """
+
+    pair: _Pair | None = None
+    learned: tuple[_Track, _Call, tuple[Any, ...]] | None = None
+    is_answer: bool = False
+    output: Any = None
+
+    @property
+    def second(self) -> Given | None:
+        """The arguments of the second pass."""
+        return None if self.pair is None else self.pair.second
+
+
+_ALONE = Decision()
+
+
+class Pairing:
+    """Foresees second passes, runs them beside the first ones, and answers their calls.
+
+    Attributes:
+        is_on: the user allows it.
+
+    Args:
+        find_no_gain: why two passes of a component would not be faster side by side; "": they would.
+        is_edited: whether code outside has its hands on weights.
+        forgive: so many allocations were refused to passes whose results are not used.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        attached: Attachments,
+        lanes: Lanes,
+        gate: Gate,
+        stats: Stats,
+        *,
+        is_on: bool,
+        find_no_gain: FindNoGain,
+        is_edited: Callable[[], bool],
+        forgive: Callable[[int], None],
+    ) -> None:
+        self.is_on = is_on
+        self.lockstep = Lockstep()
+        self._device = device
+        self._attached = attached
+        self._lanes = lanes
+        self._gate = gate
+        self._stats = stats
+        self._find_no_gain = find_no_gain
+        self._is_edited = is_edited
+        self._forgive = forgive
+        self._tracks: dict[str, _Track] = {}
+        self._decision: Decision = _ALONE
+        self._root: nn.Module | None = None  # whose call it is of, until its forward begins
+        self._trial: Decision | None = None  # runs now
+
+    def reasons(self) -> dict[str, str]:
+        """Why passes of a component are not paired, by its name; "" where they are."""
+        return {name: track.off or track.idle for name, track in self._tracks.items()}
+
+    def forget(self) -> None:
+        """Components were laid out anew."""
+        for name in list(self._tracks):
+            if not self._tracks[name].off:
+                del self._tracks[name]
+
+    def close(self) -> None:
+        """End the second thread; what is told stays."""
+        self.lockstep.close()
+        self._decision = _ALONE
+        self._tracks = {name: _Track(off=track.off, idle=track.idle) for name, track in self._tracks.items()}
+
+    # ---- a call arrives
+
+    def arrive(
+        self,
+        root: nn.Module,
+        component: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        settle: Callable[[], None],
+    ) -> Decision:
+        """An outermost call of a component begins in the main lane, and nothing of it has been done. No lock is held.
+
+        Args:
+            settle: has what was edited outside take effect, as it would when the call runs.
+        """
+        self._decision, self._root = _ALONE, root
+        if self._trial is not None:
+            self._decision = self._trial
+        elif self.is_on and not self.lockstep.is_lost:
+            track = self._tracks.setdefault(component, _Track())
+            self._decision = self._decide(track, root, component, args, kwargs, settle)
+        return self._decision
+
+    def take(self, root: nn.Module) -> Decision:
+        """What the call of `root` whose forward begins now is to be."""
+        if self._root is not root:
+            return _ALONE
+        decision, self._decision, self._root = self._decision, _ALONE, None
+        return decision
+
+    def _decide(
+        self,
+        track: _Track,
+        root: nn.Module,
+        component: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settle: Callable[[], None],
+    ) -> Decision:
+        pending, track.pending = track.pending, None
+        decision = self._without_learning(track, component, args, kwargs, pending, settle)
+        if pending is not None and not (decision is not None and decision.is_answer):
+            self._stats.num_discarded_passes += 1
+            track.num_misses += 1
+            track.forget_calls()
+            if track.num_misses >= _MOST_MISSES:
+                track.rests, track.idle = True, "second calls came otherwise than foreseen"
+        if decision is not None or track.rests:
+            return decision or _ALONE
+        given = Given.of(args, kwargs)
+        if track.was_second and track.num_fits >= _FITS and track.second is not None and track.state is not None:
+            return self._foresee(track, root, given)
+        return self._learn(track, root, given)
+
+    def _without_learning(
+        self,
+        track: _Track,
+        component: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        pending: _Pending | None,
+        settle: Callable[[], None],
+    ) -> Decision | None:
+        """What can be said of a call without looking at those before it; None: nothing."""
+        if track.off:
+            return _ALONE
+        use = self._gate.running if self._gate.is_inside_call else None
+        if use is not track.use:
+            self._begin_use(track, use)
+            pending = None
+        if track.off or track.rests:
+            return _ALONE
+        track.idle = refusal(self._device) or self._idle(track, component)
+        if track.idle:
+            track.forget_calls()
+            return _ALONE
+        try:
+            given = Given.of(args, kwargs)
+        except UnknownValueError as exc:
+            track.off = f"it is given {exc}"
+            return _ALONE
+        if pending is not None:
+            settle()
+            if self._is_as_foreseen(track, pending, given):
+                self._stats.num_paired_passes += 1
+                track.was_second, track.num_misses, track.has_paired = True, 0, True
+                return Decision(is_answer=True, output=pending.output)
+        return None
+
+    def _begin_use(self, track: _Track, use: Ticket | None) -> None:
+        """Another call of the pipeline has begun."""
+        track.num_idle_uses = 0 if track.has_paired or use is None else track.num_idle_uses + 1
+        track.use, track.rests, track.num_misses, track.num_strays = use, False, 0, 0
+        track.forget_calls()
+        if track.num_idle_uses > _MOST_IDLE_USES:
+            track.off = track.idle or "its calls are not foreseen"
+
+    def _idle(self, track: _Track, component: str) -> str:
+        refused = self._find_no_gain(component, is_proven=bool(track.proven))
+        if refused:
+            return refused
+        if compiled.is_in_use():
+            return "code is compiled"
+        if self._is_edited():
+            return "code outside looks at weights"
+        return ""
+
+    def _is_as_foreseen(self, track: _Track, pending: _Pending, given: Given) -> bool:
+        """Whether the call that has come is the one that has run: see `ModelState`, `ThreadState`, `same`."""
+        ran = pending.given.leaves
+        if list(ran) != list(given.leaves) or pending.thread != ThreadState.here(self._device):
+            return False
+        if pending.mark != self._mark() or self._is_edited() or track.state is None or track.state.difference():
+            return False
+        return all(same([(given.leaves[path], leaf) for path, leaf in ran.items()]))
+
+    def _mark(self) -> tuple[int, int]:
+        """Another one where weights have changed: what is found to be written comes home first, what has another form
+        is laid out anew."""
+        return self._stats.num_written_back, self._stats.num_relaid
+
+    # ---- learning
+
+    def _learn(self, track: _Track, root: nn.Module, given: Given) -> Decision:
+        """This call runs alone; what it is to the ones before is noted."""
+        if track.state is None:
+            track.state = ModelState(root, lambda tensor: id(tensor) in self._attached.records)
+        difference = track.state.difference()
+        if difference:
+            self._changes(track, difference)
+            return _ALONE
+        roles = self._roles(track, given)
+        call = _Call(given.copied(), self._mark())
+        if roles is None:
+            track.num_strays += not track.was_second
+            track.num_fits = track.num_fits if track.was_second else 0
+            track.was_second = False
+        else:
+            track.num_fits = track.num_fits + 1 if roles == track.roles else 1
+            if track.has_paired and roles == track.roles:
+                track.num_fits = _FITS
+            track.roles, track.was_second, track.num_strays = roles, True, 0
+            track.second = call.given
+        if track.num_strays > _MOST_STRAYS:
+            track.rests, track.idle = True, "no call repeats what the one before was given"
+            track.forget_calls()
+            return _ALONE
+        track.calls = [*track.calls[-1:], call]
+        return Decision(learned=(track, call, self._random()))
+
+    def _roles(self, track: _Track, given: Given) -> dict[Path, str] | None:
+        """Where each argument comes from, if this is a second call; None: it is not."""
+        if track.was_second or not track.calls:
+            return None
+        first = track.calls[-1].given.leaves
+        last = track.calls[-2].given if len(track.calls) > 1 else None
+        paths = list(given.leaves)
+        if last is None:
+            # The first step of another call of the pipeline: what comes from the step before is new.
+            if not track.has_paired or set(track.roles) != set(paths):
+                return None
+            fixed = [path for path in paths if track.roles[path] == Role.FIRST]
+            if not all(path in first for path in fixed):
+                return None
+            is_alike = all(same([(given.leaves[path], first[path]) for path in fixed]))
+            return track.roles if is_alike else None
+        if list(last.leaves) != paths:
+            return None
+        of_first = [path for path in paths if path in first]
+        pairs = [(given.leaves[path], first[path]) for path in of_first]
+        pairs += [(given.leaves[path], last.leaves[path]) for path in paths]
+        answers = same(pairs)
+        is_first = dict(zip(of_first, answers, strict=False))
+        is_last = dict(zip(paths, answers[len(of_first) :], strict=True))
+        if not all(is_first.get(path) or is_last[path] for path in paths):
+            return None
+        return {path: Role.FIRST if is_first.get(path) else Role.LAST for path in paths}
+
+    def learned(self, learned: tuple[_Track, _Call, tuple[Any, ...]], output: Any) -> None:
+        """A call that ran alone has ended."""
+        track, call, before = learned
+        if not _are_alike(before, self._random()):
+            track.off = "it draws random numbers"
+        elif track.state is not None and (difference := track.state.difference()):
+            self._changes(track, difference)
+        elif self._writes_weights():
+            track.off = "it writes its buffers"
+        else:
+            try:
+                call.output = {path: copy_of(leaf) for path, leaf in leaves_of_output(output).items()}
+            except UnknownValueError as exc:
+                track.off = f"it returns {exc}"
+
+    def _writes_weights(self) -> bool:
+        units = self._attached.units.values()
+        return any(u.is_present and not u.binding.is_guarded and u.binding.is_changed() for u in units)
+
+    def _changes(self, track: _Track, difference: str) -> None:
+        track.idle, track.state = difference, None
+        track.forget_calls()
+        track.num_changes += 1
+        if track.num_changes >= _MOST_CHANGES:
+            track.off = difference
+
+    # ---- two passes
+
+    def _foresee(self, track: _Track, root: nn.Module, given: Given) -> Decision:
+        """This is the first call of a step, and the second one is known."""
+        second = self._second(track, given)
+        if second is None:
+            track.forget_calls()
+            return _ALONE
+        kind = (given.form, second.form)
+        if kind not in track.proven:
+            if not self._is_proven(track, root, kind):
+                return _ALONE
+            track.proven.add(kind)
+            track.calls = []
+        return Decision(_Pair(track, root, second, self._random()))
+
+    def _second(self, track: _Track, first: Given) -> Given | None:
+        assert track.second is not None
+        leaves = {}
+        for path, role in track.roles.items():
+            source = first if role == Role.FIRST else track.second
+            if path not in source.leaves:
+                return None
+            leaves[path] = source.leaves[path]
+        return track.second.with_leaves(leaves)
+
+    def _is_proven(self, track: _Track, root: nn.Module, kind: tuple[object, ...]) -> bool:
+        """Run the last step, which was of this kind, once more, in lockstep, and compare."""
+        calls = track.calls
+        is_known = kind == tuple(call.given.form for call in calls) and all(call.output is not None for call in calls)
+        if not is_known or any(call.mark != self._mark() for call in calls):
+            track.forget_calls()
+            return False
+        pair = _Pair(track, root, calls[1].given.copied(), self._random(), is_trial=True)
+        self._trial = Decision(pair)
+        try:
+            args, kwargs = calls[0].given.copied().arguments()
+            root(*args, **kwargs)
+        except Exception as exc:
+            pair.failure = pair.failure or repr(exc)
+        finally:
+            self._trial, self._decision = None, _ALONE
+        if pair.outputs is not None and not pair.failure:
+            found = [leaves_of_output(output) for output in pair.outputs]
+            expected = [call.output or {} for call in calls]
+            if all(list(a) == list(b) for a, b in zip(expected, found, strict=True)) and all(
+                same([(a[path], b[path]) for a, b in zip(expected, found, strict=True) for path in a])
+            ):
+                return True
+            pair.failure = "passes that run side by side differ"
+        track.off = pair.failure or "no second pass could run"
+        _log.info("passes are not paired: %s", track.off)
+        return False
+
+    def run(self, pair: _Pair, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Both passes; returns the first one's result. Called as the forward of the first."""
+        track = pair.track
+        second_args, second_kwargs = pair.second.arguments()
+        thread, num_ooms = ThreadState.here(self._device), self._device.num_ooms()
+
+        def second() -> Any:
+            with self._lanes.beside():
+                return pair.root(*second_args, **second_kwargs)
+
+        try:
+            self.lockstep.prepare(runner(self._device, second), lambda: self._may_begin(pair))
+            output = original(*args, **kwargs)
+            found, error = self.lockstep.finish()
+        except BaseException as exc:
+            self.lockstep.abandon()
+            if not isinstance(exc, torch.OutOfMemoryError) or not self.lockstep.has_begun:
+                raise
+            output = None
+        else:
+            if error is not None:
+                pair.failure = f"the second pass ended by {error!r}"
+            elif self.lockstep.is_lost:
+                pair.failure = "the second pass did not come back"
+            elif not pair.failure and found is not None and track.state is not None:
+                pair.failure = track.state.difference()
+        if not self.lockstep.has_begun:  # the first ran alone
+            track.rests, track.idle = True, pair.failure or "the second pass could not begin"
+            track.forget_calls()
+            return output
+        is_mixed = not _are_alike(pair.random, self._random())
+        if is_mixed:
+            pair.failure = "it draws random numbers"
+            self._set_random(pair.random)
+        # An operator that is refused memory may raise nothing, and take another way.
+        num_refused = self._device.num_ooms() - num_ooms
+        if num_refused or output is None:
+            pair.failure, output = "memory is refused to two passes", None
+            self._forgive(num_refused)
+        if pair.failure:
+            self._stats.num_discarded_passes += not pair.is_trial
+            track.off = pair.failure
+            track.forget_calls()
+            _log.info("passes are not paired any more: %s", track.off)
+            has_changed = track.state is None or bool(track.state.difference())
+            if output is None or is_mixed or has_changed:
+                return original(*args, **kwargs)
+            return output
+        if pair.is_trial:
+            pair.outputs = (output, found)
+        elif found is not None:
+            track.pending = _Pending(pair.second, found, thread, self._mark())
+        else:
+            track.forget_calls()
+        return output
+
+    def _may_begin(self, pair: _Pair) -> bool:
+        """A block of the first pass has run: what came before it has left everything as it was."""
+        state = pair.track.state
+        if state is None or state.difference() or not _are_alike(pair.random, self._random()):
+            pair.failure = "what runs before the first block changes the model, or draws random numbers"
+            return False
+        return True
+
+    # ---- random numbers
+
+    def _random(self) -> tuple[Any, ...]:
+        """The state of every generator that a forward draws from by itself."""
+        numpy = sys.modules.get("numpy")
+        return (
+            torch.get_rng_state(),
+            self._device.random_state(),
+            random.getstate(),
+            None if numpy is None else numpy.random.get_state(),
+        )
+
+    def _set_random(self, state: tuple[Any, ...]) -> None:
+        cpu, device, python, numpy = state
+        torch.set_rng_state(cpu)
+        if device is not None:
+            self._device.set_random_state(device)
+        random.setstate(python)
+        if numpy is not None:
+            sys.modules["numpy"].random.set_state(numpy)
+
+
+def _are_alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether no generator has been drawn from in between."""
+    cpu, device, python, numpy = zip(one, other, strict=True)
+    is_drawn = not torch.equal(*cpu) or python[0] != python[1]
+    is_drawn |= device[0] is not None and device[1] is not None and not torch.equal(*device)
+    if numpy[0] is not None and numpy[1] is not None:
+        is_drawn |= any(
+            a.tobytes() != b.tobytes() if hasattr(a, "tobytes") else a != b for a, b in zip(*numpy, strict=True)
+        )
+    return not is_drawn

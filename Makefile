@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint rules format types slow wheel versions coverage gpu-test bench bench-plots budget-table clean
+.PHONY: help demo test lint rules format types slow wheel versions coverage pairing-table gpu-test bench bench-plots budget-table clean
 
 help:
 	@echo "make demo      run a stand-in pipeline resident and streamed, compare the images (ARGS=... for options)"
@@ -18,6 +18,7 @@ help:
 	@echo "make wheel     source distribution and wheel in dist, and the wheel tried in an empty environment"
 	@echo "make versions  the quick tests with the oldest and newest Python, torch and diffusers: docs/versions.md"
 	@echo "make coverage  what streams of every class of diffusers, and what tests it: docs/coverage.md; takes a minute"
+	@echo "make pairing-table  which tiny pipelines' passes are paired: docs/pairing.md; takes five minutes"
 	@echo "make gpu-test  the tests that need a CUDA GPU"
 	@echo "make bench     the benchmark harness (ARGS='run --case ovis', 'suite NAME', 'list')"
 	@echo "make bench-plots   pictures, and the tables of README.md and benchmarks/README.md, from benchmarks/results"
@@ -64,6 +65,9 @@ versions:
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m tools.coverage
+
+pairing-table: $(INSTALLED)
+	$(BIN)/python -m tools.pairing
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]

@@ -452,6 +452,19 @@ def test_hooks_of_the_user_forbid_it(where: str) -> None:
     assert len(counted) == 2 * 3 * 16 * 2, "as often as the resident pipeline's"
 
 
+@pytest.mark.usefixtures("pairs_at_once")
+def test_compiled_blocks_are_not_paired() -> None:
+    """What is compiled may have buffers of its own for its results, which two passes would share."""
+
+    def change(pipe: Pipe) -> None:
+        for block in pipe.model.blocks:
+            block.compile(backend="eager")
+
+    stats, reasons = paired(guided(), change, restores=False)
+    assert stats.num_paired_passes == 0
+    assert reasons["model"] == "`blocks.0` is compiled"
+
+
 # ---- other ways to call
 
 

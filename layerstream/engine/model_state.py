@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerstream.hooks.compiled import describe_compiled
 from layerstream.hooks.intercept import is_our_hook
 from layerstream.torch_private import GLOBAL_HOOKS, GLOBAL_PRE_HOOKS, without_subclasses
 
@@ -47,13 +48,18 @@ class ModelState:
         self._others = _Holders(iter)
         self._tensors: list[tuple[str, torch.Tensor, int]] = []  # that are no weights, with their versions
         seen: set[int] = set()
+        self._compiled = ""  # what is, which may have buffers of its own that two passes would share
         for name, module in root.named_modules():
             names, path = vars(module), name or type(root).__name__
             self._hooks += [(path, names[kind]) for kind in _HOOK_DICTS if kind in names]
+            if describe_compiled(module) is not None:
+                self._compiled = self._compiled or path
             self._look(path, names, seen, _DEPTH, but=(*_HOOK_DICTS, *_ABOUT_HOOKS))
 
     def difference(self) -> str:
         """Why what is there now is not what was there then, or nobody can say; "": it is."""
+        if self._compiled:
+            return f"`{self._compiled}` is compiled"
         if any(_global_hooks):
             return "a hook on all modules"
         for path, hooks in self._hooks:

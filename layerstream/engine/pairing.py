@@ -35,7 +35,6 @@ from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.model_state import ModelState
 from layerstream.engine.snapshots import Given, Path, UnknownValueError, copy_of, leaves_of_output, same
 from layerstream.engine.thread_state import ThreadState, refusal, runner
-from layerstream.hooks import compiled
 from layerstream.stats import Stats
 
 _log = logging.getLogger("layerstream.pairing")
@@ -318,8 +317,6 @@ class Pairing:
         refused = self._find_no_gain(component, is_proven=bool(track.proven))
         if refused:
             return refused
-        if compiled.is_in_use():
-            return "code is compiled"
         if self._is_edited():
             return "code outside looks at weights"
         return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +71,9 @@ class Pipe(OneModel):
 
 @pytest.fixture(autouse=True)
 def no_thread_stays() -> Any:
+    precision = torch.get_float32_matmul_precision()
     yield
+    torch.set_float32_matmul_precision(precision)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("layerstream")]
 
 
@@ -217,7 +221,16 @@ def edit_anything_at_its_time(pipe: Pipe) -> None:
     no_guidance_for_some_steps(pipe)
 
 
+def change_a_flag_between(pipe: Pipe) -> None:
+    def edit(step: int) -> None:
+        if step >= 10:
+            torch.set_float32_matmul_precision("high" if step % 2 else "highest")
+
+    pipe.before_second = edit
+
+
 EDITS = [
+    change_a_flag_between,
     edit_texts, edit_texts_in_place, edit_latents_between, edit_latents_in_place_between, no_guidance_for_some_steps,
     guidance_of_a_fraction, edit_a_weight_between, edit_a_weight_by_its_data_between, set_an_attribute_between,
     edit_an_attribute_in_place_between, hook_between, edit_anything_at_its_time,
@@ -339,6 +352,36 @@ class OfItsThread(Guided):
         return (super().forward(latents, time, text)[0] * self.of_thread.factor(),)
 
 
+class OwnGenerator(Guided):
+    """Draws from a generator that nobody else has."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.draw = random.Random(0)
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor]:
+        x = self.embed(latents) + time.view(-1, 1) + self.read(text).mean(0)
+        for number in self.order:
+            x = self.blocks[number](x) + (self.draw.random() if time[0] < 0.4 else 0)
+        return (self.head(x),)
+
+
+class SetsVariables(Guided):
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor]:
+        out = super().forward(latents, time, text)[0] + NUMBER.get()
+        NUMBER.set(NUMBER.get() + 1)
+        return (out,)
+
+
+class ReturnsItsInput(Guided):
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor]:
+        super().forward(latents, time, text)
+        return (latents[:],)
+
+
+NUMBER: contextvars.ContextVar[int] = contextvars.ContextVar("number", default=0)
+
+
 class Hidden:
     __slots__ = ("local",)
 
@@ -370,7 +413,20 @@ class Switches(Guided):
 
 @pytest.mark.usefixtures("pairs_at_once")
 @pytest.mark.parametrize(
-    "cls", [SetsItself, SetsItselfLate, Scales, Caches, Appends, Draws, WritesItsInput, OfItsThread]
+    "cls",
+    [
+        SetsItself,
+        SetsItselfLate,
+        Scales,
+        Caches,
+        Appends,
+        Draws,
+        WritesItsInput,
+        OfItsThread,
+        OwnGenerator,
+        SetsVariables,
+        ReturnsItsInput,
+    ],
 )
 def test_models_whose_passes_see_each_other_do_not_pair(cls: type[Guided]) -> None:
     torch.manual_seed(0)
@@ -383,6 +439,7 @@ def test_models_whose_passes_see_each_other_do_not_pair(cls: type[Guided]) -> No
 def paired_with_seeds(model: Guided) -> tuple[layerstream.Stats, dict[str, str]]:
     def seed(pipe: Pipe) -> None:
         torch.manual_seed(1)
+        NUMBER.set(0)
 
     return paired(model, seed, restores=False)
 

@@ -7,6 +7,8 @@ before. Weights are others' to watch over (`edits.py`).
 
 from __future__ import annotations
 
+import random
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
@@ -29,6 +31,7 @@ _NOT_LOOKED_INTO = (
     nn.Module, torch.Tensor, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float,
     bool, complex, type(None), torch.dtype, torch.device,
 )  # fmt: skip
+_OPAQUE = ("ndarray", "RandomState", "Generator", "PCG64")  # of numpy, which need not be imported to know them
 _DEPTH = 4  # of containers and objects below a module's attributes
 
 _global_hooks = [found for each in (GLOBAL_HOOKS, GLOBAL_PRE_HOOKS) if (found := each.find()) is not None]
@@ -48,18 +51,18 @@ class ModelState:
         self._others = _Holders(iter)
         self._tensors: list[tuple[str, torch.Tensor, int]] = []  # that are no weights, with their versions
         seen: set[int] = set()
-        self._compiled = ""  # what is, which may have buffers of its own that two passes would share
+        self._refusal = ""  # what nobody can look into, or has buffers of its own that two passes would share
         for name, module in root.named_modules():
             names, path = vars(module), name or type(root).__name__
             self._hooks += [(path, names[kind]) for kind in _HOOK_DICTS if kind in names]
             if describe_compiled(module) is not None:
-                self._compiled = self._compiled or path
+                self._refusal = self._refusal or f"`{path}` is compiled"
             self._look(path, names, seen, _DEPTH, but=(*_HOOK_DICTS, *_ABOUT_HOOKS))
 
     def difference(self) -> str:
         """Why what is there now is not what was there then, or nobody can say; "": it is."""
-        if self._compiled:
-            return f"`{self._compiled}` is compiled"
+        if self._refusal:
+            return self._refusal
         if any(_global_hooks):
             return "a hook on all modules"
         for path, hooks in self._hooks:
@@ -83,6 +86,8 @@ class ModelState:
         for name, value in zip(_names(holder), values, strict=True):
             if isinstance(value, torch.Tensor):
                 self._note_tensor(f"{path}.{name}", value)
+            elif _is_opaque(value):
+                self._refusal = self._refusal or f"`{path}` has a {type(value).__name__}"
             elif depth and name not in but and not isinstance(value, _NOT_LOOKED_INTO):
                 for inner in _holders(value):
                     self._look(f"{path}.{name}", inner, seen, depth - 1)
@@ -125,17 +130,23 @@ class _Holders:
 
 def _holders(value: Any) -> Iterator[Any]:
     """What may be changed without the value becoming another one."""
-    if isinstance(value, dict | list | set | tuple):
+    if isinstance(value, dict | list | set | tuple | deque):
         yield value
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         yield attributes
 
 
+def _is_opaque(value: Any) -> bool:
+    """Whether it changes as it is used, and does not show it."""
+    kinds = (torch.Generator, random.Random, Iterator)
+    return isinstance(value, kinds) or type(value).__name__ in _OPAQUE
+
+
 def _values(holder: Any) -> Sequence[Any]:
     if isinstance(holder, dict):
         return list(holder.values())
-    return list(holder) if isinstance(holder, set) else holder
+    return list(holder) if isinstance(holder, set | deque) else holder
 
 
 def _names(holder: Any) -> Sequence[Any]:

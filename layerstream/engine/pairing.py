@@ -18,8 +18,6 @@ the first runs again from its arguments, alone.
 from __future__ import annotations
 
 import logging
-import random
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,8 +31,8 @@ from layerstream.engine.gate import Gate, Ticket
 from layerstream.engine.lane import Lanes
 from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.model_state import ModelState
-from layerstream.engine.snapshots import Given, Path, UnknownValueError, copy_of, leaves_of_output, same
-from layerstream.engine.thread_state import ThreadState, refusal, runner
+from layerstream.engine.snapshots import Given, Path, UnknownValueError, copy_of, leaves_of_output, same, tensors_of
+from layerstream.engine.thread_state import Surroundings, ThreadState, refusal, runner
 from layerstream.stats import Stats
 
 _log = logging.getLogger("layerstream.pairing")
@@ -129,7 +127,7 @@ class _Pair:
     track: _Track
     root: nn.Module
     second: Given
-    random: tuple[Any, ...]
+    before: Surroundings
     is_trial: bool = False
     outputs: tuple[Any, Any] | None = None  # of a trial
     failure: str = ""
@@ -146,7 +144,7 @@ class Decision:
     """
 
     pair: _Pair | None = None
-    learned: tuple[_Track, _Call, tuple[Any, ...]] | None = None
+    learned: tuple[_Track, _Call, Surroundings] | None = None
     is_answer: bool = False
     output: Any = None
 
@@ -362,7 +360,7 @@ class Pairing:
             track.forget_calls()
             return _ALONE
         track.calls = [*track.calls[-1:], call]
-        return Decision(learned=(track, call, self._random()))
+        return Decision(learned=(track, call, Surroundings.here(self._device)))
 
     def _roles(self, track: _Track, given: Given) -> dict[Path, str] | None:
         """Where each argument comes from, if this is a second call; None: it is not."""
@@ -392,11 +390,11 @@ class Pairing:
             return None
         return {path: Role.FIRST if is_first.get(path) else Role.LAST for path in paths}
 
-    def learned(self, learned: tuple[_Track, _Call, tuple[Any, ...]], output: Any) -> None:
+    def learned(self, learned: tuple[_Track, _Call, Surroundings], output: Any) -> None:
         """A call that ran alone has ended."""
         track, call, before = learned
-        if not _are_alike(before, self._random()):
-            track.off = "it draws random numbers"
+        if difference := before.difference(Surroundings.here(self._device)):
+            track.off = difference
         elif track.state is not None and (difference := track.state.difference()):
             self._changes(track, difference)
         elif self._writes_weights():
@@ -432,7 +430,7 @@ class Pairing:
                 return _ALONE
             track.proven.add(kind)
             track.calls = []
-        return Decision(_Pair(track, root, second, self._random()))
+        return Decision(_Pair(track, root, second, Surroundings.here(self._device)))
 
     def _second(self, track: _Track, first: Given) -> Given | None:
         assert track.second is not None
@@ -451,7 +449,7 @@ class Pairing:
         if not is_known or any(call.mark != self._mark() for call in calls):
             track.forget_calls()
             return False
-        pair = _Pair(track, root, calls[1].given.copied(), self._random(), is_trial=True)
+        pair = _Pair(track, root, calls[1].given.copied(), Surroundings.here(self._device), is_trial=True)
         self._trial = Decision(pair)
         try:
             args, kwargs = calls[0].given.copied().arguments()
@@ -497,15 +495,17 @@ class Pairing:
             elif self.lockstep.is_lost:
                 pair.failure = "the second pass did not come back"
             elif not pair.failure and found is not None and track.state is not None:
-                pair.failure = track.state.difference()
+                pair.failure = track.state.difference() or _sharing((second_args, second_kwargs), found)
         if not self.lockstep.has_begun:  # the first ran alone
             track.rests, track.idle = True, pair.failure or "the second pass could not begin"
             track.forget_calls()
             return output
-        is_mixed = not _are_alike(pair.random, self._random())
+        now = Surroundings.here(self._device)
+        pair.failure = pair.failure or pair.before.difference(now)
+        is_mixed = pair.before.is_drawn(now)
         if is_mixed:
             pair.failure = "it draws random numbers"
-            self._set_random(pair.random)
+            pair.before.restore_random(self._device)
         # An operator that is refused memory may raise nothing, and take another way.
         num_refused = self._device.num_ooms() - num_ooms
         if num_refused or output is None:
@@ -531,40 +531,18 @@ class Pairing:
     def _may_begin(self, pair: _Pair) -> bool:
         """A block of the first pass has run: what came before it has left everything as it was."""
         state = pair.track.state
-        if state is None or state.difference() or not _are_alike(pair.random, self._random()):
+        if state is None or state.difference() or pair.before.difference(Surroundings.here(self._device)):
             pair.failure = "what runs before the first block changes the model, or draws random numbers"
             return False
         return True
 
-    # ---- random numbers
 
-    def _random(self) -> tuple[Any, ...]:
-        """The state of every generator that a forward draws from by itself."""
-        numpy = sys.modules.get("numpy")
-        return (
-            torch.get_rng_state(),
-            self._device.random_state(),
-            random.getstate(),
-            None if numpy is None else numpy.random.get_state(),
-        )
-
-    def _set_random(self, state: tuple[Any, ...]) -> None:
-        cpu, device, python, numpy = state
-        torch.set_rng_state(cpu)
-        if device is not None:
-            self._device.set_random_state(device)
-        random.setstate(python)
-        if numpy is not None:
-            sys.modules["numpy"].random.set_state(numpy)
-
-
-def _are_alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether no generator has been drawn from in between."""
-    cpu, device, python, numpy = zip(one, other, strict=True)
-    is_drawn = not torch.equal(*cpu) or python[0] != python[1]
-    is_drawn |= device[0] is not None and device[1] is not None and not torch.equal(*device)
-    if numpy[0] is not None and numpy[1] is not None:
-        is_drawn |= any(
-            a.tobytes() != b.tobytes() if hasattr(a, "tobytes") else a != b for a, b in zip(*numpy, strict=True)
-        )
-    return not is_drawn
+def _sharing(given: Any, output: Any) -> str:
+    """Whether what a forward returns lies in memory that it was given: its caller would see its own tensor change."""
+    try:
+        places = [
+            {t.untyped_storage().data_ptr() for t in tensors_of(leaves_of_output(each))} for each in (given, output)
+        ]
+    except UnknownValueError as exc:
+        return f"it returns {exc}"
+    return "it returns what it is given" if places[0] & places[1] - {0} else ""

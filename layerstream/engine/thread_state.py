@@ -1,29 +1,35 @@
-"""What torch keeps for each thread, and a second pass must have as the first has it."""
+"""What surrounds a pass beside its model: modes and flags of torch, generators of random numbers, context variables.
+
+A second pass runs in another thread and must have all that is each thread's own as the first has it; and what the two
+would change for each other must stay as it is.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from layerstream.device.base import Device
-from layerstream.torch_private import (
-    DISPATCH_MODE_STACK,
-    FUNCTION_MODE_STACK,
-    FUNCTORCH_LEVEL,
-)
+from layerstream.torch_private import DISPATCH_MODE_STACK, FUNCTION_MODE_STACK, FUNCTORCH_LEVEL
 
 _mode_stack = DISPATCH_MODE_STACK.find()
 _num_function_modes = FUNCTION_MODE_STACK.find()
 _functorch_level = FUNCTORCH_LEVEL.find()
 
 
+_Variables = tuple[tuple[contextvars.ContextVar[Any], Any], ...]
+
+
 @dataclass(frozen=True)
 class ThreadState:
-    """As it is in the calling thread.
+    """Modes of the calling thread, and flags of the process that kernels are chosen by.
 
     Attributes:
         is_inference: under `inference_mode`.
@@ -32,10 +38,94 @@ class ThreadState:
 
     is_inference: bool
     stream_number: int
+    flags: tuple[object, ...]
 
     @classmethod
     def here(cls, device: Device) -> ThreadState:
-        return cls(torch.is_inference_mode_enabled(), device.stream_number())
+        return cls(torch.is_inference_mode_enabled(), device.stream_number(), _flags())
+
+
+def _flags() -> tuple[object, ...]:
+    backends: Any = torch.backends
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        backends.cudnn.enabled,
+        backends.cudnn.benchmark,
+        backends.cudnn.deterministic,
+        backends.cudnn.allow_tf32,
+        backends.cuda.matmul.allow_tf32,
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.cudnn_sdp_enabled(),
+        backends.mkldnn.enabled,
+    )
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a forward may change around it: the state of every generator that it draws from by itself, and context
+    variables.
+
+    Attributes:
+        numpy: the state of its global generator; None: it is not imported.
+    """
+
+    cpu: torch.Tensor
+    device: torch.Tensor | None
+    python: Any
+    numpy: tuple[Any, ...] | None
+    variables: _Variables
+
+    @classmethod
+    def here(cls, device: Device) -> Surroundings:
+        numpy = sys.modules.get("numpy")
+        return cls(
+            torch.get_rng_state(),
+            device.random_state(),
+            random.getstate(),
+            None if numpy is None else numpy.random.get_state(),
+            _variables(),
+        )
+
+    def difference(self, other: Surroundings) -> str:
+        """What somebody has done between the two; "": nothing."""
+        if self.is_drawn(other):
+            return "it draws random numbers"
+        return "" if _are_same(self.variables, other.variables) else "it sets context variables"
+
+    def is_drawn(self, other: Surroundings) -> bool:
+        """Whether random numbers were drawn between the two."""
+        if not torch.equal(self.cpu, other.cpu) or self.python != other.python:
+            return True
+        if self.device is not None and other.device is not None and not torch.equal(self.device, other.device):
+            return True
+        if self.numpy is None or other.numpy is None:  # whoever imports it has drawn nothing yet
+            return False
+        pairs = zip(self.numpy, other.numpy, strict=True)
+        return any(a.tobytes() != b.tobytes() if hasattr(a, "tobytes") else a != b for a, b in pairs)
+
+    def restore_random(self, device: Device) -> None:
+        """As if nothing had been drawn since."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            device.set_random_state(self.device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def _variables() -> _Variables:
+    return tuple(contextvars.copy_context().items())
+
+
+def _are_same(mine: _Variables, its: _Variables) -> bool:
+    values = dict(its)
+    return len(mine) == len(its) and all(values.get(name, _variables) is value for name, value in mine)
 
 
 def refusal(device: Device) -> str:
@@ -55,8 +145,16 @@ def refusal(device: Device) -> str:
     return ""
 
 
+class ContextChangedError(Exception):
+    """What ran has set context variables, which another thread's context keeps for itself."""
+
+
 def runner(device: Device, run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as it would run in the calling thread now, to be called in another."""
+    """`run` as it would run in the calling thread now, to be called in another.
+
+    Raises, when called:
+        ContextChangedError: it has set context variables.
+    """
     context = contextvars.copy_context()
     is_inference = torch.is_inference_mode_enabled()
     beside = device.beside()
@@ -67,7 +165,14 @@ def runner(device: Device, run: Callable[[], object]) -> Callable[[], object]:
             yield
 
     def inside() -> object:
+        before = list(contextvars.copy_context().items())
         with modes():
-            return run()
+            output = run()
+        after = list(contextvars.copy_context().items())
+        if len(before) != len(after) or any(
+            a is not b or v is not w for (a, v), (b, w) in zip(before, after, strict=True)
+        ):
+            raise ContextChangedError("context variables")
+        return output
 
     return lambda: context.run(inside)

@@ -18,7 +18,7 @@ the first runs again from its arguments, alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,19 +27,18 @@ from torch import nn
 
 from layerstream.device.base import Device
 from layerstream.engine.attachments import Attachments
+from layerstream.engine.foresight import Call, Foresight
 from layerstream.engine.gate import Gate, Ticket
 from layerstream.engine.lane import Lanes
 from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.model_state import ModelState
-from layerstream.engine.snapshots import Given, Path, UnknownValueError, copy_of, leaves_of_output, same, tensors_of
+from layerstream.engine.snapshots import Given, UnknownValueError, copy_of, leaves_of_output, same, tensors_of
 from layerstream.engine.thread_state import Surroundings, ThreadState, refusal, runner
 from layerstream.stats import Stats
 
 _log = logging.getLogger("layerstream.pairing")
 
-_FITS = 2  # second calls that came as the step before says, until the next one is foreseen
 _MOST_MISSES = 2  # foreseen calls that came otherwise, until the pipeline's call is over
-_MOST_STRAYS = 6  # calls in a row that are no second ones, until the pipeline's call is over
 _MOST_CHANGES = 4  # of the model's own state, until it is taken to change at each call
 _MOST_IDLE_USES = 3  # calls of the pipeline in which nothing could be foreseen
 
@@ -48,22 +47,6 @@ class FindNoGain(Protocol):
     """Why two passes of a component would not be faster side by side; "": they would."""
 
     def __call__(self, component: str, *, is_proven: bool) -> str: ...
-
-
-class Role:
-    """Where an argument of the second call comes from."""
-
-    FIRST = "the first call of the step"
-    LAST = "the second call of the step before"
-
-
-@dataclass
-class _Call:
-    """A call that ran alone, while it is learned what follows what."""
-
-    given: Given
-    mark: tuple[int, int]
-    output: Mapping[Path, Any] | None = None  # a copy, once it has ended
 
 
 @dataclass
@@ -87,10 +70,8 @@ class _Track:
 
     Attributes:
         use: the pipeline's call that goes on; None: the component is called by itself.
-        calls: the last two that ran alone in it.
-        roles: of the second call's arguments, by path.
-        second: the second call of the last step.
-        was_second: the last call was the second of its step.
+        foresight: what comes next.
+        state: the model, as it is between passes; None: to be looked at.
         proven: kinds of calls that have passed probation.
         off: why its passes are not paired any more; "": they may be.
         idle: why they are not, as it is now.
@@ -98,13 +79,8 @@ class _Track:
     """
 
     use: Ticket | None = None
-    calls: list[_Call] = field(default_factory=list)
-    roles: dict[Path, str] = field(default_factory=dict)
-    second: Given | None = None
-    was_second: bool = False
-    num_fits: int = 0
+    foresight: Foresight = field(default_factory=Foresight)
     num_misses: int = 0
-    num_strays: int = 0
     num_changes: int = 0
     num_idle_uses: int = 0
     state: ModelState | None = None
@@ -113,11 +89,10 @@ class _Track:
     off: str = ""
     idle: str = ""
     rests: bool = False
-    has_paired: bool = False
 
     def forget_calls(self) -> None:
-        self.calls, self.second, self.pending = [], None, None
-        self.was_second, self.num_fits = False, 0
+        self.foresight.forget()
+        self.pending = None
 
 
 @dataclass
@@ -144,7 +119,7 @@ class Decision:
     """
 
     pair: _Pair | None = None
-    learned: tuple[_Track, _Call, Surroundings] | None = None
+    learned: tuple[_Track, Call, Surroundings] | None = None
     is_answer: bool = False
     output: Any = None
 
@@ -264,7 +239,7 @@ class Pairing:
         if decision is not None or track.rests:
             return decision or _ALONE
         given = Given.of(args, kwargs)
-        if track.was_second and track.num_fits >= _FITS and track.second is not None and track.state is not None:
+        if track.foresight.is_second_known and track.state is not None:
             return self._foresee(track, root, given)
         return self._learn(track, root, given)
 
@@ -299,15 +274,18 @@ class Pairing:
             settle()
             if self._is_as_foreseen(track, pending, given):
                 self._stats.num_paired_passes += 1
-                track.was_second, track.num_misses, track.has_paired = True, 0, True
+                track.foresight.came_true()
+                track.num_misses = 0
                 return Decision(is_answer=True, output=pending.output)
         return None
 
     def _begin_use(self, track: _Track, use: Ticket | None) -> None:
         """Another call of the pipeline has begun."""
-        track.num_idle_uses = 0 if track.has_paired or use is None else track.num_idle_uses + 1
-        track.use, track.rests, track.num_misses, track.num_strays = use, False, 0, 0
+        is_idle = use is not None and not track.foresight.has_been_right
+        track.num_idle_uses = track.num_idle_uses + 1 if is_idle else 0
+        track.use, track.rests, track.num_misses = use, False, 0
         track.forget_calls()
+        track.foresight.begin()
         if track.num_idle_uses > _MOST_IDLE_USES:
             track.off = track.idle or "its calls are not foreseen"
 
@@ -343,54 +321,14 @@ class Pairing:
         if difference:
             self._changes(track, difference)
             return _ALONE
-        roles = self._roles(track, given)
-        call = _Call(given.copied(), self._mark())
-        if roles is None:
-            track.num_strays += not track.was_second
-            track.num_fits = track.num_fits if track.was_second else 0
-            track.was_second = False
-        else:
-            track.num_fits = track.num_fits + 1 if roles == track.roles else 1
-            if track.has_paired and roles == track.roles:
-                track.num_fits = _FITS
-            track.roles, track.was_second, track.num_strays = roles, True, 0
-            track.second = call.given
-        if track.num_strays > _MOST_STRAYS:
+        call = track.foresight.note(given, self._mark())
+        if track.foresight.is_in_vain:
             track.rests, track.idle = True, "no call repeats what the one before was given"
             track.forget_calls()
             return _ALONE
-        track.calls = [*track.calls[-1:], call]
         return Decision(learned=(track, call, Surroundings.here(self._device)))
 
-    def _roles(self, track: _Track, given: Given) -> dict[Path, str] | None:
-        """Where each argument comes from, if this is a second call; None: it is not."""
-        if track.was_second or not track.calls:
-            return None
-        first = track.calls[-1].given.leaves
-        last = track.calls[-2].given if len(track.calls) > 1 else None
-        paths = list(given.leaves)
-        if last is None:
-            # The first step of another call of the pipeline: what comes from the step before is new.
-            if not track.has_paired or set(track.roles) != set(paths):
-                return None
-            fixed = [path for path in paths if track.roles[path] == Role.FIRST]
-            if not all(path in first for path in fixed):
-                return None
-            is_alike = all(same([(given.leaves[path], first[path]) for path in fixed]))
-            return track.roles if is_alike else None
-        if list(last.leaves) != paths:
-            return None
-        of_first = [path for path in paths if path in first]
-        pairs = [(given.leaves[path], first[path]) for path in of_first]
-        pairs += [(given.leaves[path], last.leaves[path]) for path in paths]
-        answers = same(pairs)
-        is_first = dict(zip(of_first, answers, strict=False))
-        is_last = dict(zip(paths, answers[len(of_first) :], strict=True))
-        if not all(is_first.get(path) or is_last[path] for path in paths):
-            return None
-        return {path: Role.FIRST if is_first.get(path) else Role.LAST for path in paths}
-
-    def learned(self, learned: tuple[_Track, _Call, Surroundings], output: Any) -> None:
+    def learned(self, learned: tuple[_Track, Call, Surroundings], output: Any) -> None:
         """A call that ran alone has ended."""
         track, call, before = learned
         if difference := before.difference(Surroundings.here(self._device)):
@@ -420,7 +358,7 @@ class Pairing:
 
     def _foresee(self, track: _Track, root: nn.Module, given: Given) -> Decision:
         """This is the first call of a step, and the second one is known."""
-        second = self._second(track, given)
+        second = track.foresight.second_after(given)
         if second is None:
             track.forget_calls()
             return _ALONE
@@ -429,24 +367,13 @@ class Pairing:
             if not self._is_proven(track, root, kind):
                 return _ALONE
             track.proven.add(kind)
-            track.calls = []
+            track.foresight.drop_calls()
         return Decision(_Pair(track, root, second, Surroundings.here(self._device)))
-
-    def _second(self, track: _Track, first: Given) -> Given | None:
-        assert track.second is not None
-        leaves = {}
-        for path, role in track.roles.items():
-            source = first if role == Role.FIRST else track.second
-            if path not in source.leaves:
-                return None
-            leaves[path] = source.leaves[path]
-        return track.second.with_leaves(leaves)
 
     def _is_proven(self, track: _Track, root: nn.Module, kind: tuple[object, ...]) -> bool:
         """Run the last step, which was of this kind, once more, in lockstep, and compare."""
-        calls = track.calls
-        is_known = kind == tuple(call.given.form for call in calls) and all(call.output is not None for call in calls)
-        if not is_known or any(call.mark != self._mark() for call in calls):
+        calls = track.foresight.last_step(kind, self._mark())
+        if calls is None:
             track.forget_calls()
             return False
         pair = _Pair(track, root, calls[1].given.copied(), Surroundings.here(self._device), is_trial=True)

@@ -709,3 +709,29 @@ def test_off_is_off() -> None:
             pipe(seed)
         assert streamer.stats().num_paired_passes == 0
         assert "forward" not in vars(pipe.model)
+
+
+@pytest.mark.usefixtures("pairs_at_once")
+def test_a_budget_without_room_for_two_passes_runs_them_one_by_one() -> None:
+    """Under whatever budget does without pairing, pairing raises nothing."""
+
+    class Wide(Guided):
+        def forward(self, latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor]:
+            kept = torch.zeros(20_000, device=latents.device)
+            return (super().forward(latents, time, text)[0] + kept[:1],)
+
+    torch.manual_seed(0)
+    model = Wide().eval()
+    resident = Pipe(twin(model))
+    expected = [resident(seed) for seed in range(3)]
+    pipe, device = Pipe(model), adversary()
+    with layerstream.offload(pipe, vram_budget="min", device=device) as streamer, device.checking():
+        assert_equal([pipe(seed) for seed in range(3)], expected)
+        least = streamer.stats().peak_reserved_bytes
+    for more in (2**12, 2**14, 2**16):
+        device = adversary()
+        budget = least + more
+        with layerstream.offload(pipe, vram_budget=budget, device=device, pairing="auto") as streamer:
+            with device.checking():
+                assert_equal([pipe(seed) for seed in range(3)], expected)
+            assert streamer.stats().peak_reserved_bytes <= budget

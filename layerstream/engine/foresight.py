@@ -55,6 +55,11 @@ class Foresight:
         return self._was_second and self._num_fits >= _FITS and self._second is not None
 
     @property
+    def holds_calls(self) -> bool:
+        """Whether copies are kept."""
+        return bool(self._calls) or self._second is not None
+
+    @property
     def is_in_vain(self) -> bool:
         """Whether calls do not repeat what others were given."""
         return self._num_strays > _MOST_STRAYS

@@ -27,6 +27,7 @@ from layerstream.engine.passes import Passes
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
 from layerstream.engine.session import Session
+from layerstream.errors import BudgetError
 from layerstream.hooks import compiled
 from layerstream.hooks.entrances import Entrance
 from layerstream.hooks.outputs import refuse_backward
@@ -129,8 +130,7 @@ class EngineListener:
             if is_outermost:
                 lane.caller = sys._getframe(_FRAMES_TO_CALLER)
                 try:
-                    second = None if decision is None else decision.second
-                    self._passes.begin(lane, name, "", args, kwargs or {}, is_grad, second=second)
+                    self._begin(lane, name, "", args, kwargs or {}, is_grad, decision=decision)
                 except BaseException:
                     lane.leave(root)
                     self._go_out(lane)
@@ -147,10 +147,9 @@ class EngineListener:
             return decision.output
         if decision.pair is not None:
             return self._pairing.run(decision.pair, original, args, kwargs)
-        output = original(*args, **kwargs)
         if decision.learned is not None:
-            self._pairing.learned(decision.learned, output)
-        return output
+            return self._pairing.learn(decision.learned, original, args, kwargs)
+        return original(*args, **kwargs)
 
     def leave_root(self, root: nn.Module) -> None:
         """A component's forward ended; the slots of its last blocks are free for what comes next."""
@@ -191,7 +190,7 @@ class EngineListener:
                 lane.caller = sys._getframe(_FRAMES_TO_CALLER)
                 entry = " ".join([entry, *ways])
                 reads = self._attached.units_below(root)
-                self._passes.begin(lane, component, entry, args, kwargs, is_grad, reads=reads)
+                self._begin(lane, component, entry, args, kwargs, is_grad, reads=reads)
                 self._residency.order.begin_pass()
             except BaseException:
                 lane.method = None
@@ -248,7 +247,7 @@ class EngineListener:
                         for unit in units:
                             unit.is_called_alone = True
                     stack = units[0].spec.stack or ""
-                    self._passes.begin(lane, component, stack, args, kwargs or {}, is_grad, is_block=True)
+                    self._begin(lane, component, stack, args, kwargs or {}, is_grad, is_block=True)
                 except BaseException:
                     lane.leave(block)
                     self._go_out(lane)
@@ -393,6 +392,30 @@ class EngineListener:
             return self._pairing.arrive(root, component, args, kwargs, settle=settle)
         finally:
             lane.ticket = ticket
+
+    def _begin(
+        self,
+        lane: Lane,
+        component: str,
+        entry: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_grad: bool,
+        *,
+        decision: Decision | None = None,
+        **more: Any,
+    ) -> None:
+        """A pass begins. Pairing is never why there is no room: what it has is given up then, the second pass, too."""
+        second = None if decision is None else decision.second
+        try:
+            self._passes.begin(lane, component, entry, args, kwargs, is_grad, second=second, **more)
+        except BudgetError:
+            given_up = self._pairing.make_room()
+            if not given_up:
+                raise
+            for name in given_up:
+                self._passes.forget(name)
+            self._passes.begin(lane, component, entry, args, kwargs, is_grad, **more)
 
     def _catch_up_unless_others_run(self, lane: Lane, component: str | None) -> None:
         if not self._lanes.others_run(lane):

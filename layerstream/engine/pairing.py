@@ -188,6 +188,19 @@ class Pairing:
         self._decision = _ALONE
         self._tracks = {name: _Track(off=track.off, idle=track.idle) for name, track in self._tracks.items()}
 
+    def make_room(self) -> list[str]:
+        """The budget has no room for what a pass takes beside what is kept here, or for two passes: keep nothing, and
+        pair no more. Returns the components of which there was something."""
+        found = []
+        for name, track in self._tracks.items():
+            if not track.off and (track.proven or track.pending or track.foresight.holds_calls):
+                track.off = "the budget has no room for it"
+                track.forget_calls()
+                found.append(name)
+        if found:
+            self._decision = _ALONE
+        return found
+
     # ---- a call arrives
 
     def arrive(
@@ -209,7 +222,10 @@ class Pairing:
             self._decision = self._trial
         elif self.is_on and not self.lockstep.is_lost:
             track = self._tracks.setdefault(component, _Track())
-            self._decision = self._decide(track, root, component, args, kwargs, settle)
+            try:
+                self._decision = self._decide(track, root, component, args, kwargs, settle)
+            except torch.OutOfMemoryError:
+                self._no_memory(track)
         return self._decision
 
     def take(self, root: nn.Module) -> Decision:
@@ -328,9 +344,28 @@ class Pairing:
             return _ALONE
         return Decision(learned=(track, call, Surroundings.here(self._device)))
 
-    def learned(self, learned: tuple[_Track, Call, Surroundings], output: Any) -> None:
-        """A call that ran alone has ended."""
+    def learn(
+        self,
+        learned: tuple[_Track, Call, Surroundings],
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call alone, and see what it does. Called as its forward."""
         track, call, before = learned
+        try:
+            output = original(*args, **kwargs)
+        except torch.OutOfMemoryError:  # perhaps because of the copies: once more without them
+            self._no_memory(track)
+            call.given = call.given.with_leaves({})
+            before.restore_random(self._device)
+        else:
+            self._see(track, call, before, output)
+            return output
+        return original(*args, **kwargs)
+
+    def _see(self, track: _Track, call: Call, before: Surroundings, output: Any) -> None:
+        """A call that ran alone has ended."""
         if difference := before.difference(Surroundings.here(self._device)):
             track.off = difference
         elif track.state is not None and (difference := track.state.difference()):
@@ -342,6 +377,15 @@ class Pairing:
                 call.output = {path: copy_of(leaf) for path, leaf in leaves_of_output(output).items()}
             except UnknownValueError as exc:
                 track.off = f"it returns {exc}"
+            except torch.OutOfMemoryError:
+                self._no_memory(track)
+
+    def _no_memory(self, track: _Track) -> None:
+        """There is none for copies: nobody hears of that, and nothing is copied any more."""
+        track.off = "the budget has no room for it"
+        track.forget_calls()
+        self._decision = _ALONE
+        self._forgive(1)
 
     def _writes_weights(self) -> bool:
         units = self._attached.units.values()

@@ -29,15 +29,13 @@ from layerstream.engine.session import Session
 from layerstream.engine.snapshots import Given, tensors_of
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.planning.phase_plan import PhasePlan
-from layerstream.planning.phases import READ, CallKind
+from layerstream.planning.phases import BESIDE, READ, CallKind
 from layerstream.report import predicted_line, slow_loop_line
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.timeline import PASSES, Timeline
 from layerstream.transfer.timing import PassTimer
 from layerstream.transfer.transfer import TransferEngine
 from layerstream.transfer.unit import StreamedUnit
-
-BESIDE = "beside"  # in a call's shapes, between those of two passes that run side by side
 
 _log = logging.getLogger("layerstream.streamer")
 
@@ -185,6 +183,11 @@ class Passes:
             self._timer.begin(self._ledger.starts_timing())
         elif self._ledger.is_settled:
             self._phase_changes.quieten(phase_plan)
+
+    def forget(self, component: str) -> None:
+        """What the calls of a component took says nothing of what follows: copies that were made meanwhile are gone."""
+        self._ledger.planner.tracker.forget(component)
+        self._session.changed()
 
     def is_of_phase(self, unit: StreamedUnit) -> bool:
         """Whether a unit is of a component of the phase that is laid out."""

@@ -24,6 +24,8 @@ Shapes = tuple[tuple[Hashable, tuple[int, ...]], ...]  # (dtype, shape) of every
 # The entry of a component whose weights are read while nothing runs: by somebody who looks at them, which says nothing
 # of what follows, or by a part of it that was called and is not known yet, whose name is in the place of a dtype.
 READ = "(weights)"
+# In the shapes of a call beside which another one runs, before those of the other.
+BESIDE = "beside"
 GROWTH = 1.25
 # A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
 _MOST_PASSES_PER_TURN = 4
@@ -229,6 +231,20 @@ class PhaseTracker:
         self._is_in_use = is_call
         if is_call:
             self._turns = []
+
+    def forget(self, component: str) -> None:
+        """What the calls of a component took says nothing of what follows."""
+
+        def is_gone(key: Key) -> bool:
+            return key.component == component
+
+        self._kinds = {key: kind for key, kind in self._kinds.items() if not is_gone(kind.key)}
+        self._last_key = {entry: key for entry, key in self._last_key.items() if not is_gone(key)}
+        for runs in (self._run, self._before):
+            for group, kinds in runs.items():
+                runs[group] = [kind for kind in kinds if not is_gone(kind.key)]
+        if self._entered is not None and is_gone(self._entered.key):
+            self._entered = None
 
     def is_repeated(self, component: str) -> bool:
         """Whether a component runs many times a call, as far as known."""

@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +33,7 @@ class Lane:
         method: the id of the component whose method runs, where that is what is outermost; its end is always told.
         ticket: of a bare component that runs here; of a pipeline's call its caller has it.
         handled: the exception that the caller was handling when the running call began.
+        output: of a forward that ran beside the main lane.
         is_answered: the running call's result is there: nothing of it runs.
         caller: the frame that called the hook or wrapper by which what is outermost was entered: on the stack until
             that returns or is interrupted; None: nothing was entered so.
@@ -43,6 +45,7 @@ class Lane:
         self.ticket: Ticket | None = None
         self.handled: BaseException | None = None
         self.is_answered = False
+        self.output: Any = None
         self.caller: FrameType | None = None
         self._thread: int | None = None
         self.running: list[tuple[nn.Module, bool]] = []
@@ -193,7 +196,11 @@ class Lanes:
         try:
             yield lane
         finally:
-            del self._beside[thread]
+            self._beside.pop(thread, None)
+
+    def forget_beside(self) -> None:
+        """Whoever has a lane beside the main one does not come back: his hooks are refused from now on."""
+        self._beside.clear()
 
     def is_running(self, module: nn.Module) -> bool:
         """Whether it runs in any lane."""

@@ -140,8 +140,10 @@ class EngineListener:
 
     def run_forward(self, root: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In the place of a component's forward, where its passes may be paired."""
-        if self._lanes.here is not self._lanes.main:
-            return original(*args, **kwargs)
+        lane = self._lanes.here
+        if lane is not self._lanes.main:
+            lane.output = original(*args, **kwargs)
+            return lane.output
         decision = self._pairing.take(root)
         if decision.is_answer:
             return decision.output

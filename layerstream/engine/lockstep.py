@@ -9,12 +9,15 @@ An abandoned second pass ends where it would be handed over to next. Its thread 
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-_LIMIT_S = 120.0  # of the host, for a block of the second pass; nothing that computes takes as long
+_LIMIT_S = 30.0  # of the host, for a block of the second pass; what computes is only queued
 _LOST_S = 1.0  # for a thread that has not come back before
+_LOOK_S = 0.02  # while one waits for a pass that was interrupted
 
 
 class _AbandonedError(BaseException):
@@ -24,6 +27,9 @@ class _AbandonedError(BaseException):
 class Lockstep:
     """The second thread, and whose turn it is.
 
+    Each thread waits for a lock of its own, which the other releases: nothing else is safe from interrupts, which may
+    come within any line of Python. What was in the way is found by looking, in `_end_second`.
+
     Attributes:
         is_lost: the second pass has not come back in time, and perhaps never will.
     """
@@ -31,8 +37,8 @@ class Lockstep:
     def __init__(self, limit_s: float = _LIMIT_S) -> None:
         self.is_lost = False
         self._limit_s = limit_s
-        self._changed = threading.Condition(threading.Lock())
-        self._is_seconds_turn = False
+        self._to_second, self._to_first = _closed(), _closed()
+        self._is_parked = False  # the second waits for its turn
         self._thread: threading.Thread | None = None
         self._run: Callable[[], Any] | None = None
         self._begin: Callable[[], bool] | None = None
@@ -58,6 +64,8 @@ class Lockstep:
             run: the second pass, called in the second thread once the first hands over.
             may_begin: asked then, in the first thread; where it says no there is no second pass.
         """
+        for turn in (self._to_second, self._to_first):  # what an interrupt has left open
+            turn.acquire(blocking=False)
         self._run, self._begin = run, may_begin
         self._has_begun = self._is_over = self._is_abandoned = False
         self._output = self._error = None
@@ -71,12 +79,14 @@ class Lockstep:
             if self._begin is None or not self._begin():
                 self._is_over = True
                 return
-            self._has_begun = True
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="layerstream second lane", daemon=True)
                 self._thread.start()
+            self._has_begun = True
         try:
-            self._let_second_run()
+            self._to_second.release()
+            if not self._to_first.acquire(timeout=self._limit_s):
+                self.is_lost = self._is_over = self._is_abandoned = True
         except BaseException:  # an interrupt: the second goes on meanwhile, as far as its next hand-over
             self._end_second()
             raise
@@ -85,10 +95,7 @@ class Lockstep:
         """A block of the second pass has ended."""
         if threading.current_thread() is not self._thread:
             return
-        with self._changed:
-            self._is_seconds_turn = False
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._is_seconds_turn or self._is_closing)
+        self._park()
         if self._is_abandoned:
             raise _AbandonedError
 
@@ -112,9 +119,9 @@ class Lockstep:
         """No second pass follows: end the thread."""
         thread = self._thread
         if thread is not None:
-            with self._changed:
-                self._is_closing = self._is_abandoned = self._is_seconds_turn = True
-                self._changed.notify_all()
+            self._is_closing = self._is_abandoned = True
+            with contextlib.suppress(RuntimeError):  # it is open already
+                self._to_second.release()
             thread.join(_LOST_S if self.is_lost else None)
             self._thread = None
 
@@ -125,40 +132,50 @@ class Lockstep:
         self._first = self._run = self._begin = self._output = self._error = None
         return output, error
 
-    def _let_second_run(self) -> None:
-        """Until it hands over, or is over."""
-        with self._changed:
-            self._is_seconds_turn = True
-            self._changed.notify_all()
-            if not self._changed.wait_for(lambda: not self._is_seconds_turn, self._limit_s):
-                self.is_lost = self._is_over = self._is_abandoned = True
-
     def _end_second(self) -> None:
-        """End it at its next hand-over, whatever comes in between: it runs no more when this returns."""
-        self._is_abandoned = True
-        while not self._is_over:
+        """End it at its next hand-over, whatever comes in between: it runs no more when this returns, or is lost."""
+        self._is_abandoned, self._run = True, None  # what has not begun does not
+        end = time.monotonic() + self._limit_s
+        while not (self._is_over and self._is_parked):
             try:
-                with self._changed:  # it may be running still
-                    self._changed.wait_for(lambda: not self._is_seconds_turn, self._limit_s)
-                self._let_second_run()
-            except BaseException:
+                if time.monotonic() > end:
+                    self.is_lost = self._is_over = True
+                    return
+                if self._is_parked and self._to_second.locked():
+                    self._to_second.release()  # it was not told, or has come to its next hand-over since
+                self._to_first.acquire(timeout=_LOOK_S)
+            except BaseException:  # another interrupt; one is raised when this is done
                 continue
 
+    def _park(self) -> None:
+        """Let the first go on, and wait for a turn."""
+        with contextlib.suppress(RuntimeError):  # nobody has waited
+            self._to_first.release()
+        self._is_parked = True  # last: who looks for it finds the first's turn given
+        self._to_second.acquire()
+        self._is_parked = False
+
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_seconds_turn or self._is_closing)
-            if self._is_closing:
-                return
-            run, output, error = self._run, None, None
+        self._is_parked = True
+        self._to_second.acquire()
+        self._is_parked = False
+        while not self._is_closing:
+            run, self._run = self._run, None  # once
+            output, error = None, None
             try:
                 output = None if run is None else run()
             except BaseException as exc:
                 error = exc
-            with self._changed:
-                if not self.is_lost:  # else nobody waits for it
-                    self._output, self._error = output, error
-                self._is_over = True
-                self._is_seconds_turn = False
-                self._changed.notify_all()
+            if not self.is_lost:  # else nobody waits for it
+                self._output, self._error = output, error
             run = output = error = None
+            self._is_over = True
+            if not self._is_closing:
+                self._park()
+
+
+def _closed() -> Any:
+    """A lock that whoever waits for it finds taken."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock

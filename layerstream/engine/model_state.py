@@ -2,7 +2,7 @@
 
 Two passes may run side by side only where neither sees what the other does. A pass that leaves its model as it found it
 has nothing to show; whatever is set on the way, or is set between two passes, is found by comparing with what was there
-before. Weights are others' to watch over (`edits.py`).
+before. Weights are others' to watch over (`edits.py`). What nobody can look into is a reason not to pair.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerstream.engine.snapshots import MOST_BYTES, copy_of
 from layerstream.hooks.compiled import describe_compiled
-from layerstream.hooks.intercept import is_our_hook
+from layerstream.hooks.intercept import is_our_hook, is_our_wrapper
 from layerstream.torch_private import GLOBAL_HOOKS, GLOBAL_PRE_HOOKS, without_subclasses
 
 _HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -27,12 +29,10 @@ _ABOUT_HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-_NOT_LOOKED_INTO = (
-    nn.Module, torch.Tensor, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float,
-    bool, complex, type(None), torch.dtype, torch.device,
-)  # fmt: skip
+_PLAIN = (int, float, bool, str, bytes, complex)
+_NOT_LOOKED_INTO = (*_PLAIN, type, BuiltinFunctionType, ModuleType, type(None), torch.dtype, torch.device, torch.Size)
 _OPAQUE = ("ndarray", "RandomState", "Generator", "PCG64")  # of numpy, which need not be imported to know them
-_DEPTH = 4  # of containers and objects below a module's attributes
+_DEPTH = 8  # of containers and objects below a module's attributes
 
 _global_hooks = [found for each in (GLOBAL_HOOKS, GLOBAL_PRE_HOOKS) if (found := each.find()) is not None]
 
@@ -47,17 +47,22 @@ class ModelState:
     def __init__(self, root: nn.Module, is_weight: Callable[[torch.Tensor], bool]) -> None:
         self._is_weight = is_weight
         self._hooks: list[tuple[str, dict[Any, Any]]] = []
-        self._dicts = _Holders(dict.values)
-        self._others = _Holders(iter)
-        self._tensors: list[tuple[str, torch.Tensor, int]] = []  # that are no weights, with their versions
-        seen: set[int] = set()
+        self._dicts, self._keys, self._others = _Holders(dict.values), _Holders(iter), _Holders(iter)
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._num_bytes = 0  # of these
         self._refusal = ""  # what nobody can look into, or has buffers of its own that two passes would share
-        for name, module in root.named_modules():
+        modules = dict(root.named_modules())
+        self._modules = {id(module) for module in modules.values()}
+        self._seen: set[int] = set()
+        for kind in dict.fromkeys(kind for module in modules.values() for kind in type(module).__mro__):
+            if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch."):
+                self._others.add(kind.__name__, _Class(kind), list(vars(kind).values()))
+        for name, module in modules.items():
             names, path = vars(module), name or type(root).__name__
             self._hooks += [(path, names[kind]) for kind in _HOOK_DICTS if kind in names]
             if describe_compiled(module) is not None:
                 self._refusal = self._refusal or f"`{path}` is compiled"
-            self._look(path, names, seen, _DEPTH, but=(*_HOOK_DICTS, *_ABOUT_HOOKS))
+            self._look(path, names, _DEPTH, but=(*_HOOK_DICTS, *_ABOUT_HOOKS))
 
     def difference(self) -> str:
         """Why what is there now is not what was there then, or nobody can say; "": it is."""
@@ -68,39 +73,82 @@ class ModelState:
         for path, hooks in self._hooks:
             if hooks and not all(map(is_our_hook, hooks)):
                 return f"a hook on `{path}`"
-        changed = self._dicts.changed() or self._others.changed()
-        if changed:
-            return f"`{changed}` changes"
-        return next(
-            (f"`{path}` is written" for path, tensor, version in self._tensors if tensor._version != version), ""
-        )
+        changed = self._dicts.changed() or self._keys.changed() or self._others.changed()
+        return f"`{changed}` changes" if changed else ""
+
+    def tensors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Tensors that are no weights, each with a copy of what it was: only their bytes tell."""
+        return self._tensors
+
+    def restore(self) -> bool:
+        """Put back what has changed. Returns whether anything had; what is written to tensors stays."""
+        if not self.difference():
+            return False
+        for (_, names, keys), (_, _, values) in zip(self._keys.each(), self._dicts.each(), strict=True):
+            if len(names) != len(keys) or not all(map(is_, names.values(), values)):
+                names.clear()
+                names.update(zip(keys, values, strict=True))
+        for _, holder, values in self._others.each():
+            if isinstance(holder, list | deque | set) and not (
+                len(holder) == len(values) and all(map(is_, holder, values))
+            ):
+                holder.clear()
+                holder.update(values) if isinstance(holder, set) else holder.extend(values)
+        return True
 
     # ---- inside
 
-    def _look(self, path: str, holder: Any, seen: set[int], depth: int, but: Collection[str] = ()) -> None:
-        if id(holder) in seen:
+    def _look(self, path: str, holder: Any, depth: int, but: Collection[str] = ()) -> None:
+        """Note what is in a container, and look into that."""
+        if id(holder) in self._seen:
             return
-        seen.add(id(holder))
-        values = _values(holder)
-        (self._dicts if isinstance(holder, dict) else self._others).add(path, holder, values)
-        for name, value in zip(_names(holder), values, strict=True):
-            if isinstance(value, torch.Tensor):
-                self._note_tensor(f"{path}.{name}", value)
-            elif _is_opaque(value):
-                self._refusal = self._refusal or f"`{path}` has a {type(value).__name__}"
-            elif depth and name not in but and not isinstance(value, _NOT_LOOKED_INTO):
-                for inner in _holders(value):
-                    self._look(f"{path}.{name}", inner, seen, depth - 1)
+        self._seen.add(id(holder))
+        if isinstance(holder, dict):
+            names, values = list(holder), list(holder.values())
+            self._dicts.add(path, holder, values)
+            self._keys.add(path, holder, names)
+        else:
+            values = list(holder)
+            names = list(range(len(values)))
+            self._others.add(path, holder, values)
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(name, str):
+                self._look_into(path, value, depth)
+            elif name not in but:
+                self._look_into(f"{path}.{name}", value, depth)
+
+    def _look_into(self, path: str, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            self._note_tensor(path, value)
+        elif isinstance(value, nn.Module):
+            if id(value) not in self._modules:
+                self._refuse(path, value)
+        elif _is_opaque(value):
+            self._refuse(path, value)
+        elif not isinstance(value, _NOT_LOOKED_INTO) and not is_our_wrapper(value):
+            inner = list(_holders(value))
+            if inner and not depth:
+                self._refuse(path, value)
+            for each in inner if depth else ():
+                self._look(path, each, depth - 1)
+
+    def _refuse(self, path: str, value: Any) -> None:
+        self._refusal = self._refusal or f"nobody can look into `{path}` ({type(value).__name__})"
 
     def _note_tensor(self, path: str, tensor: torch.Tensor) -> None:
         with without_subclasses():
-            if not self._is_weight(tensor) and not tensor.is_inference():
-                self._tensors.append((path, tensor, tensor._version))
+            if self._is_weight(tensor):
+                return
+            self._num_bytes += tensor.numel() * tensor.element_size()
+            if self._num_bytes > MOST_BYTES or type(tensor) not in (torch.Tensor, nn.Parameter):
+                self._refuse(path, tensor)
+            else:
+                self._tensors.append((tensor, copy_of(tensor)))
 
 
 class _Holders:
-    """Dictionaries or other containers, and what was in them. Thousands are compared at each step of a pipeline, while
-    the device waits: by a few calls for all of them."""
+    """Containers, and what was in them. Thousands are compared at each step of a pipeline, while the device waits: by a
+    few calls for all of them."""
 
     def __init__(self, values_of: Callable[[Any], Iterable[Any]]) -> None:
         self._values_of = values_of
@@ -120,21 +168,73 @@ class _Holders:
         is_as_large = list(map(len, self._holders)) == self._sizes
         if is_as_large and all(map(is_, chain.from_iterable(map(self._values_of, self._holders)), self._values)):
             return ""
-        start = 0
-        for path, holder, size in zip(self._paths, self._holders, self._sizes, strict=True):
-            values, start = self._values[start : start + size], start + size
-            if len(holder) != size or not all(map(_is_alike, self._values_of(holder), values)):
+        for path, holder, values in self.each():
+            if len(holder) != len(values) or not all(map(_is_alike, self._values_of(holder), values)):
                 return path
         return ""
+
+    def each(self) -> Iterator[tuple[str, Any, list[Any]]]:
+        """Path, container, and what was in it."""
+        start = 0
+        for path, holder, size in zip(self._paths, self._holders, self._sizes, strict=True):
+            yield path, holder, self._values[start : start + size]
+            start += size
 
 
 def _holders(value: Any) -> Iterator[Any]:
     """What may be changed without the value becoming another one."""
-    if isinstance(value, dict | list | set | tuple | deque):
+    if isinstance(value, dict | list | set | frozenset | tuple | deque):
         yield value
+    elif isinstance(value, MethodType):
+        yield (value.__self__, value.__func__)
+        return
+    elif isinstance(value, FunctionType):
+        yield _View(lambda: (value.__defaults__, value.__kwdefaults__, *_contents(value)))
+    elif isinstance(value, partial):
+        yield (value.func, value.args, value.keywords)
+    else:
+        slots = [name for kind in type(value).__mro__ for name in _slots_of(kind)]
+        if slots:
+            yield _View(lambda: tuple(getattr(value, name, None) for name in slots))
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         yield attributes
+
+
+class _View:
+    """Values that lie in no container."""
+
+    def __init__(self, values: Callable[[], Sequence[Any]]) -> None:
+        self._of = values
+
+    def __len__(self) -> int:
+        return len(self._of())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._of())
+
+
+class _Class(_View):
+    """What a class has."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__(lambda: list(vars(kind).values()))
+
+
+def _contents(function: FunctionType) -> Iterator[Any]:
+    """What a function closes over."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # empty yet
+            yield None
+
+
+def _slots_of(kind: type) -> Sequence[str]:
+    if kind.__module__.partition(".")[0] in ("builtins", "torch", "functools", "typing", "enum", "abc", "weakref"):
+        return ()
+    found = vars(kind).get("__slots__", ())
+    return [name for name in ([found] if isinstance(found, str) else found) if name not in ("__dict__", "__weakref__")]
 
 
 def _is_opaque(value: Any) -> bool:
@@ -143,16 +243,5 @@ def _is_opaque(value: Any) -> bool:
     return isinstance(value, kinds) or type(value).__name__ in _OPAQUE
 
 
-def _values(holder: Any) -> Sequence[Any]:
-    if isinstance(holder, dict):
-        return list(holder.values())
-    return list(holder) if isinstance(holder, set | deque) else holder
-
-
-def _names(holder: Any) -> Sequence[Any]:
-    return list(holder) if isinstance(holder, dict) else range(len(holder))
-
-
 def _is_alike(a: Any, b: Any) -> bool:
-    plain = (int, float, bool, str, bytes, complex)
-    return a is b or (type(a) is type(b) and isinstance(a, plain) and a == b)
+    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and repr(a) == repr(b))  # 0.0 is not -0.0

@@ -34,6 +34,7 @@ from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.model_state import ModelState
 from layerstream.engine.snapshots import Given, UnknownValueError, copy_of, leaves_of_output, same, tensors_of
 from layerstream.engine.thread_state import Surroundings, ThreadState, refusal, runner
+from layerstream.saying import warn
 from layerstream.stats import Stats
 
 _log = logging.getLogger("layerstream.pairing")
@@ -61,6 +62,7 @@ class _Pending:
     given: Given
     output: Any
     thread: ThreadState
+    after: Surroundings
     mark: tuple[int, int]
 
 
@@ -226,6 +228,9 @@ class Pairing:
                 self._decision = self._decide(track, root, component, args, kwargs, settle)
             except torch.OutOfMemoryError:
                 self._no_memory(track)
+            except Exception as exc:  # of values that nobody thought of: the call runs as it is
+                track.off = f"its arguments cannot be looked at: {exc!r}"
+                track.forget_calls()
         return self._decision
 
     def take(self, root: nn.Module) -> Decision:
@@ -320,7 +325,9 @@ class Pairing:
             return False
         if pending.mark != self._mark() or self._is_edited() or track.state is None or track.state.difference():
             return False
-        return all(same([(given.leaves[path], leaf) for path, leaf in ran.items()]))
+        if not pending.after.has_variables_of(Surroundings.here(self._device)):
+            return False
+        return all(same([*((given.leaves[path], leaf) for path, leaf in ran.items()), *track.state.tensors()]))
 
     def _mark(self) -> tuple[int, int]:
         """Another one where weights have changed: what is found to be written comes home first, what has another form
@@ -421,8 +428,8 @@ class Pairing:
             track.forget_calls()
             return False
         pair = _Pair(track, root, calls[1].given.copied(), Surroundings.here(self._device), is_trial=True)
-        self._trial = Decision(pair)
         try:
+            self._trial = Decision(pair)
             args, kwargs = calls[0].given.copied().arguments()
             root(*args, **kwargs)
         except Exception as exc:
@@ -444,12 +451,14 @@ class Pairing:
     def run(self, pair: _Pair, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Both passes; returns the first one's result. Called as the forward of the first."""
         track = pair.track
-        second_args, second_kwargs = pair.second.arguments()
-        thread, num_ooms = ThreadState.here(self._device), self._device.num_ooms()
+        # Of its own: what a forward writes to its arguments is found by comparing with those that nobody has.
+        second_args, second_kwargs = pair.second.copied().arguments()
+        thread, num_ooms, mark = ThreadState.here(self._device), self._device.num_ooms(), self._mark()
 
         def second() -> Any:
-            with self._lanes.beside():
-                return pair.root(*second_args, **second_kwargs)
+            with self._lanes.beside() as lane:
+                pair.root(*second_args, **second_kwargs)
+                return lane.output  # of its forward: what is around that is around the call that is answered, too
 
         try:
             self.lockstep.prepare(runner(self._device, second), lambda: self._may_begin(pair))
@@ -465,8 +474,12 @@ class Pairing:
                 pair.failure = f"the second pass ended by {error!r}"
             elif self.lockstep.is_lost:
                 pair.failure = "the second pass did not come back"
+                self._lanes.forget_beside()
+                warn("the second pass of a step did not come back in time; passes run one by one from now on.")
             elif not pair.failure and found is not None and track.state is not None:
                 pair.failure = track.state.difference() or _sharing((second_args, second_kwargs), found)
+                if mark != self._mark() or self._writes_weights():
+                    pair.failure = "it writes its buffers"
         if not self.lockstep.has_begun:  # the first ran alone
             track.rests, track.idle = True, pair.failure or "the second pass could not begin"
             track.forget_calls()
@@ -487,14 +500,14 @@ class Pairing:
             track.off = pair.failure
             track.forget_calls()
             _log.info("passes are not paired any more: %s", track.off)
-            has_changed = track.state is None or bool(track.state.difference())
+            has_changed = track.state is not None and track.state.restore()
             if output is None or is_mixed or has_changed:
                 return original(*args, **kwargs)
             return output
         if pair.is_trial:
             pair.outputs = (output, found)
         elif found is not None:
-            track.pending = _Pending(pair.second, found, thread, self._mark())
+            track.pending = _Pending(pair.second, found, thread, now, self._mark())
         else:
             track.forget_calls()
         return output

@@ -39,8 +39,11 @@ class Given:
             UnknownValueError: something is neither a plain tensor nor a plain value, or the tensors are large.
         """
         leaves = dict(_leaves((args, kwargs), ()))
-        if sum(t.numel() * t.element_size() for t in tensors_of(leaves)) > MOST_BYTES:
+        tensors = tensors_of(leaves)
+        if sum(t.numel() * t.element_size() for t in tensors) > MOST_BYTES:
             raise UnknownValueError(f"tensors of more than {MOST_BYTES >> 20} MiB")
+        if len({t.untyped_storage().data_ptr() for t in tensors if t.numel()}) < sum(t.numel() > 0 for t in tensors):
+            raise UnknownValueError("tensors that share their memory")
         outlined_args, outlined_kwargs = _outlined((args, kwargs), ())
         return cls(outlined_args, outlined_kwargs, leaves)
 
@@ -114,7 +117,7 @@ def _may_be_same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if not isinstance(a, torch.Tensor):
-        return bool(a == b)
+        return bool(a == b) and (not isinstance(a, float | complex) or repr(a) == repr(b))  # 0.0 is not -0.0
     return (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
 
 
@@ -127,7 +130,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     if type(value) is torch.Tensor:
-        if value.requires_grad or value.layout is not torch.strided or value.is_quantized or value.is_conj():
+        is_plain = value.layout is torch.strided and not (value.is_quantized or value.is_conj() or value.is_neg())
+        if not is_plain or value.requires_grad or value.device.type == "meta" or vars(value):
             raise UnknownValueError("a tensor that requires grad, or is no plain one")
         yield path, value
     elif type(value) in _PLAIN:

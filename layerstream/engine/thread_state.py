@@ -96,7 +96,11 @@ class Surroundings:
         """What somebody has done between the two; "": nothing."""
         if self.is_drawn(other):
             return "it draws random numbers"
-        return "" if _are_same(self.variables, other.variables) else "it sets context variables"
+        return "" if self.has_variables_of(other) else "it sets context variables"
+
+    def has_variables_of(self, other: Surroundings) -> bool:
+        """Whether context variables are what they are there."""
+        return _are_same(self.variables, other.variables)
 
     def is_drawn(self, other: Surroundings) -> bool:
         """Whether random numbers were drawn between the two."""

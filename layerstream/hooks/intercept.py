@@ -235,6 +235,11 @@ def is_our_hook(number: int) -> bool:
     return number in _HOOKS
 
 
+def is_our_wrapper(value: object) -> bool:
+    """Whether something in an instance's `__dict__` is there because of us."""
+    return isinstance(value, functools.partial) and value.func in (_guarded_apply, _reduce, _replaced)
+
+
 def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:
     """What makes a copy of the module, as its class says, without anything of ours.
 

@@ -118,6 +118,21 @@ def test_second_passes_are_answered(budget: int | str) -> None:
     assert stats.num_discarded_passes == 0
 
 
+@pytest.mark.usefixtures("pairs_at_once")
+def test_the_fourth_step_is_the_first_that_is_paired() -> None:
+    """Two steps agree on where the second call's arguments come from; the third is run once more; then all are paired,
+    and in later calls of the pipeline all but the first."""
+    model, device = guided(), adversary()
+    pipe = Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=device, pairing="auto") as streamer:
+        counts = []
+        for seed in range(3):
+            pipe(seed, steps=10)
+            counts.append(streamer.stats().num_paired_passes)
+    assert counts == [7, 7 + 9, 7 + 9 + 9]
+    assert streamer.stats().num_discarded_passes == 0
+
+
 def test_one_load_serves_both() -> None:
     """Loads of a call in which all steps but the first two are paired, beside one in which none is."""
     loads = {}

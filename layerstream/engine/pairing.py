@@ -225,7 +225,8 @@ class Pairing:
         elif self.is_on and not self.lockstep.is_lost:
             track = self._tracks.setdefault(component, _Track())
             try:
-                self._decision = self._decide(track, root, component, args, kwargs, settle)
+                decision = self._decide(track, root, component, args, kwargs, settle)
+                self._decision, self._root = decision, root  # of this call again: a trial may have run in it
             except torch.OutOfMemoryError:
                 self._no_memory(track)
             except Exception as exc:  # of values that nobody thought of: the call runs as it is

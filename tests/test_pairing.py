@@ -14,6 +14,7 @@ from torch import nn
 
 import layerstream
 from layerstream.device.simulated import SimulatedDevice
+from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.streamer import Streamer
 from tests.fakes import OneModel, Toy, adversary, assert_equal, assert_restored, describe, twin
 
@@ -803,3 +804,31 @@ def test_a_budget_without_room_for_two_passes_runs_them_one_by_one() -> None:
             with device.checking():
                 assert_equal([pipe(seed) for seed in range(3)], expected)
             assert streamer.stats().peak_reserved_bytes <= budget
+
+
+class Locked(Guided):
+    """Runs one forward at a time."""
+
+    def forward(self, latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor]:
+        with LOCK:
+            return super().forward(latents, time, text)
+
+
+LOCK = threading.Lock()
+
+
+@pytest.mark.usefixtures("pairs_at_once")
+def test_a_second_pass_that_waits_for_the_first_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lockstep.__init__, "__defaults__", (0.2,))
+    torch.manual_seed(0)
+    model = Locked().eval()
+    resident = Pipe(twin(model))
+    expected = [resident(seed) for seed in range(3)]
+    pipe, device = Pipe(model), adversary()
+    with layerstream.offload(pipe, vram_budget="min", device=device, pairing="auto") as streamer, device.checking():
+        with pytest.warns(layerstream.LayerstreamWarning, match="did not come back in time"):
+            assert_equal([pipe(seed) for seed in range(3)], expected)
+        assert streamer.report().pairing == {"model": "the second pass did not come back"}
+        with streamer.paused():
+            pass
+        assert_equal([pipe(seed) for seed in range(3)], expected)

@@ -26,6 +26,10 @@ from layerstream.errors import ConcurrentUseError
 from layerstream.torch_private import CALL_CODE
 
 
+class GivenUpError(BaseException):
+    """Ends a pass that nobody waits for. No `Exception`, so that no model's code keeps it."""
+
+
 class Lane:
     """One running pass, or the place for the next.
 
@@ -181,10 +185,17 @@ class Lanes:
     def __init__(self) -> None:
         self.main = Lane()
         self._beside: dict[int, Lane] = {}  # by thread
+        self._given_up: set[int] = set()  # threads
 
     @property
     def here(self) -> Lane:
-        """That of the calling thread: its own, or the main one."""
+        """That of the calling thread: its own, or the main one.
+
+        Raises:
+            GivenUpError: its pass beside the main one was given up.
+        """
+        if self._given_up and threading.get_ident() in self._given_up:
+            raise GivenUpError
         return self._beside.get(threading.get_ident(), self.main) if self._beside else self.main
 
     @contextlib.contextmanager
@@ -197,9 +208,11 @@ class Lanes:
             yield lane
         finally:
             self._beside.pop(thread, None)
+            self._given_up.discard(thread)
 
     def forget_beside(self) -> None:
-        """Whoever has a lane beside the main one does not come back: his hooks are refused from now on."""
+        """Whoever has a lane beside the main one does not come back: if he does, he ends at his next hook."""
+        self._given_up.update(self._beside)
         self._beside.clear()
 
     def is_running(self, module: nn.Module) -> bool:

@@ -134,12 +134,9 @@ class Report:
                     stall_ms_by_unit={unit.name: ms for unit, ms in waits.items()},
                 )
             )
-        gains, repeated = (
-            plan.summary().next_gib_ms,
-            {c for p in plan.phases if p.phase.is_repeated for c in p.phase.components},
-        )
+        repeated = {c for p in plan.phases if p.phase.is_repeated for c in p.phase.components}
         why = {name: reason for name, reason in (pairing or {}).items() if name in repeated}
-        return Report(replace(stats), tuple(reports), gains, least_bytes, copied_by, why)
+        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes, copied_by, why)
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes", "copied_by" and

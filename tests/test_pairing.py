@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import random
 import threading
@@ -86,6 +87,12 @@ def pairs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Streamer, "_find_no_gain", lambda self, component, *, is_proven: "")
 
 
+def compared(model: Guided, calls: int) -> tuple[list[torch.Tensor], Pipe, SimulatedDevice]:
+    """What so many calls give resident, and the pipeline and device to compare with that."""
+    resident = Pipe(twin(model))
+    return [resident(seed) for seed in range(calls)], Pipe(model), adversary()
+
+
 def paired(
     model: Guided,
     change: Callable[[Pipe], None] = lambda pipe: None,
@@ -93,16 +100,22 @@ def paired(
     budget: int | str = "min",
     calls: int = 3,
     restores: bool = True,
+    on: str = "cpu",
 ) -> tuple[layerstream.Stats, dict[str, str]]:
-    """Run a pipeline resident and streamed, and compare; returns what was counted, and why passes were not paired."""
-    resident = Pipe(twin(model))
+    """Run a pipeline resident and streamed, and compare; returns what was counted, and why passes were not paired.
+
+    Args:
+        on: "cpu" is the adversarial device.
+    """
+    resident = Pipe(twin(model).to(on), on)
     change(resident)
     expected = [resident(seed) for seed in range(calls)]
     before = describe(model)
-    device = adversary()
-    pipe = Pipe(model)
+    pipe = Pipe(model, on)
     change(pipe)
-    with layerstream.offload(pipe, vram_budget=budget, device=device, pairing="auto") as streamer, device.checking():
+    device = adversary() if on == "cpu" else None
+    checking = contextlib.nullcontext() if device is None else device.checking()
+    with layerstream.offload(pipe, vram_budget=budget, device=device or on, pairing="auto") as streamer, checking:
         results = [pipe(seed) for seed in range(calls)]
         stats, reasons = streamer.stats(), streamer._streamer.pairing.reasons()
     assert_equal(results, expected)
@@ -281,6 +294,11 @@ EDITS = [
     guidance_of_a_fraction, edit_a_weight_between, edit_a_weight_by_its_data_between, set_an_attribute_between,
     edit_an_attribute_in_place_between, hook_between, edit_anything_at_its_time,
 ]  # fmt: skip
+
+
+def restores(change: Callable[[Pipe], None]) -> bool:
+    """Whether the model is as it was when a pipeline is done that was changed so."""
+    return not {"weight", "attribute", "key", "slot"}.intersection(change.__name__.split("_"))
 
 
 @pytest.mark.usefixtures("pairs_at_once")
@@ -718,10 +736,8 @@ class Failing(Guided):
 def test_errors_in_either_pass(error: BaseException, at: int, length: int) -> None:
     torch.manual_seed(0)
     model = Failing().eval()
-    resident = Pipe(twin(model))
-    expected = [resident(seed) for seed in range(4)]
     before = describe(model)
-    pipe, device = Pipe(model), adversary()
+    expected, pipe, device = compared(model, 4)
     with layerstream.offload(pipe, vram_budget="min", device=device, pairing="auto") as streamer, device.checking():
         assert_equal([pipe(seed) for seed in range(2)], expected[:2])
         num_paired = streamer.stats().num_paired_passes
@@ -752,9 +768,7 @@ def test_memory_that_is_refused_to_two_passes() -> None:
 
     torch.manual_seed(0)
     model = Refused().eval()
-    resident = Pipe(twin(model))
-    expected = [resident(seed) for seed in range(4)]
-    pipe, device = Pipe(model), adversary()
+    expected, pipe, device = compared(model, 4)
     with layerstream.offload(pipe, vram_budget="min", device=device, pairing="auto") as streamer, device.checking():
         assert_equal([pipe(seed) for seed in range(2)], expected[:2])
         assert streamer.stats().num_paired_passes > 0
@@ -791,9 +805,7 @@ def test_a_budget_without_room_for_two_passes_runs_them_one_by_one() -> None:
 
     torch.manual_seed(0)
     model = Wide().eval()
-    resident = Pipe(twin(model))
-    expected = [resident(seed) for seed in range(3)]
-    pipe, device = Pipe(model), adversary()
+    expected, pipe, device = compared(model, 3)
     with layerstream.offload(pipe, vram_budget="min", device=device) as streamer, device.checking():
         assert_equal([pipe(seed) for seed in range(3)], expected)
         least = streamer.stats().peak_reserved_bytes
@@ -822,9 +834,7 @@ def test_a_second_pass_that_waits_for_the_first_is_given_up(monkeypatch: pytest.
     monkeypatch.setattr(Lockstep.__init__, "__defaults__", (0.2,))
     torch.manual_seed(0)
     model = Locked().eval()
-    resident = Pipe(twin(model))
-    expected = [resident(seed) for seed in range(3)]
-    pipe, device = Pipe(model), adversary()
+    expected, pipe, device = compared(model, 3)
     with layerstream.offload(pipe, vram_budget="min", device=device, pairing="auto") as streamer, device.checking():
         with pytest.warns(layerstream.LayerstreamWarning, match="did not come back in time"):
             assert_equal([pipe(seed) for seed in range(3)], expected)

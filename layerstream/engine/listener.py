@@ -27,6 +27,7 @@ from layerstream.engine.passes import Passes
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
 from layerstream.engine.session import Session
+from layerstream.engine.snapshots import Given
 from layerstream.errors import BudgetError
 from layerstream.hooks import compiled
 from layerstream.hooks.entrances import Entrance
@@ -130,7 +131,8 @@ class EngineListener:
             if is_outermost:
                 lane.caller = sys._getframe(_FRAMES_TO_CALLER)
                 try:
-                    self._begin(lane, name, "", args, kwargs or {}, is_grad, decision=decision)
+                    second = None if decision is None else decision.second
+                    self._begin(lane, name, "", args, kwargs or {}, is_grad, second=second)
                 except BaseException:
                     lane.leave(root)
                     self._go_out(lane)
@@ -264,23 +266,25 @@ class EngineListener:
 
     def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A block ended. Returns an output to use instead, or None to keep it."""
-        if not self._pairing.lockstep.is_on:
-            return self._leave_block(block, output)
-        lane = self._lanes.here
-        if lane is self._lanes.main:
-            if sys.exc_info()[1] is lane.handled:  # else it has failed
-                self._pairing.lockstep.first_hands_over()
-            return self._leave_block(block, output)
-        replaced = self._leave_block(block, output)
-        self._pairing.lockstep.second_hands_over()
-        return replaced
-
-    def _leave_block(self, block: nn.Module, output: Any) -> Any:
-        if self._replay.bound is not None:
+        if self._replay.bound is not None:  # then the pass is alone
             with self._gate.reading_lock, self._mutex:
                 is_done, replaced = self._replay.leave(block, output)
             if is_done:
                 return replaced
+        lockstep = self._pairing.lockstep
+        if not lockstep.is_on:
+            return self._leave_block(block, output)
+        lane = self._lanes.here
+        if lane is self._lanes.main:
+            if sys.exc_info()[1] is lane.handled:  # else it has failed
+                lockstep.first_hands_over()
+            return self._leave_block(block, output)
+        replaced = self._leave_block(block, output)
+        lockstep.second_hands_over()
+        return replaced
+
+    def _leave_block(self, block: nn.Module, output: Any) -> Any:
+        """The same, of a block that was entered by working it out."""
         units = self._attached.units_of.get(id(block))
         if units is None:
             return None
@@ -395,29 +399,18 @@ class EngineListener:
         finally:
             lane.ticket = ticket
 
-    def _begin(
-        self,
-        lane: Lane,
-        component: str,
-        entry: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        is_grad: bool,
-        *,
-        decision: Decision | None = None,
-        **more: Any,
-    ) -> None:
-        """A pass begins. Pairing is never why there is no room: what it has is given up then, the second pass, too."""
-        second = None if decision is None else decision.second
+    def _begin(self, *call: Any, second: Given | None = None, **more: Any) -> None:
+        """A pass begins, as in `Passes.begin`. Pairing is never why there is no room: what it keeps is given up then,
+        the second pass, too."""
         try:
-            self._passes.begin(lane, component, entry, args, kwargs, is_grad, second=second, **more)
+            self._passes.begin(*call, second=second, **more)
         except BudgetError:
             given_up = self._pairing.make_room()
             if not given_up:
                 raise
             for name in given_up:
                 self._passes.forget(name)
-            self._passes.begin(lane, component, entry, args, kwargs, is_grad, **more)
+            self._passes.begin(*call, **more)
 
     def _catch_up_unless_others_run(self, lane: Lane, component: str | None) -> None:
         if not self._lanes.others_run(lane):

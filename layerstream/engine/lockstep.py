@@ -15,13 +15,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from layerstream.engine.lane import GivenUpError
+
 _LIMIT_S = 30.0  # of the host, for a block of the second pass; what computes is only queued
 _LOST_S = 1.0  # for a thread that has not come back before
 _LOOK_S = 0.02  # while one waits for a pass that was interrupted
-
-
-class _AbandonedError(BaseException):
-    """Ends a second pass. No `Exception`, so that no model's code keeps it."""
 
 
 class Lockstep:
@@ -97,7 +95,7 @@ class Lockstep:
             return
         self._park()
         if self._is_abandoned:
-            raise _AbandonedError
+            raise GivenUpError
 
     def finish(self) -> tuple[Any, BaseException | None]:
         """The first pass has ended: run the second to its end.
@@ -120,8 +118,7 @@ class Lockstep:
         thread = self._thread
         if thread is not None:
             self._is_closing = self._is_abandoned = True
-            with contextlib.suppress(RuntimeError):  # it is open already
-                self._to_second.release()
+            _open(self._to_second)
             thread.join(_LOST_S if self.is_lost else None)
             self._thread = None
 
@@ -149,8 +146,7 @@ class Lockstep:
 
     def _park(self) -> None:
         """Let the first go on, and wait for a turn."""
-        with contextlib.suppress(RuntimeError):  # nobody has waited
-            self._to_first.release()
+        _open(self._to_first)
         self._is_parked = True  # last: who looks for it finds the first's turn given
         self._to_second.acquire()
         self._is_parked = False
@@ -172,6 +168,12 @@ class Lockstep:
             self._is_over = True
             if not self._is_closing:
                 self._park()
+
+
+def _open(lock: Any) -> None:
+    """Let whoever waits for it go on, or come through when he does; it may be open."""
+    with contextlib.suppress(RuntimeError):
+        lock.release()
 
 
 def _closed() -> Any:

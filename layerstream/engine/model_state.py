@@ -56,7 +56,8 @@ class ModelState:
         self._seen: set[int] = set()
         for kind in dict.fromkeys(kind for module in modules.values() for kind in type(module).__mro__):
             if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch."):
-                self._others.add(kind.__name__, _Class(kind), list(vars(kind).values()))
+                view = _View(partial(_attributes, kind))
+                self._others.add(kind.__name__, view, list(view))
         for name, module in modules.items():
             names, path = vars(module), name or type(root).__name__
             self._hooks += [(path, names[kind]) for kind in _HOOK_DICTS if kind in names]
@@ -214,11 +215,9 @@ class _View:
         return iter(self._of())
 
 
-class _Class(_View):
-    """What a class has."""
-
-    def __init__(self, kind: type) -> None:
-        super().__init__(lambda: list(vars(kind).values()))
+def _attributes(kind: type) -> list[Any]:
+    """What a class has of its own."""
+    return list(vars(kind).values())
 
 
 def _contents(function: FunctionType) -> Iterator[Any]:

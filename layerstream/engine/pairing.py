@@ -33,7 +33,15 @@ from layerstream.engine.lane import Lanes
 from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.model_state import ModelState
 from layerstream.engine.snapshots import Given, UnknownValueError, copy_of, leaves_of_output, same, tensors_of
-from layerstream.engine.thread_state import Surroundings, ThreadState, refusal, runner
+from layerstream.engine.thread_state import (
+    Surroundings,
+    ThreadState,
+    Variables,
+    are_same,
+    context_variables,
+    refusal,
+    runner,
+)
 from layerstream.saying import warn
 from layerstream.stats import Stats
 
@@ -42,6 +50,7 @@ _log = logging.getLogger("layerstream.pairing")
 _MOST_MISSES = 2  # foreseen calls that came otherwise, until the pipeline's call is over
 _MOST_CHANGES = 4  # of the model's own state, until it is taken to change at each call
 _MOST_IDLE_USES = 3  # calls of the pipeline in which nothing could be foreseen
+_NO_ROOM = "the budget has no room for it"
 
 
 class FindNoGain(Protocol):
@@ -62,7 +71,7 @@ class _Pending:
     given: Given
     output: Any
     thread: ThreadState
-    after: Surroundings
+    variables: Variables
     mark: tuple[int, int]
 
 
@@ -71,6 +80,7 @@ class _Track:
     """What is known of one component's calls.
 
     Attributes:
+        component: its name.
         use: the pipeline's call that goes on; None: the component is called by itself.
         foresight: what comes next.
         state: the model, as it is between passes; None: to be looked at.
@@ -80,6 +90,7 @@ class _Track:
         rests: nothing is foreseen until the pipeline's call is over.
     """
 
+    component: str
     use: Ticket | None = None
     foresight: Foresight = field(default_factory=Foresight)
     num_misses: int = 0
@@ -95,6 +106,11 @@ class _Track:
     def forget_calls(self) -> None:
         self.foresight.forget()
         self.pending = None
+
+    def end(self, why: str) -> None:
+        """Its passes are paired no more."""
+        self.off = why
+        self.forget_calls()
 
 
 @dataclass
@@ -188,7 +204,7 @@ class Pairing:
         """End the second thread; what is told stays."""
         self.lockstep.close()
         self._decision = _ALONE
-        self._tracks = {name: _Track(off=track.off, idle=track.idle) for name, track in self._tracks.items()}
+        self._tracks = {name: _Track(name, off=track.off, idle=track.idle) for name, track in self._tracks.items()}
 
     def make_room(self) -> list[str]:
         """The budget has no room for what a pass takes beside what is kept here, or for two passes: keep nothing, and
@@ -196,8 +212,7 @@ class Pairing:
         found = []
         for name, track in self._tracks.items():
             if not track.off and (track.proven or track.pending or track.foresight.holds_calls):
-                track.off = "the budget has no room for it"
-                track.forget_calls()
+                track.end(_NO_ROOM)
                 found.append(name)
         if found:
             self._decision = _ALONE
@@ -223,15 +238,14 @@ class Pairing:
         if self._trial is not None:
             self._decision = self._trial
         elif self.is_on and not self.lockstep.is_lost:
-            track = self._tracks.setdefault(component, _Track())
+            track = self._tracks.setdefault(component, _Track(component))
             try:
-                decision = self._decide(track, root, component, args, kwargs, settle)
+                decision = self._decide(track, root, args, kwargs, settle)
                 self._decision, self._root = decision, root  # of this call again: a trial may have run in it
             except torch.OutOfMemoryError:
                 self._no_memory(track)
             except Exception as exc:  # of values that nobody thought of: the call runs as it is
-                track.off = f"its arguments cannot be looked at: {exc!r}"
-                track.forget_calls()
+                track.end(f"its arguments cannot be looked at: {exc!r}")
         return self._decision
 
     def take(self, root: nn.Module) -> Decision:
@@ -245,61 +259,52 @@ class Pairing:
         self,
         track: _Track,
         root: nn.Module,
-        component: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         settle: Callable[[], None],
     ) -> Decision:
         pending, track.pending = track.pending, None
-        decision = self._without_learning(track, component, args, kwargs, pending, settle)
-        if pending is not None and not (decision is not None and decision.is_answer):
-            self._stats.num_discarded_passes += 1
-            track.num_misses += 1
-            track.forget_calls()
-            if track.num_misses >= _MOST_MISSES:
-                track.rests, track.idle = True, "second calls came otherwise than foreseen"
-        if decision is not None or track.rests:
-            return decision or _ALONE
-        given = Given.of(args, kwargs)
+        use = self._gate.running if self._gate.is_inside_call else None
+        is_new_use = not track.off and use is not track.use
+        if is_new_use:
+            self._begin_use(track, use)
+        given = self._given(track, args, kwargs)
+        if pending is not None:
+            if given is not None and not is_new_use:
+                settle()
+                if self._is_as_foreseen(track, pending, given):
+                    self._stats.num_paired_passes += 1
+                    track.foresight.came_true()
+                    track.num_misses = 0
+                    return Decision(is_answer=True, output=pending.output)
+            self._missed(track)
+        if given is None or track.rests:
+            return _ALONE
         if track.foresight.is_second_known and track.state is not None:
             return self._foresee(track, root, given)
         return self._learn(track, root, given)
 
-    def _without_learning(
-        self,
-        track: _Track,
-        component: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        pending: _Pending | None,
-        settle: Callable[[], None],
-    ) -> Decision | None:
-        """What can be said of a call without looking at those before it; None: nothing."""
-        if track.off:
-            return _ALONE
-        use = self._gate.running if self._gate.is_inside_call else None
-        if use is not track.use:
-            self._begin_use(track, use)
-            pending = None
+    def _given(self, track: _Track, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+        """What a call is given; None: it runs alone, and nothing is learned of it."""
         if track.off or track.rests:
-            return _ALONE
-        track.idle = refusal(self._device) or self._idle(track, component)
+            return None
+        track.idle = self._idle(track)
         if track.idle:
             track.forget_calls()
-            return _ALONE
+            return None
         try:
-            given = Given.of(args, kwargs)
+            return Given.of(args, kwargs)
         except UnknownValueError as exc:
-            track.off = f"it is given {exc}"
-            return _ALONE
-        if pending is not None:
-            settle()
-            if self._is_as_foreseen(track, pending, given):
-                self._stats.num_paired_passes += 1
-                track.foresight.came_true()
-                track.num_misses = 0
-                return Decision(is_answer=True, output=pending.output)
-        return None
+            track.end(f"it is given {exc}")
+            return None
+
+    def _missed(self, track: _Track) -> None:
+        """A second pass has run, and its call has not come, or otherwise."""
+        self._stats.num_discarded_passes += 1
+        track.num_misses += 1
+        track.forget_calls()
+        if track.num_misses >= _MOST_MISSES:
+            track.rests, track.idle = True, "second calls came otherwise than foreseen"
 
     def _begin_use(self, track: _Track, use: Ticket | None) -> None:
         """Another call of the pipeline has begun."""
@@ -311,13 +316,10 @@ class Pairing:
         if track.num_idle_uses > _MOST_IDLE_USES:
             track.off = track.idle or "its calls are not foreseen"
 
-    def _idle(self, track: _Track, component: str) -> str:
-        refused = self._find_no_gain(component, is_proven=bool(track.proven))
-        if refused:
-            return refused
-        if self._is_edited():
-            return "code outside looks at weights"
-        return ""
+    def _idle(self, track: _Track) -> str:
+        """Why no passes of a component are paired now; "": they may be."""
+        why = refusal(self._device) or self._find_no_gain(track.component, is_proven=bool(track.proven))
+        return why or ("code outside looks at weights" if self._is_edited() else "")
 
     def _is_as_foreseen(self, track: _Track, pending: _Pending, given: Given) -> bool:
         """Whether the call that has come is the one that has run: see `ModelState`, `ThreadState`, `same`."""
@@ -326,7 +328,7 @@ class Pairing:
             return False
         if pending.mark != self._mark() or self._is_edited() or track.state is None or track.state.difference():
             return False
-        if not pending.after.has_variables_of(Surroundings.here(self._device)):
+        if not are_same(pending.variables, context_variables()):
             return False
         return all(same([*((given.leaves[path], leaf) for path, leaf in ran.items()), *track.state.tensors()]))
 
@@ -390,8 +392,7 @@ class Pairing:
 
     def _no_memory(self, track: _Track) -> None:
         """There is none for copies: nobody hears of that, and nothing is copied any more."""
-        track.off = "the budget has no room for it"
-        track.forget_calls()
+        track.end(_NO_ROOM)
         self._decision = _ALONE
         self._forgive(1)
 
@@ -498,8 +499,7 @@ class Pairing:
             self._forgive(num_refused)
         if pair.failure:
             self._stats.num_discarded_passes += not pair.is_trial
-            track.off = pair.failure
-            track.forget_calls()
+            track.end(pair.failure)
             _log.info("passes are not paired any more: %s", track.off)
             has_changed = track.state is not None and track.state.restore()
             if output is None or is_mixed or has_changed:
@@ -508,7 +508,7 @@ class Pairing:
         if pair.is_trial:
             pair.outputs = (output, found)
         elif found is not None:
-            track.pending = _Pending(pair.second, found, thread, now, self._mark())
+            track.pending = _Pending(pair.second, found, thread, now.variables, self._mark())
         else:
             track.forget_calls()
         return output

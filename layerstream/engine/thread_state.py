@@ -24,7 +24,8 @@ _num_function_modes = FUNCTION_MODE_STACK.find()
 _functorch_level = FUNCTORCH_LEVEL.find()
 
 
-_Variables = tuple[tuple[contextvars.ContextVar[Any], Any], ...]
+_UNSET = object()
+Variables = tuple[tuple[contextvars.ContextVar[Any], Any], ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Surroundings:
     device: torch.Tensor | None
     python: Any
     numpy: tuple[Any, ...] | None
-    variables: _Variables
+    variables: Variables
 
     @classmethod
     def here(cls, device: Device) -> Surroundings:
@@ -89,18 +90,14 @@ class Surroundings:
             device.random_state(),
             random.getstate(),
             None if numpy is None else numpy.random.get_state(),
-            _variables(),
+            context_variables(),
         )
 
     def difference(self, other: Surroundings) -> str:
         """What somebody has done between the two; "": nothing."""
         if self.is_drawn(other):
             return "it draws random numbers"
-        return "" if self.has_variables_of(other) else "it sets context variables"
-
-    def has_variables_of(self, other: Surroundings) -> bool:
-        """Whether context variables are what they are there."""
-        return _are_same(self.variables, other.variables)
+        return "" if are_same(self.variables, other.variables) else "it sets context variables"
 
     def is_drawn(self, other: Surroundings) -> bool:
         """Whether random numbers were drawn between the two."""
@@ -123,13 +120,15 @@ class Surroundings:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
-def _variables() -> _Variables:
+def context_variables() -> Variables:
+    """Those of the calling thread's context, with their values."""
     return tuple(contextvars.copy_context().items())
 
 
-def _are_same(mine: _Variables, its: _Variables) -> bool:
+def are_same(mine: Variables, its: Variables) -> bool:
+    """Whether the same variables have the same values."""
     values = dict(its)
-    return len(mine) == len(its) and all(values.get(name, _variables) is value for name, value in mine)
+    return len(mine) == len(its) and all(values.get(name, _UNSET) is value for name, value in mine)
 
 
 def refusal(device: Device) -> str:

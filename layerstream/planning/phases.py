@@ -234,16 +234,12 @@ class PhaseTracker:
 
     def forget(self, component: str) -> None:
         """What the calls of a component took says nothing of what follows."""
-
-        def is_gone(key: Key) -> bool:
-            return key.component == component
-
-        self._kinds = {key: kind for key, kind in self._kinds.items() if not is_gone(kind.key)}
-        self._last_key = {entry: key for entry, key in self._last_key.items() if not is_gone(key)}
+        self._kinds = {key: kind for key, kind in self._kinds.items() if key.component != component}
+        self._last_key = {entry: key for entry, key in self._last_key.items() if key.component != component}
         for runs in (self._run, self._before):
             for group, kinds in runs.items():
-                runs[group] = [kind for kind in kinds if not is_gone(kind.key)]
-        if self._entered is not None and is_gone(self._entered.key):
+                runs[group] = [kind for kind in kinds if kind.key.component != component]
+        if self._entered is not None and self._entered.key.component == component:
             self._entered = None
 
     def is_repeated(self, component: str) -> bool:

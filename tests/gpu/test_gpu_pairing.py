@@ -9,27 +9,35 @@ import pytest
 import torch
 
 import layerstream
-from layerstream.engine.streamer import Streamer
 from layerstream.standins import build_tiny, run_tiny
-from tests.fakes import assert_equal, assert_restored, describe, twin
+from tests.fakes import assert_equal, twin
 from tests.gpu.test_gpu_families import memory_comes_back
-from tests.test_pairing import EDITS, Guided, Pipe, Skips, Switches, guided, no_thread_stays
+from tests.test_pairing import (
+    EDITS,
+    Guided,
+    Pipe,
+    Skips,
+    Switches,
+    guided,
+    no_thread_stays,
+    paired,
+    pairs_at_once,
+    restores,
+)
 
-__all__ = ["memory_comes_back", "no_thread_stays"]  # fixtures
+__all__ = ["memory_comes_back", "no_thread_stays", "pairs_at_once"]  # fixtures
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+    pytest.mark.usefixtures("pairs_at_once"),  # models this small are bound by the host
+]
 DEVICE = "cuda"
 # Which pipelines call their denoiser twice a step.
 TWO_PASSES = (
     "flux", "ovis", "longcat", "qwen_image", "qwen_image_edit", "flux_controlnet", "flux2_klein", "wan22", "wan_vace",
     "hunyuan_video", "kandinsky5", "cosmos", "lumina2",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def pairs_whatever_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models this small are bound by the host."""
-    monkeypatch.setattr(Streamer, "_find_no_gain", lambda self, component, *, is_proven: "")
 
 
 @pytest.mark.parametrize("name", TWO_PASSES)
@@ -45,32 +53,16 @@ def test_families(name: str) -> None:
     assert stats.num_discarded_passes <= 4
 
 
-def paired(model: Guided, change: Callable[[Pipe], None] = lambda pipe: None, *, restores: bool = True) -> int:
-    """Compare five calls; returns how many passes were paired."""
-    resident = Pipe(twin(model).to(DEVICE), DEVICE)
-    change(resident)
-    expected = [resident(seed) for seed in range(5)]
-    before = describe(model)
-    pipe = Pipe(model, DEVICE)
-    change(pipe)
-    with layerstream.offload(pipe, vram_budget="min", device=DEVICE, pairing="auto") as streamer:
-        assert_equal([pipe(seed) for seed in range(5)], expected)
-        num_paired = streamer.stats().num_paired_passes
-    if restores:
-        assert_restored(model, before)
-    return num_paired
-
-
 @pytest.mark.parametrize("cls", [Guided, Skips, Switches])
 def test_models(cls: type[Guided]) -> None:
     torch.manual_seed(0)
-    assert paired(cls().eval()) > 0
+    assert paired(cls().eval(), calls=5, on=DEVICE)[0].num_paired_passes > 0
 
 
 @pytest.mark.parametrize("change", EDITS)
 def test_whatever_a_pipeline_does_between(change: Callable[[Pipe], None]) -> None:
-    restores = not {"weight", "attribute", "key", "slot"}.intersection(change.__name__.split("_"))
-    assert paired(guided(), change, restores=restores) > 0
+    stats, _ = paired(guided(), change, calls=5, restores=restores(change), on=DEVICE)
+    assert stats.num_paired_passes > 0
 
 
 def test_wide_blocks_for_many_steps() -> None:

@@ -21,7 +21,7 @@ from layerstream.device.simulated.streams import SimulatedEvent, SimulatedStream
 from layerstream.torch_private import DISPATCH_MODE_STACK
 
 _REMEMBERED_OPERATIONS = 256
-DISPATCH_MODES: Callable[[], Sequence[object]] = DISPATCH_MODE_STACK.find() or list
+DISPATCH_MODES: Callable[[], Sequence[Any]] = DISPATCH_MODE_STACK.find() or list
 
 
 class SimulatedDevice:
@@ -94,7 +94,7 @@ class SimulatedDevice:
 
     def beside(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
         stream = self._streams.here
-        own = [type(mode) for mode in DISPATCH_MODES() if isinstance(mode, Accounting) and mode.watcher is self]
+        own = [type(mode) for mode in DISPATCH_MODES() if self.is_own_mode(mode)]
 
         @contextlib.contextmanager
         def entered() -> Iterator[None]:

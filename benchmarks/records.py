@@ -202,15 +202,21 @@ def write(
         f"- Command: `{first['command']}`",
         f"- {method}",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
+        *table(records, columns),
     ]
-    for each in records:
-        cells = [cell(each) for cell in columns.values()]
-        lines.append("| " + " | ".join("" if c is None else str(c) for c in cells) + " |")
     for note in notes:
         lines += ["", note]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def table(records: Sequence[Record], columns: Mapping[str, Callable[[Record], object]]) -> list[str]:
+    """Lines of Markdown: a row for each record, with what each column shows of it; None is an empty cell."""
+    rows = [[cell(each) for cell in columns.values()] for each in records]
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows),
+    ]
 
 
 def field(name: str, digits: int | None = None) -> Callable[[Record], object]:

@@ -129,12 +129,7 @@ def _medians(done: Sequence[Record]) -> list[str]:
         "peak reserved GB": gigabytes("peak_reserved_bytes"),
         "equal": field("equal"),
     }
-    rows = [[cell(record) for cell in columns.values()] for record in told]
-    return [
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
-        *("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |" for row in rows),
-    ]
+    return records.table(told, columns)
 
 
 def _ends(times: Sequence[float]) -> tuple[float | None, float | None]:

@@ -133,6 +133,18 @@ def test_second_passes_are_answered(budget: int | str) -> None:
 
 
 @pytest.mark.usefixtures("pairs_at_once")
+def test_a_denoiser_by_itself() -> None:
+    """No pipeline's call is around its passes: each is a use of its own, and our note of that is no reason."""
+    model, pipe = guided(), Pipe(twin(guided()))
+    expected, given = [pipe(0, steps=8), pipe(1, steps=8)], Pipe(model)
+    with layerstream.offload(model, vram_budget="min", device=adversary(), pairing="auto") as streamer:
+        assert_equal([given(0, steps=8), given(1, steps=8)], expected)
+        stats = streamer.stats()
+    assert stats.num_paired_passes >= 8
+    assert stats.num_discarded_passes <= 1
+
+
+@pytest.mark.usefixtures("pairs_at_once")
 def test_the_fourth_step_is_the_first_that_is_paired() -> None:
     """Two steps agree on where the second call's arguments come from; the third is run once more; then all are paired,
     and in later calls of the pipeline all but the first."""
@@ -257,7 +269,11 @@ def change_a_flag_between(pipe: Pipe) -> None:
         if step >= 10:
             torch.set_float32_matmul_precision("high" if step % 2 else "highest")
 
-    pipe.before_second = edit
+    def end(step: int) -> None:
+        if step == 15:  # the next call begins with what this one began with
+            torch.set_float32_matmul_precision("highest")
+
+    pipe.before_second, pipe.after_step = edit, end
 
 
 def exchange_a_key_between(pipe: Pipe) -> None:

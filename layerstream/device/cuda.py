@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -105,6 +106,7 @@ class _CopyStreams:
 
 
 _CAPS: dict[int, Caps] = {}  # of the process, by GPU
+_THREAD = threading.local()
 _GROWING = GrowingSegments()
 
 
@@ -222,6 +224,10 @@ class CudaDevice:
         @contextlib.contextmanager
         def entered() -> Iterator[None]:
             with torch.cuda.device(index), torch.cuda.stream(stream):
+                if not getattr(_THREAD, "has_context", False):
+                    # cuBLAS warns in a thread whose first call it is: a kernel makes the context current.
+                    torch.zeros(1, device=self.torch_device)
+                    _THREAD.has_context = True
                 yield
 
         return entered

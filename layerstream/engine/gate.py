@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from layerstream.errors import ConcurrentUseError
 from layerstream.interrupts import surely, twice_if_interrupted
@@ -274,6 +275,11 @@ class Gate:
             f"thread {ticket.thread.name!r} cannot begin {ticket.what}{after}: {self._who()}. One call at a time: "
             "raise call_timeout (None waits as long as it takes), or use one pipeline per thread."
         )
+
+
+def is_own_variable(variable: ContextVar[Any]) -> bool:
+    """Whether it is the context variable in which uses are noted."""
+    return variable is _INSIDE
 
 
 def _since(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from layerstream.device.base import Device
+from layerstream.engine.gate import is_own_variable
 from layerstream.torch_private import DISPATCH_MODE_STACK, FUNCTION_MODE_STACK, FUNCTORCH_LEVEL
 
 _mode_stack = DISPATCH_MODE_STACK.find()
@@ -121,8 +122,8 @@ class Surroundings:
 
 
 def context_variables() -> Variables:
-    """Those of the calling thread's context, with their values."""
-    return tuple(contextvars.copy_context().items())
+    """Those of the calling thread's context, with their values; not ours, which says what this thread is inside of."""
+    return tuple((name, value) for name, value in contextvars.copy_context().items() if not is_own_variable(name))
 
 
 def are_same(mine: Variables, its: Variables) -> bool:
@@ -168,13 +169,10 @@ def runner(device: Device, run: Callable[[], object]) -> Callable[[], object]:
             yield
 
     def inside() -> object:
-        before = list(contextvars.copy_context().items())
+        before = context_variables()
         with modes():
             output = run()
-        after = list(contextvars.copy_context().items())
-        if len(before) != len(after) or any(
-            a is not b or v is not w for (a, v), (b, w) in zip(before, after, strict=True)
-        ):
+        if not are_same(before, context_variables()):
             raise ContextChangedError("context variables")
         return output
 

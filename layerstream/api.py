@@ -12,8 +12,10 @@ from layerstream.budget import parse_reserve
 from layerstream.device.base import Device
 from layerstream.model.components import some_components_of
 from layerstream.pipeline.layer_streamer import LayerStreamer
+from layerstream.pipeline.options import checked_pairing
 from layerstream.pipeline.owners import owner_of
 from layerstream.pipeline.preview import plan_of
+from layerstream.planning.phase_plan import AssumedReserve
 from layerstream.planning.plan import Plan
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -101,6 +103,7 @@ def plan(
     vram_budget: int | str | None = None,
     device: torch.device | str | int | Device | None = None,
     reserve: int | str | None = None,
+    pairing: str = "off",
 ) -> Plan:
     """What `offload` would do with this pipeline; moves nothing. `print(plan)` shows a table.
 
@@ -116,18 +119,22 @@ def plan(
         vram_budget: as for `offload`. Default: "auto"; of what streams on that device, its own.
         reserve: device memory that every phase of the call takes for activations: int bytes or a size such as "1GiB".
             `offload` measures it; here it is an assumption. Default: none; of what streams, what was measured.
+        pairing: as for `offload`. "auto": where a component is a denoiser, two passes have room at once, so `reserve`
+            counts twice there.
 
     Returns: a `Plan`; its `phases` say which units are resident, `least_bytes` what works, `peak_bytes` what is used.
 
     Raises:
         PipelineError, AdapterError, DeviceError: see `offload`.
         BudgetError: unparsable, larger than the device, or too small.
+        ArgumentError: `pairing` is neither "auto" nor "off".
     """
+    num_lanes = 2 if checked_pairing(pairing) == "auto" else 1
     some_components_of(pipe)
-    reserve_bytes = None if reserve is None else parse_reserve(reserve)
+    assumed = None if reserve is None else AssumedReserve(parse_reserve(reserve), num_lanes)
     running = active(pipe)
     if running is not None:
-        if vram_budget is None and device is None and reserve_bytes is None:
+        if vram_budget is None and device is None and assumed is None:
             return running.plan
-        return running.plan_anew(vram_budget, device, reserve_bytes)
-    return plan_of(pipe, vram_budget, device, reserve_bytes)
+        return running.plan_anew(vram_budget, device, assumed)
+    return plan_of(pipe, vram_budget, device, assumed)

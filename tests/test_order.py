@@ -236,6 +236,54 @@ def test_observe_says_what_predict_said(passes: list[list[int]]) -> None:
                 assert is_hit == (predicted == [unit])
 
 
+# ---- units left out
+
+
+def test_what_is_given_up_once_a_call_is_foreseen_in_the_next() -> None:
+    """Blocks 1 and 3 of an encoder stay until the denoiser runs, and nobody tells of their uses meanwhile."""
+    learner = OrderLearner([(range(5), False), (range(5, 8), True)])
+    call = [*range(5), *range(5), *[5, 6, 7] * 6]
+    misses(learner, [call, call])
+    for _ in range(3):
+        assert misses(learner, [range(5)]) == 0, "1 and 3 are loaded again"
+        learner.leave_out([1, 3])
+        assert misses(learner, [[0, 2, 4]]) == 0
+        learner.take_in([1, 3])
+        assert misses(learner, [[5, 6, 7]] * 6) <= 1
+
+
+def test_the_trace_has_what_is_left_out_and_predictions_do_not() -> None:
+    learner = ring(4)
+    misses(learner, [range(4)] * 3)
+    learner.leave_out([1, 2])
+    assert learner.predict(4) == [0, 3, 0, 3]
+    assert learner.trace(3) == [0, 1, 2, 3, 0]
+    learner.observe_expected([0, 3])
+    learner.take_in([1, 2])
+    assert learner.predict(5) == [0, 1, 2, 3, 0]
+
+
+def test_nothing_is_expected_while_all_is_left_out() -> None:
+    learner = ring(3)
+    misses(learner, [range(3)] * 2)
+    learner.leave_out(range(3))
+    assert learner.predict(2) == []
+    learner.take_in([1])
+    assert not learner.observe(2), "told of untold: learned as anything new is"
+
+
+@given(st.lists(UNITS, min_size=1, max_size=8), st.sets(UNITS, max_size=7), st.lists(st.booleans(), max_size=8))
+def test_leaving_out_and_taking_in_loses_nothing(period: list[int], out: set[int], turns: list[bool]) -> None:
+    """Of what repeats, whichever units are told of: nothing that is told is missed, but where told ones begin again."""
+    learner = ring(7)
+    misses(learner, [period] * 4)
+    for is_out in turns:
+        (learner.leave_out if is_out else learner.take_in)(out)
+        told = [unit for unit in period if not (is_out and unit in out)]
+        assert misses(learner, [told]) <= 1
+        assert misses(learner, [told] * 2) == 0
+
+
 # ---- the history's end
 
 

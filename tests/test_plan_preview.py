@@ -9,6 +9,7 @@ from torch import nn
 import layerstream
 from layerstream.blocks import Placement
 from layerstream.device.simulated import SimulatedDevice
+from layerstream.errors import ArgumentError
 from layerstream.standins import build_tiny, run_tiny
 from tests.fakes import Sized, adversary, assert_restored, describe, run, toy
 
@@ -170,3 +171,19 @@ def test_without_a_limit_no_budget_is_made_up() -> None:
 def test_what_cannot_be(budget: str, reserve: int | str, match: str) -> None:
     with pytest.raises(layerstream.BudgetError, match=match):
         layerstream.plan(toy(), vram_budget=budget, device="cpu", reserve=reserve)
+
+
+def test_two_passes_of_a_denoiser_have_room_beside_each_other() -> None:
+    """The reserve of the phase in which passes may be paired counts twice, that of others once."""
+    pipe = {"text_encoder": toy(), "transformer": toy()}
+    found = {
+        pairing: layerstream.plan(pipe, vram_budget="1MiB", device="cpu", reserve="16KiB", pairing=pairing)
+        for pairing in ("off", "auto")
+    }
+    reserves = {name: [p.phase.reserve_bytes for p in plan.phases] for name, plan in found.items()}
+    repeated = [p.phase.is_repeated for p in found["off"].phases]
+    assert True in repeated
+    assert reserves["off"] == [2**14] * len(repeated)
+    assert reserves["auto"] == [2**14 * (2 if each else 1) for each in repeated]
+    with pytest.raises(ArgumentError, match='"auto" nor "off"|pairing must be'):
+        layerstream.plan(pipe, pairing="both")

@@ -272,7 +272,9 @@ class Ledger:
         plan = self.planner.present
         if plan is None or not kind.is_measured or kind.num_untimed <= 0:
             return False
-        return plan.phase_of(kind.key.component).num_slots > 0
+        phase_plan = plan.phase_of(kind.key.component)
+        # A denoiser that fits by itself may have to make way for a text encoder: its times tell what that costs.
+        return phase_plan.num_slots > 0 or (phase_plan.phase.is_repeated and not plan.is_all_resident)
 
     def starts_timing(self) -> CallKind:
         """The running pass is timed: of the key that this returns."""

@@ -61,10 +61,12 @@ class PhaseChanges:
     def _lay_out(self, phase_plan: PhasePlan) -> None:
         self._session.forget_plan()
         transfer = self._transfer
-        wanted = (phase_plan.num_slots, phase_plan.slot_bytes)
+        wanted = phase_plan.ring
         is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
         has_freed = self._make_way(phase_plan, is_new_ring)
-        missing = [unit for i in sorted(phase_plan.resident) if (unit := self._units[i]).own_slot is None]
+        # What is kept for a phase that follows is loaded while this one runs, where it is not there yet.
+        stay = [*sorted(phase_plan.resident), *sorted(phase_plan.kept)]
+        missing = [unit for i in stay if (unit := self._units[i]).own_slot is None]
         if has_freed or is_new_ring or missing:
             # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
             self._device.empty_cache()

@@ -30,7 +30,7 @@ from layerstream.transfer.unit import Slot, StreamedUnit
 from layerstream.weights.binding import BoundTensor
 
 # Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
-LOOK_AHEAD = 8
+LOOK_AHEAD = 16
 
 
 class Residency:
@@ -125,17 +125,24 @@ class Residency:
         return [self.units[index] for index in self.order.predict(count)]
 
     def prefetch(self, held: Sequence[StreamedUnit]) -> None:
-        """Start loading the units expected next, in their order, as far as there are slots that nobody holds."""
+        """Start loading the units expected next, in their order, as far as there are slots that nobody holds. The ring
+        may be another one in the phase that follows: what comes after that is loaded into slots of its own only."""
+        if self.order.is_in_doubt:
+            return
         transfer = self._transfer
         wanted = [unit for unit in dict.fromkeys(held) if unit.slot is not unit.own_slot]
         num_slots = len(transfer.ring)
+        is_of_this_ring = True
         with engine_tensors():
-            for unit in self.ahead(2 * num_slots + LOOK_AHEAD):
+            for unit in map(self.units.__getitem__, self.order.trace(2 * num_slots + LOOK_AHEAD)):
+                is_of_this_ring = is_of_this_ring and self._is_of_this_ring(unit)
                 if unit.slot is not None:
                     if unit.own_slot is None and unit not in wanted:
                         wanted.append(unit)
                     continue
                 if unit.own_slot is None:
+                    if not is_of_this_ring:
+                        continue
                     if unit not in wanted:
                         wanted.append(unit)
                     if len(wanted) > num_slots or unit.home.device_bytes > transfer.slot_bytes:
@@ -147,6 +154,13 @@ class Residency:
                 if slot is None:
                     return
                 self._load(unit, slot)
+
+    def _is_of_this_ring(self, unit: StreamedUnit) -> bool:
+        """Whether the ring is the present one while a unit's phase runs."""
+        applied = self._session.applied
+        if applied is None or not {unit.spec.component, *unit.spec.also}.isdisjoint(applied.phase.components):
+            return True
+        return self._ledger.plan.phase_of(unit.spec.component).ring == applied.ring
 
     def _load(self, unit: StreamedUnit, slot: Slot) -> None:
         self._transfer.load(unit, slot)

@@ -30,6 +30,7 @@ from layerstream.pipeline.owners import ENTERING, refuse_active, touching
 from layerstream.pipeline.preview import plan_anew
 from layerstream.pipeline.sharing import decorated_call, raise_instead
 from layerstream.pipeline.telling import html_of, line_of, report_of, tell_entered, traced_to
+from layerstream.planning.phase_plan import AssumedReserve
 from layerstream.planning.plan import Plan
 from layerstream.report import Report
 from layerstream.saying import warn
@@ -326,10 +327,13 @@ class LayerStreamer:
             yield
 
     def plan_anew(
-        self, vram_budget: int | str | None, device: torch.device | str | int | Device | None, reserve_bytes: int | None
+        self,
+        vram_budget: int | str | None,
+        device: torch.device | str | int | Device | None,
+        assumed: AssumedReserve | None,
     ) -> Plan:
         """The plan under other arguments; those that are None are as they are now."""
-        return plan_anew(self._started("plan"), vram_budget, device, reserve_bytes)
+        return plan_anew(self._started("plan"), vram_budget, device, assumed)
 
     def _started(self, what: str) -> Streamer:
         if self._last is None:

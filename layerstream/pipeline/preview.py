@@ -13,7 +13,7 @@ from layerstream.engine.streamer import Streamer
 from layerstream.model.components import layouts_of
 from layerstream.model.units import divide
 from layerstream.pipeline.options import budget_bytes_on, device_of
-from layerstream.planning.phase_plan import Phase
+from layerstream.planning.phase_plan import AssumedReserve, Phase
 from layerstream.planning.plan import Plan, make_plan
 
 
@@ -21,14 +21,15 @@ def plan_of(
     pipe: Any,
     vram_budget: int | str | None,
     device: torch.device | str | int | Device | None,
-    reserve_bytes: int | None,
+    assumed: AssumedReserve | None,
 ) -> Plan:
     """The plan of a pipeline that nobody streams; moves nothing."""
     found = device_of(device)
     layouts = layouts_of(pipe)
     division = divide(layouts, is_preview=True)
     units = [unit.spec for unit in division.units]
-    phases = [Phase((layout.name,), layout.is_repeated, reserve_bytes or 0, is_assumed=True) for layout in layouts]
+    of_each = assumed or AssumedReserve(0)
+    phases = [of_each.of(Phase((layout.name,), layout.is_repeated)) for layout in layouts]
     budget = budget_bytes_on("auto" if vram_budget is None else vram_budget, found)
     return make_plan(units, phases, budget, granularity=found.rounded_bytes(1), whole=division.whole())
 
@@ -37,7 +38,7 @@ def plan_anew(
     streamer: Streamer,
     vram_budget: int | str | None,
     device: torch.device | str | int | Device | None,
-    reserve_bytes: int | None,
+    assumed: AssumedReserve | None,
 ) -> Plan:
     """The plan of what streams under other arguments; those that are None are as they are now."""
     present, found = streamer.plan, streamer.device
@@ -51,4 +52,4 @@ def plan_anew(
         total_bytes = found.total_bytes()
         free_bytes = total_bytes - found.context_bytes()
         budget = resolve_budget(vram_budget, free_bytes=free_bytes, total_bytes=total_bytes)
-    return present.under(budget, reserve_bytes=reserve_bytes).with_next_gib()
+    return present.under(budget, assumed=assumed).with_next_gib()

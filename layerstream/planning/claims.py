@@ -35,6 +35,17 @@ def fill(drafts: Sequence[Draft], known: Sequence[Draft], num_slots: int | None)
         if draft.phase.is_repeated and draft.num_slots:
             draft.spend(num_slots, shared)
         grants.give_out(_Claim((block,), (draft,), f"seldom {block.index}") for block in draft.seldom)
+    _keep_rings(known)
+
+
+def _keep_rings(known: Sequence[Draft]) -> None:
+    """A phase without slots of its own leaves those of the next one that has some where they are: they need not be laid
+    out in between, for which the device is waited for, and are filled before that phase begins."""
+    for number, draft in enumerate(known):
+        for other in (*known[number + 1 :], *known[:number]):
+            if other.num_slots:
+                draft.keep_ring(other)
+                break
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,16 @@ class Draft:
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
+        self.kept_ring = (0, 0)  # number and size of another phase's slots
         self.shares_blocks = False  # other phases keep some of its blocks
         self.num_slots = 0
         self.takes_least = True  # nothing is known of what it takes: all blocks pass through the slots
 
     def size(self, unit: UnitSpec) -> int:
-        return -(-unit.num_bytes // self.granularity) * self.granularity
+        return self._rounded(unit.num_bytes)
+
+    def _rounded(self, num_bytes: int) -> int:
+        return -(-num_bytes // self.granularity) * self.granularity
 
     @property
     def streamed(self) -> list[UnitSpec]:
@@ -102,7 +106,7 @@ class Draft:
 
     @property
     def weights_bytes(self) -> int:
-        slots = self.num_slots * max((self.size(u) for u in self.streamed), default=0)
+        slots = self.num_slots * self._rounded(self.slot_bytes) + self.kept_ring[0] * self._rounded(self.kept_ring[1])
         return sum(self.size(u) for u in self.units if u.index in self.resident) + sum(self.kept.values()) + slots
 
     @property
@@ -190,9 +194,18 @@ class Draft:
             prediction=self.pace.prediction(streamed, self.num_slots, self.phase.is_repeated)
             if self.is_measured
             else None,
+            kept_ring=self.kept_ring,
         )
 
     # ---- beside the others
+
+    def keep_ring(self, other: Draft) -> None:
+        """Have the slots of another phase stay, if none are needed here and there is room."""
+        if self.num_slots:
+            return
+        self.kept_ring = other.num_slots, other.slot_bytes
+        if self.room_bytes < 0:
+            self.kept_ring = 0, 0
 
     def has_room_for(self, units: Sequence[UnitSpec]) -> bool:
         """Whether these may be there beside what is: its own as residents, with the smaller or fewer slots that this

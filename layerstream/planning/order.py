@@ -8,6 +8,9 @@ inside a call, it misses on the expensive block each time (54 of 107 predictions
 
 On a deviation the cursor moves to the earlier use with the longest matching past. After a second miss in
 a pass nothing is predicted until the present follows the past again: wrong loads cost the bus twice.
+
+Units that stay may be *left out*: nobody tells of their uses. Where the past says that some came before what is told
+now, they came again. So the trace stays whole, and a unit that is given up once a call is foreseen in the next one.
 """
 
 from __future__ import annotations
@@ -58,34 +61,40 @@ class OrderLearner:
 
     def observe(self, unit: int) -> bool:
         """Record that `unit` is used now; returns whether it was the predicted one."""
-        expected = self._following(1)
-        is_hit = bool(expected) and expected[0] == unit
+        expected = self.trace(1)
+        is_hit = bool(expected) and expected[-1] == unit
         is_first = not self._history
         if self._cursor is not None and is_hit:
-            self._cursor += 1
+            self._follow(expected)
         else:
             self._cursor = self._resynchronise(unit)
+            self._history.append(unit)
         if is_hit:
             self._misses = min(self._misses, _MISSES_TO_DOUBT - 1)  # found again: one more miss brings doubt back
         elif not is_first:
             self._misses += 1
-        self._history.append(unit)
-        self.seen.add(unit)
-        if not self._left_out:
-            self._num_counted = min(self._num_counted + 1, _COUNTED_USES)
-        if len(self._history) > _MAX_HISTORY:
-            self._forget()
+        self._note([unit])
         return is_hit
 
     def observe_expected(self, units: Sequence[int]) -> None:
         """Record that these are used, which are the next ones that are expected."""
-        if not units or self._cursor is None:
+        expected = self.trace(len(units))
+        if self._cursor is None or [u for u in expected if u not in self._left_out] != list(units):
             for unit in units:
                 self.observe(unit)
             return
-        self._history += units
-        self._cursor += len(units)
+        self._follow(expected)
         self._misses = min(self._misses, _MISSES_TO_DOUBT - 1)
+        self._note(units)
+
+    def _follow(self, expected: Sequence[int]) -> None:
+        """These came, as the trace says."""
+        assert self._cursor is not None
+        self._history += expected
+        self._cursor += len(expected)
+
+    def _note(self, units: Sequence[int]) -> None:
+        """These were told."""
         self.seen.update(units)
         if not self._left_out:
             self._num_counted = min(self._num_counted + len(units), _COUNTED_USES)
@@ -93,14 +102,16 @@ class OrderLearner:
             self._forget()
 
     def leave_out(self, units: Collection[int]) -> None:
-        """These are used untold from now on, since they stay where they are: the past is as if they had never been."""
+        """These are used untold from now on, since they stay where they are."""
         self._left_out |= set(units)
         self._num_counted = 0
         self._define()
-        self._remember([unit for unit in self._history if unit not in self._left_out])
 
     def take_in(self, units: Collection[int]) -> None:
-        """These are told again."""
+        """These are told again. What the trace says came untold since the last use has come."""
+        came = self.trace(1) if self._left_out and self._cursor is not None else []
+        if came and came[-1] not in self._left_out:
+            self._follow(came[:-1])
         self._left_out -= set(units)
         self._define()
 
@@ -113,24 +124,39 @@ class OrderLearner:
         """How often each unit was used of late, since all of them are told."""
         return Counter(self._history[-self._num_counted :] if self._num_counted else ())
 
-    def predict(self, count: int) -> list[int]:
-        """Up to `count` units expected next, nearest first; may repeat a unit. Empty while in doubt."""
-        if self._misses >= _MISSES_TO_DOUBT:
-            return []
-        return self._following(count)
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether nothing is predicted."""
+        return self._misses >= _MISSES_TO_DOUBT
 
-    def _following(self, count: int) -> list[int]:
-        """What the trace, or before there is one the definition, says comes next."""
+    def predict(self, count: int) -> list[int]:
+        """Up to `count` told units expected next, nearest first; may repeat a unit. Empty while in doubt."""
+        if self.is_in_doubt:
+            return []
+        return [unit for unit in self.trace(count) if unit not in self._left_out]
+
+    def trace(self, count: int) -> list[int]:
+        """What the trace, or before there is one the definition, says comes next, as far as the `count`-th told unit,
+        and with all that comes untold before that. In doubt, too."""
         if not self._history:
             return self._defined_from(self._first, count)
         if self._cursor is None:
             return self._defined_from(self._defined.get(self._history[-1]), count)
-        ahead = self._history[self._cursor + 1 : self._cursor + 1 + count]
-        if len(ahead) < count:
-            # The past has caught up with the present: what repeats goes on with the same period.
-            period = self._history[self._cursor + 1 :]
-            while len(ahead) < count and period:
-                ahead += period[: count - len(ahead)]
+        history, start, end = self._history, self._cursor + 1, len(self._history)
+        ahead = history[start : start + count]
+        if len(ahead) == count and not self._left_out:
+            return ahead
+        ahead, num_told, is_turn_told, position = [], 0, False, start
+        while num_told < count and start < end:
+            unit = history[position]
+            ahead.append(unit)
+            if unit not in self._left_out:
+                num_told, is_turn_told = num_told + 1, True
+            position += 1
+            if position == end:  # the past has caught up with the present: what repeats goes on with the same period
+                if not is_turn_told:
+                    break
+                position, is_turn_told = start, False
         return ahead
 
     def _defined_from(self, unit: int | None, count: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerstream.planning.pace import Prediction
 from layerstream.planning.summary import PhaseSummary
@@ -33,6 +33,23 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class AssumedReserve:
+    """What somebody who plans ahead takes every phase to need beside the weights.
+
+    Attributes:
+        num_lanes: passes of a denoiser that run side by side, each of which needs as much.
+    """
+
+    num_bytes: int
+    num_lanes: int = 1
+
+    def of(self, phase: Phase) -> Phase:
+        """The phase with this in the place of what was measured."""
+        num_bytes = self.num_bytes * (self.num_lanes if phase.is_repeated else 1)
+        return replace(phase, reserve_bytes=num_bytes, is_assumed=True)
+
+
+@dataclass(frozen=True)
 class PhasePlan:
     """What is on the device while a phase runs.
 
@@ -40,7 +57,8 @@ class PhasePlan:
         resident: units of the phase in buffers of their own: its bases, and the blocks that do not stream.
         kept: units of other phases that may stay meanwhile.
         slot_bytes: the largest streamed block.
-        weights_bytes: the most that our weights take: residents, kept units and slots.
+        kept_ring: number and size of another phase's slots, which stay meanwhile; (0, 0): none do.
+        weights_bytes: the most that our weights take: residents, kept units and slots, its own or kept.
         least_bytes: the least weights under which the phase runs.
         prediction: of one pass, once every block was measured.
     """
@@ -53,6 +71,12 @@ class PhasePlan:
     weights_bytes: int
     least_bytes: int
     prediction: Prediction | None = None
+    kept_ring: tuple[int, int] = (0, 0)
+
+    @property
+    def ring(self) -> tuple[int, int]:
+        """Number and size of the slots that are on the device: its own, or another phase's."""
+        return (self.num_slots, self.slot_bytes) if self.num_slots else self.kept_ring
 
     @property
     def peak_bytes(self) -> int | None:

@@ -9,7 +9,7 @@ time. What is then left in all phases goes to what they would load again once a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from layerstream.errors import BudgetError
 from layerstream.planning.claims import fill
 from layerstream.planning.costs import Costs
 from layerstream.planning.draft import Draft, too_small
-from layerstream.planning.phase_plan import Phase, PhasePlan
+from layerstream.planning.phase_plan import AssumedReserve, Phase, PhasePlan
 from layerstream.planning.summary import PlanSummary, StackSummary, stacks_of
 
 
@@ -68,6 +68,11 @@ class Plan:
         everywhere = all(unit_index in p.resident or unit_index in p.kept for p in self.phases)
         return Placement.RESIDENT if everywhere else Placement.BY_PHASE
 
+    @cached_property
+    def is_all_resident(self) -> bool:
+        """Whether everything stays on the device throughout."""
+        return all(self.placement(unit.index) is Placement.RESIDENT for unit in self.units)
+
     def bytes_without_streaming(self, component: str) -> int:
         """The budget in which all that a pass of the component's phase uses would stay on the device, beside what it
         was measured to take."""
@@ -97,17 +102,17 @@ class Plan:
         _ = self.next_gib_ms
         return self
 
-    def under(self, budget_bytes: int | None, *, reserve_bytes: int | None = None) -> Plan:
+    def under(self, budget_bytes: int | None, *, assumed: AssumedReserve | None = None) -> Plan:
         """The plan for another budget, with the times and reserves of this one.
 
         Args:
-            reserve_bytes: assumed of every phase, in the place of what was measured.
+            assumed: of every phase, in the place of what was measured.
         Raises:
             BudgetError: a phase does not fit even with all that can stream streaming.
         """
         phases = [p.phase for p in self.phases]
-        if reserve_bytes is not None:
-            phases = [replace(phase, reserve_bytes=reserve_bytes, is_assumed=True) for phase in phases]
+        if assumed is not None:
+            phases = [assumed.of(phase) for phase in phases]
         return make_plan(
             self.units,
             phases,

@@ -35,7 +35,7 @@ _PASSES = 10  # timed, where the case says nothing
 _WARM_UPS, _WARM_UP_SECONDS = 10, 4.0
 _EXPERT_ROUNDS = 2  # of a step of each expert, before those that are timed
 _FEW_STEPS = (1, 3)  # of calls that warm up, and from which a call that would take too long is extrapolated
-_WARM_UP_CALLS, _WARM_UP_STEPS = 3, 3  # of ours, before the call that is told
+_WARM_UP_CALLS, _WARM_UP_STEPS = 3, 3  # of ours, before the call that is told; the last is a whole one
 _LEAST_SECONDS, _MOST_CALLS = 5.0, 3  # of whole calls: short ones are timed more than once
 _LEAST_SECONDS_WITH_TOKENS = 2.0  # such calls repeat much within
 _SLOW_CALL_S = 5.0  # after a first step that takes so long, warming up more changes little
@@ -296,8 +296,9 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
         return seconds
 
     if cell.method in OURS and not cell.tells_first_call:
-        for _ in range(_WARM_UP_CALLS):  # measures, loads what may stay, and repeats what it will do from now on
-            timed(min(_WARM_UP_STEPS, steps))
+        # Measures, loads what may stay, and tells how many passes a call has, which the plan of the next is made by.
+        for count in (*[min(_WARM_UP_STEPS, steps)] * (_WARM_UP_CALLS - 1), steps):
+            timed(count)
     elif cell.method in OURS:  # a script that calls once is told what it gets, and one that goes on
         record["seconds_all_calls"].append(timed(steps))
         record["seconds_first_call"] = record["seconds_all_calls"][0]

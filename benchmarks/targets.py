@@ -31,6 +31,14 @@ _BOUNDS: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]] = {
     "qwen": {"12GiB": [("pass_of_limit", 1.02)], "24GiB": [("pass_of_limit", 1.02)]},
     "wan22": {"12GiB": [("ratio_to_resident", 1.02), ("switch_ratio", 1.1)]},
 }
+# With both passes of a step side by side: the most that a pass may take, to resident.
+_PAIRED: Mapping[tuple[str, str], Mapping[str, float]] = {
+    ("ovis", "denoiser"): {"min": 1.15, "5GiB": 1.05, "6GiB": 1.03},
+    ("longcat", "denoiser"): {"min": 1.25, "4GiB": 1.06, "5GiB": 1.03},
+    ("qwen", "denoiser"): {"12GiB": 1.10},
+    ("ovis", "pipeline"): {"4GiB": 1.25, "6GiB": 1.06},
+    ("longcat", "pipeline"): {"4GiB": 1.25, "6GiB": 1.06},
+}
 _SAID = {
     "token_ratio": "a token to a resident one's time",
     "token_of_limit": "a token to its limit",
@@ -70,6 +78,7 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
     resident = _times([r for r in records if r["method"] == "resident"])
     spread = max(resident) / min(resident) - 1 if len(resident) > 1 else 0.0
     yield from _bounds(ours, form, spread)
+    yield from _bounds_of_pairs(records, form, spread)
     if form == "denoiser":
         yield from _bound_passes(ours, resident)
     at_ten = ours.get("10GiB")
@@ -129,6 +138,15 @@ def _bounds(ours: Mapping[str | None, Record], form: str, spread: float) -> Iter
             limit = 1.05 * resident + crossing
             told = f"{record['seconds']:.2f} s, resident {resident:.2f} s, the weights {crossing:.2f} s"
             yield _verdict(f"under {budget}, 1.05 x and the weights' way over the bus", record["seconds"], limit, told)
+
+
+def _bounds_of_pairs(records: Sequence[Record], form: str, spread: float) -> Iterator[str]:
+    for record in records:
+        bounds = _PAIRED.get((record["case"].removesuffix(" (tiny)"), form), {})
+        bound, ratio = bounds.get(record["vram_budget"] or ""), record["ratio_to_resident"]
+        if record["method"] == "paired" and bound is not None and ratio is not None:
+            said = f"in pairs under {record['vram_budget']}, to resident, at most {bound} x"
+            yield _verdict(said, ratio, bound, f"{ratio:.3f} x{_rounds(record)}", spread)
 
 
 def _bound_passes(ours: Mapping[str | None, Record], resident: Sequence[float]) -> Iterator[str]:

@@ -25,6 +25,7 @@ _ROWS = list(_COLOURS)
 _WIDTH_INCHES, _PANEL_INCHES, _DPI = 13.3, 2.9, 120
 _LANES_WIDE = 0.92  # of the picture's width, the rest being labels
 _POINTS, _POINTS_A_LETTER = 7, 4.4  # of the names on bars
+_TOUCH_MS = 0.001  # spans that overlap by less follow each other
 
 Window = tuple[float | None, float | None]  # from and to in ms; None: from the first span, to the end of the last
 
@@ -149,13 +150,17 @@ def _draw(stretches: Sequence[Stretch], title: str, picture: Path) -> None:
     figure, panels = pyplot.subplots(len(stretches), figsize=size, layout="constrained", squeeze=False)
     for stretch, axes in zip(stretches, panels.flat, strict=True):
         for lane, row in enumerate(_ROWS):
-            spans = stretch.of(row)
-            bars = [(span.start_ms, span.end_ms - span.start_ms) for span in spans]
             # White edges part bars that follow without a gap; snapped, a wait of 10 us would be as wide as a pixel.
             look = {"facecolor": _COLOURS[row], "edgecolor": "white", "linewidth": 0.4, "alpha": 0.6, "snap": False}
-            axes.broken_barh(bars, (lane - 0.4, 0.8), **look)
-            for middle, text in _texts(spans, stretch):
-                axes.text(middle, lane, text, ha="center", va="center", fontsize=_POINTS, clip_on=True)
+            parts = side_by_side(stretch.of(row))
+            height = 0.8 / len(parts)
+            for number, spans in enumerate(parts):
+                top = lane - 0.4 + number * height
+                bars = [(span.start_ms, span.end_ms - span.start_ms) for span in spans]
+                axes.broken_barh(bars, (top, height), **look)
+                for middle, text in _texts(spans, stretch):
+                    place = middle, top + height / 2
+                    axes.text(*place, text, ha="center", va="center", fontsize=_POINTS, clip_on=True)
         axes.set_yticks(range(len(_ROWS)), [_label(row, stretch) for row in _ROWS], fontsize="small")
         axes.set_ylim(len(_ROWS) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize="small")
@@ -170,6 +175,19 @@ def _draw(stretches: Sequence[Stretch], title: str, picture: Path) -> None:
         raise NoTimelineError(f"{picture} cannot be written: {reason}") from exc
     finally:
         pyplot.close(figure)
+
+
+def side_by_side(spans: Sequence[Span]) -> list[list[Span]]:
+    """The spans of a row, in as many parts as there are spans at once: none overlaps another of its part."""
+    parts: list[list[Span]] = [[]]
+    for span in sorted(spans, key=lambda span: span.start_ms):
+        for part in parts:
+            if not part or part[-1].end_ms <= span.start_ms + _TOUCH_MS:
+                part.append(span)
+                break
+        else:
+            parts.append([span])
+    return parts
 
 
 def _label(row: str, stretch: Stretch) -> str:

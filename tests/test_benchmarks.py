@@ -689,6 +689,26 @@ def test_targets_of_tokens_and_switches_are_told() -> None:
         assert line in told
 
 
+def test_targets_of_pairs_are_told() -> None:
+    done = [
+        record_of("resident", None, 100.0),
+        record_of("paired", "min", 132.0),
+        record_of("paired", "5GiB", 104.8),
+        record_of("paired", "6GiB", 103.5),
+        record_of("paired", "8GiB", 180.0),
+        record_of("resident", None, 101.0),
+    ]
+    told = targets.lines(done)
+    for line in (
+        "- ovis, denoiser: in pairs under min, to resident, at most 1.15 x: missed by 14.8 %, 1.320 x",
+        "- ovis, denoiser: in pairs under 5GiB, to resident, at most 1.05 x: met, 1.048 x",
+        "- ovis, denoiser: in pairs under 6GiB, to resident, at most 1.03 x: met within the 1.0 % by which the "
+        "resident processes differ, 1.035 x",
+    ):
+        assert line in told
+    assert not any("8GiB" in line for line in told)
+
+
 def test_targets_that_nothing_tells_of_are_not_told() -> None:
     assert targets.lines([record_of("resident", None, 100.0)]) == []
     assert targets.lines([{**record_of("layerstream", "min", 0.0), "ms_per_pass": None}]) == []

@@ -24,7 +24,7 @@ import layerstream
 from layerstream.pipeline.owners import ACTIVE, owners_of
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.weights.absent import at_home, is_absent
-from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
+from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
 
 TIMEOUT_S = 60
 Submit = Callable[..., Future[Any]]
@@ -948,3 +948,25 @@ def test_a_copy_of_a_pipeline_carries_nothing_of_ours_along(expected: torch.Tens
         assert torch.equal(image(pipe), expected)
         assert layerstream.active(pipe.text_encoder_3) is not None
     assert set(vars(other)) == names
+
+
+def test_a_call_of_an_object_that_keeps_its_modules_in_a_dict_alone() -> None:
+    """It is one use, not one for each component: other callers wait until it is over."""
+
+    class Keeper:
+        def __init__(self) -> None:
+            self.components = {"first": toy(1), "second": toy(2)}
+
+        @torch.no_grad()
+        def __call__(self) -> torch.Tensor:
+            x = toy_input()
+            for component in self.components.values():
+                x = component(x)
+                inside.append(streamer._streamer.gate.is_inside_call)
+            return x
+
+    pipe, inside = Keeper(), []
+    expected = twin(pipe.components["second"])(twin(pipe.components["first"])(toy_input())).detach()
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()) as streamer:
+        assert torch.equal(pipe(), expected)
+    assert inside == [True, True]

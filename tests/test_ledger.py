@@ -766,7 +766,7 @@ def test_equal_calls_plan_nothing_and_read_once_a_phase() -> None:
             del embedding
             return Counter(device.asked)
 
-        for _ in range(4):
+        for _ in range(5):
             call(10)
         plans = streamer._last.stats.num_plans  # asking `stats()` reads a peak
         asked = [call(num_steps) for num_steps in (10, 10, 30)]

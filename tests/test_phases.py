@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerstream.planning import phases as module
+from layerstream.planning.phase_plan import MANY_PASSES
 from layerstream.planning.phases import GROWTH, CallKind, Key, PhaseTracker
 
 PIPE = [("encoder", False), ("net", True), ("control", True), ("vae", False)]
@@ -476,3 +477,30 @@ def test_whatever_runs_a_phase_keeps_what_was_seen(
                 reserve.measured(seen[wanted][-1])
             assert found.current == (component,)
             assert groups(found) == [(name,) for name, _ in PIPE]
+
+
+def test_what_runs_a_few_times_a_call_is_brief() -> None:
+    """Told of denoisers, by the last call of a pipeline that used them."""
+    found = PhaseTracker([("encoder", False), ("net", True), ("vae", False)])
+
+    def call(num_passes: int) -> None:
+        found.begin_use(is_call=True)
+        for name, count in (("encoder", 2), ("net", num_passes), ("vae", 1)):
+            for _ in range(count):
+                found.enter(key(name))
+
+    call(4)
+    assert not found.brief, "the call is not over"
+    call(MANY_PASSES)
+    assert found.brief == {"net"}
+    assert [phase.is_brief for phase in found.phases(0)] == [False, True, False]
+    call(0)
+    assert not found.brief
+    call(4)
+    assert not found.brief, "a call that did not use it says nothing"
+    for _ in range(50):  # of the component by itself, which is no call of a pipeline
+        found.begin_use(is_call=False)
+        found.enter(key("net"))
+    call(4)
+    assert found.brief == {"net"}
+    assert found.successor([("encoder", False), ("vae", False)], []).brief == frozenset()

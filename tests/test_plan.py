@@ -52,7 +52,10 @@ def check(plan: Plan, budget: int | None) -> None:
         assert phase_plan.num_slots <= len(streamed)
         assert phase_plan.num_slots >= min(LEAST_SLOTS, len([s for s in streamed if s]))
         weights = sum(size[i] for i in phase_plan.resident | phase_plan.kept)
-        assert weights + phase_plan.num_slots * phase_plan.slot_bytes == phase_plan.weights_bytes
+        assert weights + phase_plan.ring[0] * phase_plan.ring[1] == phase_plan.weights_bytes
+        if phase_plan.kept_ring != (0, 0):
+            assert not phase_plan.num_slots
+            assert phase_plan.kept_ring in [(p.num_slots, p.slot_bytes) for p in plan.phases]
         if budget is not None:
             assert phase_plan.weights_bytes + (phase_plan.phase.reserve_bytes or 0) <= budget
         if budget is None or phase_plan.phase.reserve_bytes is None:
@@ -161,20 +164,67 @@ def test_ovis_at_8_gib_hides_its_copies() -> None:
     assert plan.next_gib_ms["denoiser"] > 0
 
 
-def test_room_that_only_spares_hidden_copies_goes_to_the_encoder() -> None:
-    """The denoiser's copies hide behind its compute; a text encoder's do not."""
+def test_hidden_copies_are_spared_before_an_encoder_keeps_blocks() -> None:
+    """Copies that compute hides slow it all the same, at each of many steps; an encoder's loads come once a call. What
+    the denoiser cannot use is the encoder's, and what the denoiser loads in its first pass is kept last of all."""
     units = units_of(("encoder", False, 10, [100] * 4), ("denoiser", True, 10, [100] * 12), ("vae", False, 10, []))
     costs = Costs(1e-6, {u.index: 150.0 for u in units if u.is_block})
     encoder = {u.index for u in units if u.component == "encoder" and u.is_block}
-    for budget, num_kept in ((230 + 100 * 2, 2), (230 + 100 * 4, 4)):
+    blocks = {u.index for u in units if u.component == "denoiser" and u.is_block}
+    for budget, num_resident, num_kept in ((430, 2, 0), (830, 6, 0), (1230, 12, 0), (1430, 12, 2), (1630, 12, 4)):
         plan = make_plan(units, phases(0, 0, 0), budget, costs=costs)
         check(plan, budget)
         denoiser = plan.phase_of("denoiser")
         assert denoiser.prediction is not None
         assert denoiser.prediction.ms_per_pass == pytest.approx(12 * 150)
+        assert len(denoiser.resident & blocks) == num_resident
         assert len(denoiser.kept & encoder) == num_kept
-    plan = make_plan(units, phases(0, 0, 0), 230 + 100 * 8, costs=costs)
+        # While the VAE runs nothing streams: what the encoder needs next comes back.
+        assert len(plan.phase_of("vae").kept & encoder) == min(4, (budget - 30) // 100)
+
+
+def test_where_a_call_has_few_passes_room_that_only_spares_hidden_copies_goes_to_the_encoder() -> None:
+    units = units_of(("encoder", False, 10, [100] * 4), ("denoiser", True, 10, [100] * 12), ("vae", False, 10, []))
+    costs = Costs(1e-6, {u.index: 150.0 for u in units if u.is_block})
+    encoder = {u.index for u in units if u.component == "encoder" and u.is_block}
+    brief = [replace(phase, is_brief=phase.is_repeated) for phase in phases(0, 0, 0)]
+    for budget, num_kept in ((230 + 100 * 2, 2), (230 + 100 * 4, 4)):
+        plan = make_plan(units, brief, budget, costs=costs)
+        check(plan, budget)
+        denoiser = plan.phase_of("denoiser")
+        assert denoiser.prediction is not None
+        assert denoiser.prediction.ms_per_pass == pytest.approx(12 * 150)
+        assert len(denoiser.kept & encoder) == num_kept
+    plan = make_plan(units, brief, 230 + 100 * 8, costs=costs)
     assert len(plan.phase_of("denoiser").resident) == 1 + 4, "what nobody else can use is its own"
+
+
+def test_of_what_a_first_pass_loads_only_what_compute_hides_is_kept_last() -> None:
+    """A denoiser of 12 blocks whose loads take 1,200 ms, and whose compute takes 600: six of them are kept before any
+    of the encoder's, whose loads are as long."""
+    units = units_of(("encoder", False, 10, [100] * 4), ("denoiser", True, 10, [100] * 12), ("vae", False, 10, []))
+    costs = Costs(1e-6, {u.index: 50.0 for u in units if u.is_block})
+    encoder, blocks = (
+        {u.index for u in units if u.component == name and u.is_block} for name in ("encoder", "denoiser")
+    )
+    plan = make_plan(units, phases(0, 0, 0), 30 + 1200, costs=costs)
+    check(plan, 30 + 1200)
+    assert len(plan.phase_of("vae").kept & blocks) >= 6
+    assert len(plan.phase_of("encoder").resident & encoder) == 4
+
+
+def test_a_phase_without_slots_leaves_the_next_ones_where_they_are() -> None:
+    units = units_of(("small", False, 10, [20] * 2), ("large", False, 10, [100] * 6), ("vae", False, 10, []))
+    plan = make_plan(units, [Phase((name,), False, 0) for name in ("small", "large", "vae")], 430)
+    check(plan, 430)
+    large = plan.phase_of("large")
+    assert large.num_slots
+    assert plan.phase_of("small").ring == plan.phase_of("vae").ring == large.ring
+    full = make_plan(
+        units, [Phase((name,), False, 0) for name in ("small", "large")] + [Phase(("vae",), False, 300)], 430
+    )
+    check(full, 430)
+    assert full.phase_of("vae").ring == (0, 0), "there is no room"
 
 
 sizes = st.lists(st.integers(1, 200), max_size=8)

@@ -230,14 +230,14 @@ class LikeSD35(dict[str, nn.Module]):
 
 
 @pytest.mark.parametrize(
-    ("budget_gib", "most_times", "most_gib"), [(4, 1.115, 17), (6, 1.09, 15), (10, 1.03, 5.5), (12, 1.006, 0.1)]
+    ("budget_gib", "most_times", "most_gib"), [(4, 1.12, 17), (6, 1.085, 15), (10, 1.026, 6), (12, 1.004, 3.5)]
 )
 def test_an_encoder_that_runs_twice_stays_as_far_as_the_denoiser_needs_no_room(
     budget_gib: int, most_times: float, most_gib: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text encoders' loads are hidden by nothing. What the denoiser runs as fast without is theirs throughout the call,
-    as far as the VAE's activations let it stay; the rest of what fits stays between the two. From the third call on;
-    the bounds are those of the whole call, beside a device that holds everything.
+    """Text encoders' loads are hidden by nothing. They keep what they can between the two runs, and of that until the
+    next call what the denoiser leaves; during the VAE, which streams nothing, as much comes back as its activations let
+    stay. From the third call on; the bounds are those of the whole call, beside a device that holds everything.
 
     The denoiser's blocks make way for theirs: it computes for as long as its weights take to cross the bus."""
     for cls, is_repeated in ((Encoder, False), (Denoiser, True), (Vae, False)):
@@ -261,5 +261,5 @@ def test_an_encoder_that_runs_twice_stays_as_far_as_the_denoiser_needs_no_room(
         before = encoder.loaded_bytes
         took = call_ms()
         assert took <= most_times * resident
-        assert encoder.loaded_bytes - before <= most_gib * 2**20  # of twice 9.3
+        assert encoder.loaded_bytes - before <= most_gib * 2**20  # of twice 9.3; others come before
         assert denoiser.num_stalls < denoiser.num_loads / 4

@@ -273,8 +273,11 @@ class Ledger:
         if plan is None or not kind.is_measured or kind.num_untimed <= 0:
             return False
         phase_plan = plan.phase_of(kind.key.component)
+        if phase_plan.num_slots:
+            return True
         # A denoiser that fits by itself may have to make way for a text encoder: its times tell what that costs.
-        return phase_plan.num_slots > 0 or (phase_plan.phase.is_repeated and not plan.is_all_resident)
+        may_make_way = phase_plan.phase.is_repeated and not plan.is_all_resident
+        return may_make_way and any(u.is_block for u in plan.units if u.index in phase_plan.resident)
 
     def starts_timing(self) -> CallKind:
         """The running pass is timed: of the key that this returns."""

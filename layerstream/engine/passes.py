@@ -24,7 +24,7 @@ from layerstream.engine.lane import Lane, Lanes
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
-from layerstream.engine.residency import Residency
+from layerstream.engine.residency import LOOK_AHEAD_AT_END, Residency
 from layerstream.engine.session import Session
 from layerstream.engine.snapshots import Given, tensors_of
 from layerstream.errors import BudgetError, StreamerStateError
@@ -179,7 +179,7 @@ class Passes:
         self._begun[begun] = self._ledger.kind
         self._phase_changes.mark_staying(phase_plan)
         if self._ledger.wants_times and may_time:
-            self._residency.listen_to(self._residency.quiet())
+            self._residency.listen_to([unit for unit in self._residency.quiet() if self.is_of_phase(unit)])
             self._timer.begin(self._ledger.starts_timing())
         elif self._ledger.is_settled:
             self._phase_changes.quieten(phase_plan)
@@ -242,7 +242,7 @@ class Passes:
                 with engine_tensors():
                     self._edits.pass_ended()
             self._exchanges.at_rest()
-            self._residency.prefetch(held=[])
+            self._residency.prefetch([], LOOK_AHEAD_AT_END)
             self._residency.guard()
 
     @property

@@ -85,6 +85,7 @@ class PhaseChanges:
         transfer = self._transfer
         stay = phase_plan.resident | phase_plan.kept
         given_up = [unit for unit in transfer.with_own_slot if unit.index not in stay]
+        self._residency.wake(given_up)
         for unit in given_up:
             self._residency.give_up(unit)
         for slot in transfer.ring:

@@ -50,6 +50,7 @@ class Planner:
         self._planned_costs: Costs | None = None
         self._planned_with: set[CallKind] = set()  # those that the present plan was found to do for
         self._has_new_times = False  # not planned with yet
+        self._planned_brief: frozenset[str] = frozenset()  # of `PhaseTracker.brief`
         self._refused: set[tuple[str, ...]] = set()  # components that cannot share a phase within the budget
 
     def components(
@@ -94,8 +95,8 @@ class Planner:
 
     @property
     def is_due(self) -> bool:
-        """Whether there are times, or counts of uses, that another plan may follow from."""
-        return self._has_new_times or self._uses_differ()
+        """Whether there are times, or counts of uses or passes, that another plan may follow from."""
+        return self._has_new_times or self.tracker.brief != self._planned_brief or self._uses_differ()
 
     def timed(self, kind: CallKind) -> None:
         """A pass of that kind was timed."""
@@ -120,7 +121,7 @@ class Planner:
         self._merge_partners(outside_bytes)
         phases = self.tracker.phases(outside_bytes)
         costs = self._costs()
-        self._has_new_times = False
+        self._has_new_times, self._planned_brief = False, self.tracker.brief
         if before is None or costs != self._planned_costs or not self._still_holds(before, phases, outside_bytes):
             self._plan = self._make_for(kind, phases, costs, outside_bytes)
             self._planned_costs = costs
@@ -163,7 +164,7 @@ class Planner:
     def _still_holds(self, plan: Plan, phases: Sequence[Phase], outside_bytes: int) -> bool:
         """Whether a plan was made for these reserves, or for little more."""
         old = [p.phase for p in plan.phases]
-        if [(p.components, p.is_repeated) for p in old] != [(p.components, p.is_repeated) for p in phases]:
+        if [_kind_of(phase) for phase in old] != [_kind_of(phase) for phase in phases]:
             return False
         needed = self.tracker.needed_bytes(outside_bytes)
         for before, now, least in zip(old, phases, needed, strict=True):
@@ -261,3 +262,7 @@ class _Uses:
                 others = {u: n for u, n in self.per_pass.items() if u not in {b.index for b in blocks}}
                 self.per_pass = {**others, **found}
                 self.seldom = self.seldom - set(found) | {u for u, n in found.items() if not n and counts[u]}
+
+
+def _kind_of(phase: Phase) -> tuple[object, ...]:
+    return phase.components, phase.is_repeated, phase.is_brief

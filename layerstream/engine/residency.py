@@ -29,8 +29,10 @@ from layerstream.transfer.transfer import TransferEngine
 from layerstream.transfer.unit import Slot, StreamedUnit
 from layerstream.weights.binding import BoundTensor
 
-# Resident units whose loads may be queued ahead: they wait for no slot, only for the bus.
-LOOK_AHEAD = 16
+# Resident units whose loads may be queued ahead: they wait for no slot, only for the bus. At the end of a pass, when
+# the bus may have nothing to do until another phase begins, more.
+LOOK_AHEAD = 8
+LOOK_AHEAD_AT_END = 96
 
 
 class Residency:
@@ -124,7 +126,7 @@ class Residency:
         """The units that are expected next, in their order."""
         return [self.units[index] for index in self.order.predict(count)]
 
-    def prefetch(self, held: Sequence[StreamedUnit]) -> None:
+    def prefetch(self, held: Sequence[StreamedUnit], look_ahead: int = LOOK_AHEAD) -> None:
         """Start loading the units expected next, in their order, as far as there are slots that nobody holds. The ring
         may be another one in the phase that follows: what comes after that is loaded into slots of its own only."""
         if self.order.is_in_doubt:
@@ -134,7 +136,7 @@ class Residency:
         num_slots = len(transfer.ring)
         is_of_this_ring = True
         with engine_tensors():
-            for unit in map(self.units.__getitem__, self.order.trace(2 * num_slots + LOOK_AHEAD)):
+            for unit in map(self.units.__getitem__, self.order.trace(2 * num_slots + look_ahead)):
                 is_of_this_ring = is_of_this_ring and self._is_of_this_ring(unit)
                 if unit.slot is not None:
                     if unit.own_slot is None and unit not in wanted:
@@ -160,7 +162,7 @@ class Residency:
         applied = self._session.applied
         if applied is None or not {unit.spec.component, *unit.spec.also}.isdisjoint(applied.phase.components):
             return True
-        return self._ledger.plan.phase_of(unit.spec.component).ring == applied.ring
+        return bool(self._transfer.ring) and self._ledger.plan.phase_of(unit.spec.component).ring == applied.ring
 
     def _load(self, unit: StreamedUnit, slot: Slot) -> None:
         self._transfer.load(unit, slot)
@@ -220,9 +222,7 @@ class Residency:
 
     def _unbind(self, unit: StreamedUnit, *, writes_back: bool) -> list[BoundTensor]:
         """Make a unit absent; what was written goes home. Returns weights that had been pointed elsewhere."""
-        if unit.is_quiet:
-            self.listen_to([unit])
-            self._device.synchronize()  # streams that read it are not all known
+        self.wake([unit])
         if not unit.is_present:
             return []
         binding = unit.binding
@@ -304,6 +304,13 @@ class Residency:
         self._session.quiet_for = None
         if again:
             self.order.take_in([unit.index for unit in again])
+
+    def wake(self, units: Sequence[StreamedUnit]) -> None:
+        """These are about to go. Streams that read those without hooks are not all known: one wait covers all."""
+        quiet = [unit for unit in units if unit.is_quiet]
+        if quiet:
+            self.listen_to(quiet)
+            self._device.synchronize()
 
     def quiet(self) -> list[StreamedUnit]:
         """Units whose blocks have no hooks now."""

@@ -82,7 +82,9 @@ def modules_of(pipe: object) -> list[object]:
         return list(pipe.values())
     if isinstance(pipe, nn.Module):
         return [pipe]
-    return list(getattr(pipe, "__dict__", {}).values())
+    held = getattr(pipe, "__dict__", {})
+    components = held.get("components")  # where they are kept in a dict of that name alone
+    return [*held.values(), *(components.values() if isinstance(components, Mapping) else ())]
 
 
 def owner_of(pipe: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from layerstream.blocks import UnitSpec
@@ -12,8 +12,9 @@ from layerstream.planning.draft import Draft
 def fill(drafts: Sequence[Draft], known: Sequence[Draft], num_slots: int | None) -> None:
     """Give out what the reserves leave: phases that are repeated choose first, the rest goes by claims.
 
-    They choose the least room that gives them their fastest pass: copies that compute hides cost nothing, and what
-    would spare them is worth more to a text encoder, whose loads nothing hides. What is left in the end is theirs.
+    They choose with all the room there is, since copies that compute hides are not free (`MANY_PASSES`). Where a call
+    has few passes they choose the least room that gives them their fastest pass: what would spare hidden copies is
+    worth more to a text encoder, whose loads nothing hides. What is left in the end is theirs.
     """
     everything = {u.index for d in known for u in d.units}.union(*(d.resident for d in drafts))
     units = {u.index: u for d in drafts for u in d.units}
@@ -25,14 +26,14 @@ def fill(drafts: Sequence[Draft], known: Sequence[Draft], num_slots: int | None)
         return
     for draft in known:
         if draft.phase.is_repeated:
-            draft.choose(num_slots, is_frugal=len(known) > 1)
+            draft.choose(num_slots, is_frugal=draft.phase.is_brief and len(known) > 1)
         else:
             draft.take_least(num_slots)
     grants = _Grants()
     grants.give_out(_claims(drafts, known, num_slots, grants))
     shared = {unit for draft in known for unit in draft.kept}
     for draft in known:
-        if draft.phase.is_repeated and draft.num_slots:
+        if draft.phase.is_brief and draft.num_slots:
             draft.spend(num_slots, shared)
         grants.give_out(_Claim((block,), (draft,), f"seldom {block.index}") for block in draft.seldom)
     _keep_rings(known)
@@ -85,22 +86,23 @@ def _claims(
     drafts: Sequence[Draft], known: Sequence[Draft], num_slots: int | None, grants: _Grants
 ) -> Iterator[_Claim]:
     """What every phase would have beside what it needs, the most urgent first."""
-    # Between two uses of a unit every other phase runs, so keeping it in some of them but not in all saves nothing.
+    # Between two uses of a unit every other phase runs. What one of them has no room for is loaded again, which costs
+    # nothing only where a later one streams nothing, and has room.
     everywhere = tuple(known)
-    hidden = [u for d in drafts if d.hides_first_loads for u in d.blocks if u.index in d.resident]
+    hidden = [unit for draft in drafts for unit in draft.hidden_at_first]
     late = {u.index for u in hidden}
     for unit in _by_urgency(drafts):
         if unit.index not in late:
             yield _Claim((unit,), everywhere, "once loaded")
     if "once loaded" not in grants.refused:
         yield from _claims_of_blocks_used_once(known, everywhere, grants)
-        for unit in hidden:
-            yield _Claim((unit,), everywhere, "hidden in a first pass")
     # What no other phase can use goes to a phase's own blocks while it runs, spread: a loaded block that stays costs
-    # nothing more, and a text encoder often runs twice a call, a language model once per token.
-    once = [draft for draft in known if not draft.phase.is_repeated]
+    # nothing more, and a text encoder often runs twice a call, a language model once per token. The small ones stay
+    # beside the large ones: each of their bytes is there as often, and the large one streams in any case.
+    once = sorted((d for d in known if not d.phase.is_repeated), key=lambda d: sum(d.size(u) for u in d.units))
     served = {unit for draft in known for unit in draft.kept}
-    for draft in once:
+    for number, draft in enumerate(once):
+        yield from _claims_of_others(draft, once[:number], served)
         chain = f"its own of {draft.phase.name}"
         own = [b for b in draft.blocks if b.index not in draft.resident]
         yield _Claim(tuple(own), (draft,), chain)
@@ -109,11 +111,18 @@ def _claims(
         elif chain in grants.refused:
             for block in _spread(own):
                 yield _Claim((block,), (draft,), f"some of {chain}")
-    others = [u for d in once for u in d.units if u.index in d.resident and u.index not in served]
     for draft in once:
-        for unit in others:
-            if unit.index not in draft.kept and unit not in draft.units:
-                yield _Claim((unit,), (draft,), f"of others, while {draft.phase.name} runs")
+        yield from _claims_of_others(draft, once, served)
+    if "once loaded" not in grants.refused:
+        for unit in hidden:
+            yield _Claim((unit,), everywhere, "hidden in a first pass")
+
+
+def _claims_of_others(draft: Draft, others: Sequence[Draft], served: Collection[int]) -> Iterator[_Claim]:
+    """What is resident in other phases, while this one runs."""
+    for unit in [u for d in others for u in d.units if u.index in d.resident and u.index not in served]:
+        if unit.index not in draft.kept and unit not in draft.units:
+            yield _Claim((unit,), (draft,), f"of others, while {draft.phase.name} runs")
 
 
 def _by_urgency(drafts: Sequence[Draft]) -> list[UnitSpec]:

@@ -19,7 +19,6 @@ _MOST_COUNTS = 8  # numbers of slots to choose from
 _SLOTS_PER_PIECE = 2  # that many more for each piece beyond the first of the block that has most
 # The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
 _CAREFUL_SHARE = 0.95
-_LITTLE_SHARE = 0.5  # of a load's time, what a first pass is slower by: less, and others' loads cost more
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,21 @@ class Draft:
         self.takes_least = False
 
     @property
-    def hides_first_loads(self) -> bool:
-        """Whether a first pass, which loads what then stays, is hardly slower for it: of a denoiser that computes for
-        as long as all its weights take to cross, keeping blocks until the next call saves little."""
+    def hidden_at_first(self) -> list[UnitSpec]:
+        """Blocks that stay, and whose loads a first pass hides behind compute as it hides those of what streams: as
+        many as there is time for, the last of the pass. Keeping them until the next call saves nothing."""
         if not self.phase.is_repeated or not self.is_measured:
-            return False
-        stay = [i for i, u in enumerate(self.units) if u.index in self.resident]
-        exposed_ms = sum(self.pace.copy_ms) - self.pace.total_ms
-        return exposed_ms <= _LITTLE_SHARE * sum(self.pace.copy_ms[i] for i in stay)
+            return []
+        through = {u.index for u in self.streamed}
+        left_ms = self.pace.total_ms - sum(self.pace.copy_ms[i] for i, u in enumerate(self.units) if u.index in through)
+        found: list[UnitSpec] = []
+        for unit, copy_ms in zip(reversed(self.units), reversed(self.pace.copy_ms), strict=True):
+            if unit.is_block and unit.index in self.resident:
+                left_ms -= copy_ms
+                if left_ms < 0:
+                    break
+                found.append(unit)
+        return found
 
     def spend(self, num_slots: int | None, shared: Collection[int]) -> None:
         """Give what is left to blocks of its own, if that makes no pass slower; what other phases keep stays."""

@@ -45,6 +45,7 @@ class OrderLearner:
         self._misses = 0
         self.seen: set[int] = set()
         self._left_out: set[int] = set()
+        self._num_untold = 0  # so many of those that come next have come untold, perhaps
         self._num_counted = 0
         self._chains = chains
         self._define()
@@ -61,10 +62,14 @@ class OrderLearner:
 
     def observe(self, unit: int) -> bool:
         """Record that `unit` is used now; returns whether it was the predicted one."""
-        expected = self.trace(1)
+        expected = self._trace(1)
         is_hit = bool(expected) and expected[-1] == unit
         is_first = not self._history
-        if self._cursor is not None and is_hit:
+        if not is_hit:  # not all has come that may have
+            came = [number for number, each in enumerate(expected[: self._num_untold]) if each == unit]
+            expected = expected[: came[-1] + 1] if came else []
+        self._num_untold = 0
+        if self._cursor is not None and expected:
             self._follow(expected)
         else:
             self._cursor = self._resynchronise(unit)
@@ -78,11 +83,13 @@ class OrderLearner:
 
     def observe_expected(self, units: Sequence[int]) -> None:
         """Record that these are used, which are the next ones that are expected."""
-        expected = self.trace(len(units))
-        if self._cursor is None or [u for u in expected if u not in self._left_out] != list(units):
+        expected = self._trace(len(units))
+        told = [unit for unit in expected[self._num_untold :] if unit not in self._left_out]
+        if self._cursor is None or told != list(units):
             for unit in units:
                 self.observe(unit)
             return
+        self._num_untold = 0
         self._follow(expected)
         self._misses = min(self._misses, _MISSES_TO_DOUBT - 1)
         self._note(units)
@@ -108,10 +115,11 @@ class OrderLearner:
         self._define()
 
     def take_in(self, units: Collection[int]) -> None:
-        """These are told again. What the trace says came untold since the last use has come."""
-        came = self.trace(1) if self._left_out and self._cursor is not None else []
+        """These are told again. What the trace says came untold after the last use is taken as come, until the next use
+        says otherwise: who gives up units has mostly used them."""
+        came = self._trace(1) if self._left_out and self._cursor is not None else []
         if came and came[-1] not in self._left_out:
-            self._follow(came[:-1])
+            self._num_untold = len(came) - 1
         self._left_out -= set(units)
         self._define()
 
@@ -136,21 +144,26 @@ class OrderLearner:
         return [unit for unit in self.trace(count) if unit not in self._left_out]
 
     def trace(self, count: int) -> list[int]:
-        """What the trace, or before there is one the definition, says comes next, as far as the `count`-th told unit,
-        and with all that comes untold before that. In doubt, too."""
+        """What comes next as far as the `count`-th told unit, with all that comes untold before that. In doubt, too."""
+        return self._trace(count)[self._num_untold :]
+
+    # ---- inside
+
+    def _trace(self, count: int) -> list[int]:
+        """What the trace, or before there is one the definition, says comes after the last use that was recorded."""
         if not self._history:
             return self._defined_from(self._first, count)
         if self._cursor is None:
             return self._defined_from(self._defined.get(self._history[-1]), count)
         history, start, end = self._history, self._cursor + 1, len(self._history)
         ahead = history[start : start + count]
-        if len(ahead) == count and not self._left_out:
+        if len(ahead) == count and not self._left_out and not self._num_untold:
             return ahead
         ahead, num_told, is_turn_told, position = [], 0, False, start
         while num_told < count and start < end:
             unit = history[position]
             ahead.append(unit)
-            if unit not in self._left_out:
+            if unit not in self._left_out and len(ahead) > self._num_untold:
                 num_told, is_turn_told = num_told + 1, True
             position += 1
             if position == end:  # the past has caught up with the present: what repeats goes on with the same period

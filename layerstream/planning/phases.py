@@ -14,10 +14,11 @@ prompt anew, or draws an image token by token, runs in a *loop*.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from layerstream.planning.phase_plan import Phase
+from layerstream.planning.phase_plan import MANY_PASSES, Phase
 
 Shapes = tuple[tuple[Hashable, tuple[int, ...]], ...]  # (dtype, shape) of every tensor passed
 
@@ -184,6 +185,10 @@ class CallKind:
 class PhaseTracker:
     """Follows which components are entered with which keys. Pure: the streamer tells it, and it answers.
 
+    Attributes:
+        brief: components that are repeated, with fewer than `MANY_PASSES` passes in the last call of a pipeline with
+            them.
+
     Args:
         components: (name, is_repeated) in the order of the pipeline.
     """
@@ -195,6 +200,8 @@ class PhaseTracker:
         self._last_key: dict[tuple[str, str], Key] = {}
         self._turns: list[tuple[str, int]] = []  # (component, passes in a row), the most recent last
         self._is_in_use = False  # the turns are of one call of a pipeline
+        self._num_passes: Counter[str] = Counter()  # in it
+        self.brief: frozenset[str] = frozenset()
         self._entered: CallKind | None = None  # the most recent
         self._run: dict[tuple[str, ...], list[CallKind]] = {}  # reserves of the present, or last, run of each phase
         self._before: dict[tuple[str, ...], list[CallKind]] = {}  # of the run before
@@ -230,7 +237,10 @@ class PhaseTracker:
         """
         self._is_in_use = is_call
         if is_call:
-            self._turns = []
+            counts = self._num_passes.items()
+            brief = {c for c, count in counts if self._is_repeated[c] and count < MANY_PASSES}
+            self.brief = self.brief - set(self._num_passes) | brief
+            self._turns, self._num_passes = [], Counter()
 
     def forget(self, component: str) -> None:
         """What the calls of a component took says nothing of what follows."""
@@ -258,6 +268,7 @@ class PhaseTracker:
                 any(self._is_repeated[c] for c in group),
                 self._most(group, expected, outside_bytes, CallKind.kept_bytes),
                 is_loop=any(r.is_growing for r in expected),
+                is_brief=any(self._is_repeated[c] for c in group) and self.brief.issuperset(group),
             )
             for group, expected in self._all_expected()
         )
@@ -310,7 +321,7 @@ class PhaseTracker:
         kept = {name for name, _ in components} - set(changed)
         new._kinds = {key: kind for key, kind in self._kinds.items() if key.component in kept}
         new._is_repeated |= {name: self._is_repeated[name] for name in kept if name in self._is_repeated}
-        new._is_in_use = self._is_in_use
+        new._is_in_use, new.brief = self._is_in_use, self.brief & kept
         return new
 
     # ---- inside
@@ -324,6 +335,8 @@ class PhaseTracker:
         return list(dict.fromkeys([*run, *before])) if run and run[0] in before else run
 
     def _take_turn(self, component: str) -> None:
+        if self._is_in_use:
+            self._num_passes[component] += 1
         if self._turns and self._turns[-1][0] == component:
             passes = self._turns[-1][1] + 1
             self._turns[-1] = component, passes

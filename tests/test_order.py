@@ -263,6 +263,16 @@ def test_the_trace_has_what_is_left_out_and_predictions_do_not() -> None:
     assert learner.predict(5) == [0, 1, 2, 3, 0]
 
 
+def test_loads_ahead_do_not_look_past_a_whole_call() -> None:
+    """Where a denoiser stays, thousands of untold uses come before the next that is told."""
+    learner = ring(3000)
+    misses(learner, [range(3000)] * 2)
+    learner.leave_out(range(1, 3000))
+    assert len(learner.trace(8)) == order._MOST_UNTOLD
+    assert learner.predict(8) == [0]
+    assert learner.observe(0), "what comes is known, however far it is"
+
+
 def test_nothing_is_expected_while_all_is_left_out() -> None:
     learner = ring(3)
     misses(learner, [range(3)] * 2)

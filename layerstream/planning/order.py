@@ -23,6 +23,9 @@ _MAX_HISTORY = 1 << 20  # uses kept; a call of 50 steps has about 3,000, a token
 _MAX_CANDIDATES = 512  # earlier uses looked at when the cursor is lost: a call of 50 steps in two passes has 100
 _MAX_COMMON_PAST = 8192  # uses compared per candidate: finding the place again must cost less than a load
 _MISSES_TO_DOUBT = 2
+# Looked at, of what comes untold before a unit that is told: a text encoder and what runs before it. Predictions look
+# further than loads ahead do, so that passes for which equal units are expected load alike.
+_MOST_UNTOLD, _UNTOLD_PER_TOLD = 256, 4
 _COUNTED_USES = 1 << 16  # the most recent ones; a token of a large model has some 400
 
 
@@ -141,16 +144,22 @@ class OrderLearner:
         """Up to `count` told units expected next, nearest first; may repeat a unit. Empty while in doubt."""
         if self.is_in_doubt:
             return []
-        return [unit for unit in self.trace(count) if unit not in self._left_out]
+        ahead = self._trace(count, _MOST_UNTOLD + _UNTOLD_PER_TOLD * count)
+        return [unit for unit in ahead[self._num_untold :] if unit not in self._left_out]
 
     def trace(self, count: int) -> list[int]:
-        """What comes next as far as the `count`-th told unit, with all that comes untold before that. In doubt, too."""
-        return self._trace(count)[self._num_untold :]
+        """What comes next as far as the `count`-th told unit, with what comes untold before that, unless that is much.
+        In doubt, too."""
+        return self._trace(count, _MOST_UNTOLD)[self._num_untold :]
 
     # ---- inside
 
-    def _trace(self, count: int) -> list[int]:
-        """What the trace, or before there is one the definition, says comes after the last use that was recorded."""
+    def _trace(self, count: int, most: int = _MAX_HISTORY) -> list[int]:
+        """What the trace, or before there is one the definition, says comes after the last use that was recorded.
+
+        Args:
+            most: units beyond those that have come untold, perhaps; where a denoiser stays, a call has thousands.
+        """
         if not self._history:
             return self._defined_from(self._first, count)
         if self._cursor is None:
@@ -159,18 +168,20 @@ class OrderLearner:
         ahead = history[start : start + count]
         if len(ahead) == count and not self._left_out and not self._num_untold:
             return ahead
-        ahead, num_told, is_turn_told, position = [], 0, False, start
-        while num_told < count and start < end:
-            unit = history[position]
-            ahead.append(unit)
-            if unit not in self._left_out and len(ahead) > self._num_untold:
+        num_told = num_ahead = 0
+        is_turn_told, position = False, start
+        for num_ahead in range(1, most + self._num_untold + 1) if start < end and count else ():
+            if history[position] not in self._left_out and num_ahead > self._num_untold:
                 num_told, is_turn_told = num_told + 1, True
+                if num_told == count:
+                    break
             position += 1
             if position == end:  # the past has caught up with the present: what repeats goes on with the same period
                 if not is_turn_told:
                     break
                 position, is_turn_told = start, False
-        return ahead
+        period = history[start : min(end, start + num_ahead)]
+        return period if num_ahead <= end - start else (period * (num_ahead // len(period) + 1))[:num_ahead]
 
     def _defined_from(self, unit: int | None, count: int) -> list[int]:
         ahead: list[int] = []

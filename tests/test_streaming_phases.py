@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import layerstream
 from layerstream.device.simulated import SimulatedDevice
+from layerstream.engine.residency import Residency
 from layerstream.model.adapters import registry
 from tests.fakes import SizedBlock, adversary, assert_equal, assert_restored, describe, run, toy, toy_input, twin
 
@@ -263,3 +265,35 @@ def test_an_encoder_that_runs_twice_stays_as_far_as_the_denoiser_needs_no_room(
         assert took <= most_times * resident
         assert encoder.loaded_bytes - before <= most_gib * 2**20  # of twice 9.3; others come before
         assert denoiser.num_stalls < denoiser.num_loads / 4
+
+
+def test_memory_that_is_refused_to_what_is_not_needed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots for what a later phase needs are laid out then; nobody hears of it, and as much is loaded."""
+    for cls, is_repeated in ((Encoder, False), (Denoiser, True), (Vae, False)):
+        adapter = layerstream.Adapter(stacks=["blocks"] if cls is not Vae else [], is_repeated=is_repeated)
+        monkeypatch.setitem(registry._REGISTERED, cls, adapter)
+    device = SimulatedDevice(copies="late", link_gb_per_s=55.0)
+    pipe = LikeSD35(device)
+    refused: list[object] = []
+    may_allocate = Residency.may_allocate
+
+    def refuse(self: Residency, allocate: Any, *args: Any) -> bool:
+        def out_of_memory(*_: Any) -> None:
+            refused.append(allocate)
+            raise torch.OutOfMemoryError("refused")
+
+        return may_allocate(self, out_of_memory, *args)
+
+    with layerstream.offload(pipe, vram_budget=10 * 2**20, device=device) as streamer, device.checking():
+        for _ in range(4):
+            pipe.run()
+        ahead = streamer._last.phase_stats["vae"].loaded_bytes
+        assert ahead > 0
+        monkeypatch.setattr(Residency, "may_allocate", refuse)
+        for _ in range(2):
+            pipe.run()
+        assert refused
+        assert streamer._last.phase_stats["vae"].loaded_bytes == ahead, "nothing of a later phase was loaded"
+        monkeypatch.setattr(Residency, "may_allocate", may_allocate)
+        pipe.run()
+        assert streamer._last.phase_stats["vae"].loaded_bytes > ahead

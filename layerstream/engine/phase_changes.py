@@ -6,7 +6,7 @@ The order is: evict, free, and only then allocate, so that the budget holds at e
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 
 from torch import nn
@@ -64,20 +64,30 @@ class PhaseChanges:
         wanted = phase_plan.ring
         is_new_ring = wanted != (len(transfer.ring), transfer.slot_bytes)
         has_freed = self._make_way(phase_plan, is_new_ring)
+        missing = self._without_slot(phase_plan.resident)
         # What is kept for a phase that follows is loaded while this one runs, where it is not there yet.
-        stay = [*sorted(phase_plan.resident), *sorted(phase_plan.kept)]
-        missing = [unit for i in stay if (unit := self._units[i]).own_slot is None]
-        if has_freed or is_new_ring or missing:
+        wanted_later = self._without_slot(phase_plan.kept)
+        if has_freed or is_new_ring or missing or wanted_later:
             # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
             self._device.empty_cache()
-        if is_new_ring:
+        if is_new_ring and phase_plan.num_slots:
             self._residency.allocating(functools.partial(transfer.lay_ring, *wanted))
         for unit in missing:
             self._residency.allocating(functools.partial(transfer.give_own_slot, unit))
+        # What only a later phase needs is laid out then, if there is no memory now.
+        if is_new_ring and not phase_plan.num_slots and not self._residency.may_allocate(transfer.lay_ring, *wanted):
+            transfer.drop_ring()
+        for unit in wanted_later:
+            if not self._residency.may_allocate(transfer.give_own_slot, unit):
+                break
         if self._planner.link_gb_per_s is None:
             self._planner.link_gb_per_s = transfer.measure_link()
         self._session.applied = phase_plan
         self._count_placements()
+
+    def _without_slot(self, indices: Collection[int]) -> list[StreamedUnit]:
+        """Of these units, in order, those that have no slot of their own."""
+        return [unit for i in sorted(indices) if (unit := self._units[i]).own_slot is None]
 
     def _make_way(self, phase_plan: PhasePlan, is_new_ring: bool) -> bool:
         """Free what the plan has no room for; returns whether there was any. No slot is held here afterwards: memory

@@ -297,6 +297,15 @@ class Residency:
         except torch.OutOfMemoryError as exc:
             raise self._ledger.explain(exc, self._transfer.weights_bytes, is_for_weights=True) from exc
 
+    def may_allocate(self, allocate: Callable[..., None], *args: Any) -> bool:
+        """Run `allocate` for what is not needed yet; returns whether there was memory for it."""
+        with self._ledger.forgiving():
+            try:
+                allocate(*args)
+            except torch.OutOfMemoryError:
+                return False
+        return True
+
     def listen_to(self, units: Sequence[StreamedUnit]) -> None:
         """Put hooks back on the blocks of those that had none."""
         again = [unit for unit in units if unit.is_quiet]

@@ -148,8 +148,9 @@ class Draft:
         for counts in (*asked, sorted(n for n in usual if n >= LEAST_SLOTS)):
             choice = Search(self.pace, sizes, counts).fastest(room)
             if choice is not None:
-                if is_frugal and choice.ms_per_pass <= self.pace.total_ms + 1e-6:
-                    careful = Search(self.careful_pace, sizes, counts).smallest(room)
+                if choice.ms_per_pass <= self.pace.total_ms + 1e-6:
+                    search = Search(self.careful_pace, sizes, counts)
+                    careful = search.smallest(room) if is_frugal else search.fastest(room)
                     if careful is not None and careful.ms_per_pass <= self.pace.total_ms + 1e-6:
                         choice = careful
                 break

@@ -283,14 +283,16 @@ def _calls(cell: Cell, setup: Setup, memory: _Memory, record: Record) -> None:
     call = work.call()
     steps = call["num_inference_steps"]
     record |= {"height": call["height"], "width": call["width"], "num_steps": steps, "seconds_all_calls": []}
+    record["alloc_retries_all_calls"] = []  # warm-ups included
     outputs: dict[str, list[torch.Tensor]] = {}
 
     def timed(count: int) -> float:
         memory.synchronize()
-        started = time.perf_counter()
+        before, started = memory.num_retries(), time.perf_counter()
         images = work.run_pipeline(num_inference_steps=count)
         memory.synchronize()
         seconds = round(time.perf_counter() - started, 3)
+        record["alloc_retries_all_calls"].append(memory.num_retries() - before)
         memory.read(record)
         outputs[f"{count} steps"] = [images]
         return seconds
@@ -430,6 +432,10 @@ class _Memory:
         told = record.get("stats_peak_reserved_bytes") or 0  # what the method has seen before it reset the counters
         self._peaks["peak_reserved_bytes"] = max(self._peaks["peak_reserved_bytes"], told)
         record.update(self._peaks)
+
+    def num_retries(self) -> int:
+        """How often the allocator had to give memory back before it got more: each time waits for the device."""
+        return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if self._is_cuda else 0
 
     def left_bytes(self) -> int:
         return torch.cuda.memory_allocated() - self._before if self._is_cuda else 0

@@ -38,6 +38,7 @@ _FEW_STEPS = (1, 3)  # of calls that warm up, and from which a call that would t
 _WARM_UP_CALLS, _WARM_UP_STEPS = 3, 3  # of ours, before the call that is told; the last is a whole one
 _LEAST_SECONDS, _MOST_CALLS = 5.0, 3  # of whole calls: short ones are timed more than once
 _LEAST_SECONDS_WITH_TOKENS = 2.0  # such calls repeat much within
+_LOOP, _ISSUED = 300_000, 500  # what tells how fast the host is
 _SLOW_CALL_S = 5.0  # after a first step that takes so long, warming up more changes little
 
 
@@ -159,6 +160,7 @@ def _measure(cell: Cell, work: Work, device: torch.device, record: Record) -> No
             repeated = _calls_with_tokens if work.repeated else _calls
             run = _passes if cell.form == "denoiser" else repeated
             run(cell, setup, memory, record)
+            record |= _host_speed(device)
         finally:
             record |= setup.tell()
             memory.read(record)
@@ -407,6 +409,23 @@ def _compare(outputs: dict[str, list[torch.Tensor]], path: Path, method: str, re
         expected = torch.load(path)
         pairs = [pair for key in outputs for pair in zip(outputs[key], expected.get(key, ()), strict=False)]
         record["equal"] = bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
+
+
+def _host_speed(device: torch.device) -> Record:
+    """What this process gets of its CPU: milliseconds of a loop of Python, and microseconds to issue an operator. A
+    denoiser of many small blocks is bound by both, and a machine is not always ours alone."""
+    started = time.perf_counter()
+    for _ in range(_LOOP):
+        pass
+    looped = time.perf_counter()
+    number = torch.zeros(1, device=device)
+    for _ in range(_ISSUED):  # fewer than the device queues
+        number.add_(1)
+    issued = time.perf_counter()
+    return {
+        "python_loop_ms": round(1000 * (looped - started), 3),
+        "issue_us": round(1e6 * (issued - looped) / _ISSUED, 3),
+    }
 
 
 class _Memory:

@@ -29,10 +29,16 @@ FACTS = ("gpu", "link_gb_per_s", "machine", "versions", "commit", "date", "time"
 
 def command_line(arguments: Sequence[str]) -> str:
     """What to type to measure the same; where the results went does not belong to it."""
-    kept = list(arguments)
-    if "--output" in kept:
-        position = kept.index("--output")
-        del kept[position : position + 2]
+    kept: list[str] = []
+    is_folder = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if is_folder:
+            is_folder = False
+        elif len(name) > len("--") and "--output".startswith(name):  # the parser takes beginnings of names
+            is_folder = not equals
+        else:
+            kept.append(argument)
     return " ".join(["python -m benchmarks", *kept])
 
 

@@ -23,7 +23,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, cell, pages, plots, suite, targets, weights
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, Method, MissingPeerError
-from benchmarks.records import typical
+from benchmarks.records import command_line, typical
 from layerstream.standins import build_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -712,3 +712,9 @@ def test_targets_of_pairs_are_told() -> None:
 def test_targets_that_nothing_tells_of_are_not_told() -> None:
     assert targets.lines([record_of("resident", None, 100.0)]) == []
     assert targets.lines([{**record_of("layerstream", "min", 0.0), "ms_per_pass": None}]) == []
+
+
+@pytest.mark.parametrize("folder", [["--output", "/tmp/x"], ["--out", "/tmp/x"], ["--output=/tmp/x"], []])
+def test_a_command_does_not_say_where_its_results_went(folder: list[str]) -> None:
+    told = command_line(["suite", "ovis-quick", *folder, "--rounds", "3"])
+    assert told == "python -m benchmarks suite ovis-quick --rounds 3"

@@ -231,22 +231,28 @@ class LikeSD35(dict[str, nn.Module]):
         self["vae"].decode(x)
 
 
+@pytest.fixture
+def sd35(monkeypatch: pytest.MonkeyPatch) -> tuple[LikeSD35, SimulatedDevice]:
+    """A pipeline of those sizes, and the device that it is to stream to."""
+    for cls, is_repeated in ((Encoder, False), (Denoiser, True), (Vae, False)):
+        adapter = layerstream.Adapter(stacks=["blocks"] if cls is not Vae else [], is_repeated=is_repeated)
+        monkeypatch.setitem(registry._REGISTERED, cls, adapter)
+    device = SimulatedDevice(copies="late", link_gb_per_s=55.0)
+    return LikeSD35(device), device
+
+
 @pytest.mark.parametrize(
     ("budget_gib", "most_times", "most_gib"), [(4, 1.12, 17), (6, 1.085, 15), (10, 1.026, 6), (12, 1.004, 3.5)]
 )
 def test_an_encoder_that_runs_twice_stays_as_far_as_the_denoiser_needs_no_room(
-    budget_gib: int, most_times: float, most_gib: int, monkeypatch: pytest.MonkeyPatch
+    budget_gib: int, most_times: float, most_gib: int, sd35: tuple[LikeSD35, SimulatedDevice]
 ) -> None:
     """Text encoders' loads are hidden by nothing. They keep what they can between the two runs, and of that until the
     next call what the denoiser leaves; during the VAE, which streams nothing, as much comes back as its activations let
     stay. From the third call on; the bounds are those of the whole call, beside a device that holds everything.
 
     The denoiser's blocks make way for theirs: it computes for as long as its weights take to cross the bus."""
-    for cls, is_repeated in ((Encoder, False), (Denoiser, True), (Vae, False)):
-        adapter = layerstream.Adapter(stacks=["blocks"] if cls is not Vae else [], is_repeated=is_repeated)
-        monkeypatch.setitem(registry._REGISTERED, cls, adapter)
-    device = SimulatedDevice(copies="late", link_gb_per_s=55.0)
-    pipe = LikeSD35(device)
+    pipe, device = sd35
 
     def call_ms() -> float:
         device.synchronize()
@@ -267,13 +273,11 @@ def test_an_encoder_that_runs_twice_stays_as_far_as_the_denoiser_needs_no_room(
         assert denoiser.num_stalls < denoiser.num_loads / 4
 
 
-def test_memory_that_is_refused_to_what_is_not_needed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_refused_to_what_is_not_needed_yet(
+    sd35: tuple[LikeSD35, SimulatedDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slots for what a later phase needs are laid out then; nobody hears of it, and as much is loaded."""
-    for cls, is_repeated in ((Encoder, False), (Denoiser, True), (Vae, False)):
-        adapter = layerstream.Adapter(stacks=["blocks"] if cls is not Vae else [], is_repeated=is_repeated)
-        monkeypatch.setitem(registry._REGISTERED, cls, adapter)
-    device = SimulatedDevice(copies="late", link_gb_per_s=55.0)
-    pipe = LikeSD35(device)
+    pipe, device = sd35
     refused: list[object] = []
     may_allocate = Residency.may_allocate
 

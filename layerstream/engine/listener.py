@@ -337,7 +337,7 @@ class EngineListener:
                 with engine_tensors():
                     self._residency.use(units, is_touch=True, is_grad=is_grad)
                 return ()
-            kept = [unit for unit in units if unit.is_present and not self._passes.is_of_phase(unit)]
+            kept = [unit for unit in units if unit.is_present and not self._session.is_laid_out_for(unit.spec)]
             parts = {}
             for component in dict.fromkeys(unit.spec.component for unit in units):
                 entrance = self.look_for_entrance(component, is_between_calls=not self._gate.is_inside_call)

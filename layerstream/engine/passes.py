@@ -179,7 +179,9 @@ class Passes:
         self._begun[begun] = self._ledger.kind
         self._phase_changes.mark_staying(phase_plan)
         if self._ledger.wants_times and may_time:
-            self._residency.listen_to([unit for unit in self._residency.quiet() if self.is_of_phase(unit)])
+            self._residency.listen_to(
+                [unit for unit in self._residency.quiet() if self._session.is_laid_out_for(unit.spec)]
+            )
             self._timer.begin(self._ledger.starts_timing())
         elif self._ledger.is_settled:
             self._phase_changes.quieten(phase_plan)
@@ -188,11 +190,6 @@ class Passes:
         """What the calls of a component took says nothing of what follows: copies that were made meanwhile are gone."""
         self._ledger.planner.tracker.forget(component)
         self._session.changed()
-
-    def is_of_phase(self, unit: StreamedUnit) -> bool:
-        """Whether a unit is of a component of the phase that is laid out."""
-        applied = self._session.applied
-        return applied is None or bool({unit.spec.component, *unit.spec.also} & set(applied.phase.components))
 
     def settle_before_reading(self, units: Sequence[StreamedUnit]) -> None:
         """Code between two calls reads weights: what was written elsewhere to these is there."""

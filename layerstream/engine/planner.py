@@ -149,7 +149,7 @@ class Planner:
             current = self.tracker.current
             for phase in phases:
                 if phase.components == current:
-                    units = [u for u in self._units if {u.component, *u.also} & set(phase.components)]
+                    units = [u for u in self._units if phase.involves(u)]
                     units = [replace(u, component=phase.components[0], also=()) for u in units]
                     alone = replace(phase, components=phase.components[:1], reserve_bytes=certain)
                     self.check(units, [alone], self._budget_bytes, self._whole)

@@ -160,9 +160,7 @@ class Residency:
     def _is_of_this_ring(self, unit: StreamedUnit) -> bool:
         """Whether the ring is the present one while a unit's phase runs."""
         applied = self._session.applied
-        if applied is None or unit.spec.component in applied.phase.components:
-            return True
-        if any(component in applied.phase.components for component in unit.spec.also):
+        if applied is None or applied.phase.involves(unit.spec):
             return True
         return bool(self._transfer.ring) and self._ledger.plan.phase_of(unit.spec.component).ring == applied.ring
 

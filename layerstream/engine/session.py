@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from layerstream.blocks import UnitSpec
 from layerstream.engine.attachments import Attachment
 from layerstream.planning.phase_plan import PhasePlan
 
@@ -33,6 +34,10 @@ class Session:
         self.quiet_for: PhasePlan | None = None
         self.stream_number: int | None = None
         self._known: list[dict[object, object]] = []
+
+    def is_laid_out_for(self, unit: UnitSpec) -> bool:
+        """Whether a unit is of the phase that is laid out, as far as one is."""
+        return self.applied is None or self.applied.phase.involves(unit)
 
     def known(self) -> dict[_K, _V]:
         """A dictionary, empty now, which is emptied whenever something changes."""

@@ -43,10 +43,9 @@ def _keep_rings(known: Sequence[Draft]) -> None:
     """A phase without slots of its own leaves those of the next one that has some where they are: they need not be laid
     out in between, for which the device is waited for, and are filled before that phase begins."""
     for number, draft in enumerate(known):
-        for other in (*known[number + 1 :], *known[:number]):
-            if other.num_slots:
-                draft.keep_ring(other)
-                break
+        following = next((other for other in (*known[number + 1 :], *known[:number]) if other.num_slots), None)
+        if following is not None:
+            draft.keep_ring(following)
 
 
 @dataclass(frozen=True)

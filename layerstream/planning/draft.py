@@ -53,7 +53,7 @@ class Draft:
     def __init__(self, units: Sequence[UnitSpec], phase: Phase, costs: Costs | None, granularity: int) -> None:
         self.phase = phase
         self.granularity = granularity
-        self.units = [u for u in units if any(c in phase.components for c in (u.component, *u.also))]
+        self.units = [u for u in units if phase.involves(u)]
         self.own = {u.index for u in self.units}
         self.bases = [u for u in self.units if not u.is_block]
         self.blocks = [u for u in self.units if u.is_block]
@@ -165,8 +165,7 @@ class Draft:
         many as there is time for, the last of the pass. Keeping them until the next call saves nothing."""
         if not self.phase.is_repeated or not self.is_measured:
             return []
-        through = {u.index for u in self.streamed}
-        left_ms = self.pace.total_ms - sum(self.pace.copy_ms[i] for i, u in enumerate(self.units) if u.index in through)
+        left_ms = self.pace.total_ms - sum(self.pace.copy_ms[i] for i in self._streamed_positions)
         found: list[UnitSpec] = []
         for unit, copy_ms in zip(reversed(self.units), reversed(self.pace.copy_ms), strict=True):
             if unit.is_block and unit.index in self.resident:
@@ -188,8 +187,6 @@ class Draft:
         return round(self.pace.pass_ms(streamed, num_slots), 6)
 
     def plan(self) -> PhasePlan:
-        through = {b.index for b in self.streamed}
-        streamed = [i for i, u in enumerate(self.units) if u.index in through]
         return PhasePlan(
             phase=self.phase,
             resident=frozenset(self.resident),
@@ -198,7 +195,7 @@ class Draft:
             slot_bytes=self.slot_bytes,
             weights_bytes=self.weights_bytes,
             least_bytes=self.least_bytes,
-            prediction=self.pace.prediction(streamed, self.num_slots, self.phase.is_repeated)
+            prediction=self.pace.prediction(self._streamed_positions, self.num_slots, self.phase.is_repeated)
             if self.is_measured
             else None,
             kept_ring=self.kept_ring,
@@ -232,6 +229,12 @@ class Draft:
             self.num_slots = min(self.num_slots, len(self.streamed))
 
     # ---- inside
+
+    @property
+    def _streamed_positions(self) -> list[int]:
+        """Where the blocks that pass through the slots are among the units."""
+        through = {b.index for b in self.streamed}
+        return [i for i, u in enumerate(self.units) if u.index in through]
 
     def _with_often_used(self, stay: Collection[int], room: int) -> set[int]:
         """What is used several times a pass stays first, the most used before all, as far as the least of the others

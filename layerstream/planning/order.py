@@ -227,14 +227,9 @@ class OrderLearner:
         return low
 
     def _forget(self) -> None:
-        """Drop the older half of the history."""
-        self._remember(self._history[len(self._history) // 2 :])
-
-    def _remember(self, history: list[int]) -> None:
-        """Only this of the past; the cursor is found again."""
-        self._history, self._positions, self._num_indexed, self._cursor = history, {}, 0, None
-        if not history:
-            return
+        """Drop the older half of the history; the cursor is found again."""
+        self._history = self._history[len(self._history) // 2 :]
+        self._positions, self._num_indexed, self._cursor = {}, 0, None
         last = self._history.pop()
         self._cursor = self._resynchronise(last)
         self._history.append(last)

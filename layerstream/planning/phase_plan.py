@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from layerstream.blocks import UnitSpec
 from layerstream.planning.pace import Prediction
 from layerstream.planning.summary import PhaseSummary
 
@@ -36,6 +37,10 @@ class Phase:
     @property
     def name(self) -> str:
         return " + ".join(self.components)
+
+    def involves(self, unit: UnitSpec) -> bool:
+        """Whether one of its components uses the unit."""
+        return unit.component in self.components or any(component in self.components for component in unit.also)
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ class PhaseTracker:
                 any(self._is_repeated[c] for c in group),
                 self._most(group, expected, outside_bytes, CallKind.kept_bytes),
                 is_loop=any(r.is_growing for r in expected),
-                is_brief=any(self._is_repeated[c] for c in group) and self.brief.issuperset(group),
+                is_brief=self.brief.issuperset(group),
             )
             for group, expected in self._all_expected()
         )

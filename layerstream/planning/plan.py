@@ -57,7 +57,11 @@ class Plan:
 
     def phase_of(self, component: str) -> PhasePlan:
         """The phase in which a component runs."""
-        return next(p for p in self.phases if component in p.phase.components)
+        return self._phase_by_component[component]
+
+    @cached_property
+    def _phase_by_component(self) -> Mapping[str, PhasePlan]:
+        return {component: p for p in self.phases for component in p.phase.components}
 
     def placement(self, unit_index: int) -> Placement:
         """Where a unit lives."""
@@ -71,14 +75,14 @@ class Plan:
     @cached_property
     def is_all_resident(self) -> bool:
         """Whether everything stays on the device throughout."""
-        return all(self.placement(unit.index) is Placement.RESIDENT for unit in self.units)
+        return all(p.resident | p.kept >= {unit.index for unit in self.units} for p in self.phases)
 
     def bytes_without_streaming(self, component: str) -> int:
         """The budget in which all that a pass of the component's phase uses would stay on the device, beside what it
         was measured to take."""
         phase = self.phase_of(component).phase
         uses = self.costs.uses if self.costs is not None else {}
-        used = [u for u in self.units if {u.component, *u.also} & set(phase.components) and uses.get(u.index, 1)]
+        used = [u for u in self.units if phase.involves(u) and uses.get(u.index, 1)]
         weights = sum(-(-u.num_bytes // self.granularity) * self.granularity for u in used)
         return max(weights + (phase.reserve_bytes or 0) + self.whole_bytes, self.needed_bytes)
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from layerstream.device.base import Device
 from layerstream.engine.attachments import Attachments
-from layerstream.engine.foresight import Call, Foresight
+from layerstream.engine.foresight import Call, Foresight, Mark
 from layerstream.engine.gate import Gate, Ticket
 from layerstream.engine.lane import Lanes
 from layerstream.engine.lockstep import Lockstep
@@ -65,14 +65,13 @@ class _Pending:
 
     Attributes:
         output: what the forward returned.
-        mark: what would be another had weights changed since.
+        mark: what would be another had weights or modes changed since.
     """
 
     given: Given
     output: Any
-    thread: ThreadState
     variables: Variables
-    mark: tuple[int, int]
+    mark: Mark
 
 
 @dataclass
@@ -84,7 +83,7 @@ class _Track:
         use: the pipeline's call that goes on; None: the component is called by itself.
         foresight: what comes next.
         state: the model, as it is between passes; None: to be looked at.
-        proven: kinds of calls that have passed probation.
+        proven: kinds of calls that have passed probation, with the modes under which they did.
         off: why its passes are not paired any more; "": they may be.
         idle: why they are not, as it is now.
         rests: nothing is foreseen until the pipeline's call is over.
@@ -324,7 +323,7 @@ class Pairing:
     def _is_as_foreseen(self, track: _Track, pending: _Pending, given: Given) -> bool:
         """Whether the call that has come is the one that has run: see `ModelState`, `ThreadState`, `same`."""
         ran = pending.given.leaves
-        if list(ran) != list(given.leaves) or pending.thread != ThreadState.here(self._device):
+        if list(ran) != list(given.leaves):
             return False
         if pending.mark != self._mark() or self._is_edited() or track.state is None or track.state.difference():
             return False
@@ -332,10 +331,10 @@ class Pairing:
             return False
         return all(same([*((given.leaves[path], leaf) for path, leaf in ran.items()), *track.state.tensors()]))
 
-    def _mark(self) -> tuple[int, int]:
-        """Another one where weights have changed: what is found to be written comes home first, what has another form
-        is laid out anew."""
-        return self._stats.num_written_back, self._stats.num_relaid
+    def _mark(self) -> Mark:
+        """Another one where weights have changed, since what is found to be written comes home first, and what has
+        another form is laid out anew; or where this thread has other modes."""
+        return Mark(self._stats.num_written_back, self._stats.num_relaid, ThreadState.here(self._device))
 
     # ---- learning
 
@@ -416,10 +415,11 @@ class Pairing:
             track.forget_calls()
             return _ALONE
         kind = (given.form, second.form)
-        if kind not in track.proven:
+        proof = (*kind, self._mark().thread)
+        if proof not in track.proven:
             if not self._is_proven(track, root, kind):
                 return _ALONE
-            track.proven.add(kind)
+            track.proven.add(proof)
             track.foresight.drop_calls()
         return Decision(_Pair(track, root, second, Surroundings.here(self._device)))
 
@@ -455,7 +455,7 @@ class Pairing:
         track = pair.track
         # Of its own: what a forward writes to its arguments is found by comparing with those that nobody has.
         second_args, second_kwargs = pair.second.copied().arguments()
-        thread, num_ooms, mark = ThreadState.here(self._device), self._device.num_ooms(), self._mark()
+        num_ooms, mark = self._device.num_ooms(), self._mark()
 
         def second() -> Any:
             with self._lanes.beside() as lane:
@@ -481,7 +481,7 @@ class Pairing:
             elif not pair.failure and found is not None and track.state is not None:
                 pair.failure = track.state.difference() or _sharing((second_args, second_kwargs), found)
                 if mark != self._mark() or self._writes_weights():
-                    pair.failure = "it writes its buffers"
+                    pair.failure = "it writes its buffers, or changes modes of torch"
         if not self.lockstep.has_begun:  # the first ran alone
             track.rests, track.idle = True, pair.failure or "the second pass could not begin"
             track.forget_calls()
@@ -508,7 +508,7 @@ class Pairing:
         if pair.is_trial:
             pair.outputs = (output, found)
         elif found is not None:
-            track.pending = _Pending(pair.second, found, thread, now.variables, self._mark())
+            track.pending = _Pending(pair.second, found, now.variables, mark)
         else:
             track.forget_calls()
         return output

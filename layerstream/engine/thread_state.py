@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,32 @@ _UNSET = object()
 Variables = tuple[tuple[contextvars.ContextVar[Any], Any], ...]
 
 
+class _Autocast(NamedTuple):
+    """The calling thread's autocast, for one type of device."""
+
+    device_type: str
+    dtype: torch.dtype
+    is_on: bool
+    keeps_casts: bool
+
+    def entered(self) -> torch.autocast:
+        """The same, for another thread, in which none is on."""
+        return torch.autocast(self.device_type, self.dtype, enabled=self.is_on, cache_enabled=self.keeps_casts)
+
+
+def _autocasts(device: Device) -> tuple[_Autocast, ...]:
+    types = dict.fromkeys(("cpu", device.torch_device.type))
+    return tuple(
+        _Autocast(
+            each,
+            torch.get_autocast_dtype(each),
+            torch.is_autocast_enabled(each),
+            torch.is_autocast_cache_enabled(),
+        )
+        for each in types
+    )
+
+
 @dataclass(frozen=True)
 class ThreadState:
     """Modes of the calling thread, and flags of the process that kernels are chosen by.
@@ -36,15 +62,17 @@ class ThreadState:
     Attributes:
         is_inference: under `inference_mode`.
         stream_number: of the compute stream.
+        autocasts: what `autocast` makes of operators.
     """
 
     is_inference: bool
     stream_number: int
+    autocasts: tuple[_Autocast, ...]
     flags: tuple[object, ...]
 
     @classmethod
     def here(cls, device: Device) -> ThreadState:
-        return cls(torch.is_inference_mode_enabled(), device.stream_number(), _flags())
+        return cls(torch.is_inference_mode_enabled(), device.stream_number(), _autocasts(device), _flags())
 
 
 def _flags() -> tuple[object, ...]:
@@ -138,8 +166,6 @@ def refusal(device: Device) -> str:
         return "gradients are wanted"
     if _mode_stack is None or _num_function_modes is None or _functorch_level is None:
         return "this torch does not tell which modes are on"
-    if torch.is_autocast_enabled(device.torch_device.type):
-        return "autocast is on"
     if any(not device.is_own_mode(mode) for mode in _mode_stack()) or _num_function_modes():
         return "a mode of torch is on"
     if _functorch_level() is not None:
@@ -161,11 +187,18 @@ def runner(device: Device, run: Callable[[], object]) -> Callable[[], object]:
     """
     context = contextvars.copy_context()
     is_inference = torch.is_inference_mode_enabled()
+    autocasts = _autocasts(device)
     beside = device.beside()
 
     @contextlib.contextmanager
     def modes() -> Iterator[None]:
-        with beside(), torch.inference_mode(is_inference), torch.set_grad_enabled(False):
+        with contextlib.ExitStack() as each:
+            each.enter_context(beside())
+            each.enter_context(torch.inference_mode(is_inference))
+            each.enter_context(torch.set_grad_enabled(False))
+            for autocast in autocasts:
+                if autocast.is_on:
+                    each.enter_context(autocast.entered())
             yield
 
     def inside() -> object:

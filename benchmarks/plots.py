@@ -19,6 +19,8 @@ _COLOURS = {
     "resident": "black",
     "layerstream": "tab:red",
     "paired": "tab:pink",
+    "packed": "darkred",
+    "packed_paired": "deeppink",
     "diffusers_leaf": "tab:blue",
     "diffusers_block": "tab:cyan",
     "model_offload": "tab:green",
@@ -30,6 +32,8 @@ _COLOURS = {
 _METHODS = list(_COLOURS)
 _LABELS = {
     "paired": "layerstream, passes paired",
+    "packed": "layerstream, packed",
+    "packed_paired": "layerstream, packed and paired",
     "diffusers_leaf": "diffusers, leaf level with streams",
     "diffusers_block": "diffusers, block level with streams",
     "model_offload": "diffusers, model offload",

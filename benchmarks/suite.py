@@ -75,6 +75,19 @@ _PAIRS: Mapping[tuple[str, Form], Sequence[str]] = {
     ("longcat", "pipeline"): ("6GiB",),
     ("qwen", "denoiser"): ("12GiB",),
 }
+# Packed, and beside the same raw: by case and form, the method and its budgets.
+_PACKED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
+    ("ovis", "denoiser"): [("packed", "min"), ("packed", "8GiB"), ("layerstream", "8GiB")],
+    ("longcat", "denoiser"): [("packed", "min"), ("packed", "7GiB"), ("layerstream", "7GiB")],
+    ("sd35m", "denoiser"): [("packed", "min"), ("packed", "2GiB"), ("layerstream", "2GiB")],
+    ("qwen", "denoiser"): [("packed_paired", "8GiB"), ("packed_paired", "12GiB")],
+    ("nextstep", "pipeline"): [("packed", "6GiB"), ("packed", "16GiB"), ("packed", "24GiB")],
+    ("glm", "pipeline"): [("packed", "12GiB")],
+    ("mammoth", "pipeline"): [("packed", "12GiB")],
+    ("sd35m", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
+    ("ovis", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
+    ("longcat", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
+}
 # Slow ones last, where a limit of time ends.
 _PEERS = ("vllm_omni", "flextensor", "mmgp", "model_offload", "diffusers_leaf", "diffusers_block", "sequential")
 
@@ -116,8 +129,11 @@ def suites() -> dict[str, list[Entry]]:
         found[f"{case}-quick"] = quick
         found[case] = whole
     for (case, form), budgets in _PAIRS.items():
-        resident, each = Entry(case, form, "resident"), [Entry(case, form, "paired", budget) for budget in budgets]
-        found[f"{case}-{form}-pairs"] = [resident, *each, resident]
+        resident, paired = Entry(case, form, "resident"), [Entry(case, form, "paired", budget) for budget in budgets]
+        found[f"{case}-{form}-pairs"] = [resident, *paired, resident]
+    for (case, form), each in _PACKED.items():
+        resident = Entry(case, form, "resident")
+        found[f"{case}-{form}-packed"] = [resident, *(Entry(case, form, *one) for one in each), resident]
     for form in FORMS:
         found[f"{form}s"] = [entry for case in WITH_PEERS for entry in found[f"{case}-{form}"]]
     for name, (case, form, budgets) in _OURS.items():

@@ -39,6 +39,24 @@ _PAIRED: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("ovis", "pipeline"): {"4GiB": 1.25, "6GiB": 1.06},
     ("longcat", "pipeline"): {"4GiB": 1.25, "6GiB": 1.06},
 }
+# With all blocks packed.
+_PACKED: Mapping[tuple[str, str], Mapping[str, float]] = {
+    ("ovis", "denoiser"): {"8GiB": 1.04},
+    ("longcat", "denoiser"): {"7GiB": 1.05},
+    ("sd35m", "denoiser"): {"2GiB": 1.04, "min": 1.06},
+    ("nextstep", "pipeline"): {"24GiB": 1.10, "16GiB": 1.35},
+    ("glm", "pipeline"): {"12GiB": 1.5},
+    ("mammoth", "pipeline"): {"12GiB": 1.5},
+    ("sd35m", "pipeline"): {"6GiB": 1.06, "4GiB": 1.12},
+    ("ovis", "pipeline"): {"6GiB": 1.04, "4GiB": 1.12},
+    ("longcat", "pipeline"): {"6GiB": 1.05, "4GiB": 1.12},
+}
+_PACKED_PAIRED: Mapping[tuple[str, str], Mapping[str, float]] = {("qwen", "denoiser"): {"12GiB": 1.05, "8GiB": 1.10}}
+_OTHERS = {  # how they are told, and what they must reach
+    "paired": ("in pairs", _PAIRED),
+    "packed": ("packed", _PACKED),
+    "packed_paired": ("packed, in pairs", _PACKED_PAIRED),
+}
 _SAID = {
     "token_ratio": "a token to a resident one's time",
     "token_of_limit": "a token to its limit",
@@ -78,7 +96,7 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
     resident = _times([r for r in records if r["method"] == "resident"])
     spread = max(resident) / min(resident) - 1 if len(resident) > 1 else 0.0
     yield from _bounds(ours, form, spread)
-    yield from _bounds_of_pairs(records, form, spread)
+    yield from _bounds_of_others(records, form, spread)
     if form == "denoiser":
         yield from _bound_passes(ours, resident)
     at_ten = ours.get("10GiB")
@@ -140,12 +158,14 @@ def _bounds(ours: Mapping[str | None, Record], form: str, spread: float) -> Iter
             yield _verdict(f"under {budget}, 1.05 x and the weights' way over the bus", record["seconds"], limit, told)
 
 
-def _bounds_of_pairs(records: Sequence[Record], form: str, spread: float) -> Iterator[str]:
+def _bounds_of_others(records: Sequence[Record], form: str, spread: float) -> Iterator[str]:
     for record in records:
-        bounds = _PAIRED.get((record["case"].removesuffix(" (tiny)"), form), {})
-        bound, ratio = bounds.get(record["vram_budget"] or ""), record["ratio_to_resident"]
-        if record["method"] == "paired" and bound is not None and ratio is not None:
-            said = f"in pairs under {record['vram_budget']}, to resident, at most {bound} x"
+        how, of_all = _OTHERS.get(record["method"], ("", {}))
+        case = record["case"].removesuffix(" (tiny)")
+        bound = of_all.get((case, form), {}).get(record["vram_budget"] or "")
+        ratio = record["token_ratio" if case == "nextstep" else "ratio_to_resident"]
+        if bound is not None and ratio is not None:
+            said = f"{how} under {record['vram_budget']}, to resident, at most {bound} x"
             yield _verdict(said, ratio, bound, f"{ratio:.3f} x{_rounds(record)}", spread)
 
 

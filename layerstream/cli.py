@@ -19,7 +19,7 @@ from layerstream.arguments import Parser, budget, positive
 from layerstream.budget import format_bytes
 from layerstream.device.cuda import find_device
 from layerstream.errors import LayerstreamError
-from layerstream.pipeline.options import PAIRINGS
+from layerstream.pipeline.options import PACKINGS, PAIRINGS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: the two passes of a step of guidance share their loads, once the second can be foreseen "
         "(default: off)",
     )
+    add(
+        "--packing",
+        choices=PACKINGS,
+        default="off",
+        help="auto, or ahead: weights cross the bus losslessly packed, and are decoded on the device (default: off)",
+    )
     add("--skip-resident", action="store_true", help="run streamed only; nothing is compared")
     add("--output", type=_writable, metavar="FILE", help="where to save the image (default: demo-NAME.png)")
     return parser
@@ -113,7 +119,7 @@ def _demo(options: argparse.Namespace) -> int:
         resident = demo.run_resident(pipe, call, str(device))
         if resident is None:
             print(f"resident    does not fit on {device} (out of memory); streamed only\n")
-    streamed = demo.run_streamed(pipe, call, str(device), options.vram_budget, options.pairing)
+    streamed = demo.run_streamed(pipe, call, str(device), options.vram_budget, options.pairing, options.packing)
     _print_runs(resident, streamed, is_simulated=is_simulated)
 
     is_different = resident is not None and not demo.are_identical(resident.image, streamed.image)

@@ -14,9 +14,10 @@ class Progress:
 
     Args:
         num_bytes: all of it.
+        what: is done.
     """
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, what: str = "layerstream takes hold of the weights") -> None:
         self._bar: Any = None
         if num_bytes >= _LEAST_BYTES:
             try:
@@ -24,7 +25,7 @@ class Progress:
             except ImportError:
                 return
             self._bar = tqdm(
-                desc="layerstream takes hold of the weights",
+                desc=what,
                 total=num_bytes,
                 unit="B",
                 unit_scale=True,

@@ -84,6 +84,7 @@ class Report:
         copied_by: the call that copies to the device; "": not known.
         pairing: why the two passes of a step of guidance do not run side by side, by component; "": they do, or nothing
             is known yet. Empty where they were not to.
+        packing: why nothing is packed, or how many blocks that were to be are not, and why; "": all are.
     """
 
     stats: Stats
@@ -92,6 +93,7 @@ class Report:
     least_bytes: int | None = None
     copied_by: str = ""
     pairing: Mapping[str, str] = field(default_factory=dict)
+    packing: str = ""
 
     @staticmethod
     def of(
@@ -101,6 +103,7 @@ class Report:
         least_bytes: int | None = None,
         copied_by: str = "",
         pairing: Mapping[str, str] | None = None,
+        packing: str = "",
     ) -> Report:
         """The report of these counters under this plan, which does not change when they do.
 
@@ -136,11 +139,11 @@ class Report:
             )
         repeated = {c for p in plan.phases if p.phase.is_repeated for c in p.phase.components}
         why = {name: reason for name, reason in (pairing or {}).items() if name in repeated}
-        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes, copied_by, why)
+        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes, copied_by, why, packing)
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes", "copied_by" and
-        "pairing"."""
+        """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes", "copied_by",
+        "pairing" and "packing"."""
         return {
             "stats": self.stats.as_dict(),
             "phases": [asdict(phase) for phase in self.phases],
@@ -148,6 +151,7 @@ class Report:
             "least_bytes": self.least_bytes,
             "copied_by": self.copied_by,
             "pairing": dict(self.pairing),
+            "packing": self.packing,
         }
 
     def __str__(self) -> str:
@@ -173,13 +177,26 @@ class Report:
             f"foreseen; {stats.num_stalls} stalls, {stats.stall_ms:.1f} ms; {stats.num_evicted} residents gave their "
             "room to another phase",
         )
+        told = *totals, *self._packed(), *self._pairs()
         if not self.phases:
-            return Page((*totals, "nothing has run yet"))
+            return Page((*told, "nothing has run yet"))
         headers = ("phase", "passes", "loaded", "stalls", "beside weights", "peak reserved", "predicted pass")
         table = Table(headers, tuple(phase.cells() for phase in self.phases))
         waits = [line for phase in self.phases if (line := phase.waits()) is not None]
         least = () if self.least_bytes is None else (_least_line(self.least_bytes),)
-        return Page((*totals, *self._pairs(), "", table, *waits, *least, *gain_lines(self.next_gib_ms)))
+        return Page((*told, "", table, *waits, *least, *gain_lines(self.next_gib_ms)))
+
+    def _packed(self) -> list[str]:
+        """Of weights that are packed."""
+        stats = self.stats
+        lines = []
+        if stats.num_packed_units:
+            share = stats.packed_bytes / stats.unpacked_bytes
+            lines.append(
+                f"{stats.num_packed_units} blocks, or pieces of them, are packed: "
+                f"{format_bytes(stats.unpacked_bytes)} in {format_bytes(stats.packed_bytes)} ({share:.3f})"
+            )
+        return [*lines, *([f"not packed: {self.packing}"] if self.packing else [])]
 
     def _pairs(self) -> list[str]:
         """Of passes that run side by side."""

@@ -54,6 +54,10 @@ class Stats:
     pinned_bytes: int = 0
     num_paired_passes: int = 0  # calls answered with what had run beside the call before: one load served both
     num_discarded_passes: int = 0  # second passes that ran beside a first one for nothing
+    num_packed_units: int = 0  # blocks, or pieces of them, whose bytes at home are packed
+    packed_bytes: int = 0  # of those at home, and over the bus at each load
+    unpacked_bytes: int = 0  # of the same on the device
+    num_packing_mismatches: int = 0  # units that did not come back as they were, and stayed raw
     num_slots: int = 0  # of the phase that ran last
     slot_bytes: int = 0
     num_extra_slots: int = 0  # slots made beyond the plan because more blocks were in use at once

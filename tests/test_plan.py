@@ -52,7 +52,8 @@ def check(plan: Plan, budget: int | None) -> None:
         assert phase_plan.num_slots <= len(streamed)
         assert phase_plan.num_slots >= min(LEAST_SLOTS, len([s for s in streamed if s]))
         weights = sum(size[i] for i in phase_plan.resident | phase_plan.kept)
-        assert weights + phase_plan.ring[0] * phase_plan.ring[1] == phase_plan.weights_bytes
+        buffers = phase_plan.ring[0] * phase_plan.ring[1] + phase_plan.wires[0] * phase_plan.wires[1]
+        assert weights + buffers == phase_plan.weights_bytes
         if phase_plan.kept_ring != (0, 0):
             assert not phase_plan.num_slots
             assert phase_plan.kept_ring in [(p.num_slots, p.slot_bytes) for p in plan.phases]
@@ -341,7 +342,7 @@ def test_a_unit_has_three_sizes() -> None:
 
 
 @pytest.mark.parametrize("budget", [4, 6, 8])
-def test_packed_blocks_take_less_of_the_bus_and_the_same_room(budget: int) -> None:
+def test_packed_blocks_take_less_of_the_bus_and_room_for_wires(budget: int) -> None:
     gib = 2**30
     units = units_of(("net", True, gib // 8, [gib // 2] * 24))
     costs = Costs(50.0, {u.index: 4.0 for u in units if u.is_block}, decode_gb_per_s=1500.0)
@@ -349,11 +350,11 @@ def test_packed_blocks_take_less_of_the_bus_and_the_same_room(budget: int) -> No
     raw = make_plan(units, phase, budget * gib, costs=costs)
     small = make_plan(packed(units, 0.67), phase, budget * gib, costs=costs)
     check(small, budget * gib)
-    assert raw.least_bytes == small.least_bytes
+    assert small.least_bytes == raw.least_bytes + 2 * int(0.67 * (gib // 2)), "two wire buffers"
     before, after = raw.phases[0].prediction, small.phases[0].prediction
     assert before is not None
     assert after is not None
-    assert after.ms_per_pass <= before.ms_per_pass
+    assert after.ms_per_pass < before.ms_per_pass
     num_streamed = sum(u.index not in small.phases[0].resident for u in units)
     assert after.compute_ms == pytest.approx(24 * 4 + num_streamed * gib / 2 / 1500e6)
     assert after.bus_ms == pytest.approx(num_streamed * int(0.67 * (gib // 2)) / 50e6)

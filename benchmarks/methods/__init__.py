@@ -4,15 +4,28 @@ from benchmarks.methods.base import Method, MissingPeerError, Setup
 from benchmarks.methods.diffusers_offload import BLOCK, LEAF, MODEL_OFFLOAD, SEQUENTIAL
 from benchmarks.methods.flextensor import FLEXTENSOR
 from benchmarks.methods.mmgp import MMGP
-from benchmarks.methods.ours import LAYERSTREAM, PAIRED
+from benchmarks.methods.ours import LAYERSTREAM, PACKED, PACKED_PAIRED, PAIRED
 from benchmarks.methods.resident import RESIDENT
 from benchmarks.methods.vllm_omni import VLLM_OMNI
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (RESIDENT, LAYERSTREAM, PAIRED, LEAF, BLOCK, MODEL_OFFLOAD, SEQUENTIAL, VLLM_OMNI, FLEXTENSOR, MMGP)
+    for method in (
+        RESIDENT,
+        LAYERSTREAM,
+        PAIRED,
+        PACKED,
+        PACKED_PAIRED,
+        LEAF,
+        BLOCK,
+        MODEL_OFFLOAD,
+        SEQUENTIAL,
+        VLLM_OMNI,
+        FLEXTENSOR,
+        MMGP,
+    )
 }
 
-OURS = (LAYERSTREAM.name, PAIRED.name)
+OURS = tuple(method.name for method in (LAYERSTREAM, PAIRED, PACKED, PACKED_PAIRED))
 
 __all__ = ["METHODS", "OURS", "Method", "MissingPeerError", "Setup"]

@@ -14,11 +14,13 @@ from benchmarks.repeats import Counters
 from layerstream.device.simulated import SimulatedDevice
 
 
-def _apply(setup: Setup, pairing: str = "off") -> None:
+def _apply(setup: Setup, pairing: str = "off", packing: str = "off") -> None:
     # On the simulated device activations count only while somebody looks at the operators that make them.
     device = SimulatedDevice() if setup.device.type == "cpu" else setup.device
     budget = setup.vram_budget or "auto"
-    streamer = layerstream.offload(setup.work.target, vram_budget=budget, device=device, pairing=pairing)
+    streamer = layerstream.offload(
+        setup.work.target, vram_budget=budget, device=device, pairing=pairing, packing=packing
+    )
     setup.undo.enter_context(streamer)
     if isinstance(device, SimulatedDevice):
         setup.undo.enter_context(device.accounting())
@@ -31,6 +33,8 @@ def _apply(setup: Setup, pairing: str = "off") -> None:
             "locked_bytes": stats.pinned_bytes,  # what CUDA page-locks does not show in the system's own count
             "predicted_ms_per_pass": round(predicted[0].ms_per_pass, 3) if predicted else None,
             "predicted_bound": predicted[0].bound if predicted else None,
+            "packed_share": round(stats.packed_bytes / stats.unpacked_bytes, 4) if stats.unpacked_bytes else None,
+            "decode_gb_per_s": streamer.plan.costs.decode_gb_per_s if streamer.plan.costs is not None else None,
             "stats_pairing": streamer._last.pairing.reasons() if streamer._last is not None else {},
             "plan": str(streamer),
             "report": str(streamer.report()),
@@ -64,3 +68,8 @@ def _counters(streamer: layerstream.LayerStreamer) -> Counters:
 LAYERSTREAM = Method("layerstream", _apply, num_warm_ups=8, takes_budget=True)
 # The same, with the two passes of a step side by side: foreseen after some steps, then measured and timed anew.
 PAIRED = Method("paired", functools.partial(_apply, pairing="auto"), num_warm_ups=32, takes_budget=True)
+# The same, with all blocks packed on entering; and with that and pairs.
+PACKED = Method("packed", functools.partial(_apply, packing="ahead"), num_warm_ups=8, takes_budget=True)
+PACKED_PAIRED = Method(
+    "packed_paired", functools.partial(_apply, pairing="auto", packing="ahead"), num_warm_ups=32, takes_budget=True
+)

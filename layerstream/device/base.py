@@ -2,10 +2,11 @@
 
 The engine knows two kinds of stream: the *compute* stream, which is the current stream of the calling
 thread, read anew each time, and one *copy* stream per device object. It orders them by events only. (On a GPU the copy
-stream is two that take turns, in one order: see `cuda._CopyStreams`.)
+stream is two that take turns, in one order: see `cuda._CopyStreams`.) What is packed is decoded on a third.
 
 [Note: who waits for whom]
-1. A copy into a slot waits for the events of the slot's last readers (`copy(..., after=events)`).
+1. A copy into a slot waits for the events of the slot's last readers (`copy(..., after=events)`). Of what is packed,
+   the copy into a wire buffer waits for the decoding that read it last, and the decoding for both.
 2. Compute waits for the event that `copy` returned before it reads the slot (`wait`).
 3. Readers' events are recorded when the slot is taken from its block, after its parameters were made
    absent, on the streams that waited and on this thread's: whatever was issued there before is covered, and nothing
@@ -27,6 +28,8 @@ from layerstream.finalisers import FinaliserLock
 Stream = Hashable  # a compute stream: equal when it is the same stream
 Event = Any  # a point on a stream, made by `record` or `copy`
 Copies = Any  # what `prepare` has made of pairs of device and host views
+PackedLayout = Any  # how packed bytes are decoded; plain numbers
+Unpacking = Any  # what `prepare_unpack` has made of two buffers
 
 # A tensor is copied in parts of this at most, which run at full speed, so that copies by others get their turn.
 COPY_BYTES = 2**25
@@ -193,7 +196,7 @@ class CopyEngine(Protocol):
         """
 
     def record_copies(self) -> Event:
-        """An event after all copies issued so far, those of a `copy` that failed half-way included."""
+        """An event after all copies and decoding issued so far, those of a call that failed half-way included."""
 
     def mark_copies(self, after: Sequence[Event]) -> Any:
         """A point in time on the copy stream, after all copies issued so far and after these events; what is copied
@@ -209,6 +212,35 @@ class CopyEngine(Protocol):
             target: device view, overwritten; this thread's compute that was issued before may still read it.
             source: page-locked host view of the same size; a few tens of MiB are enough for full speed.
         """
+
+
+class Unpacker(Protocol):
+    """Packs bytes on the device, and decodes them on a stream of its own, beside compute."""
+
+    def why_not_packed(self) -> str:
+        """Why nothing can be packed or decoded here; "": it can. The first time it takes seconds: kernels are made."""
+
+    def pack(self, raw: torch.Tensor, word_bytes: int, most_bytes: int) -> tuple[torch.Tensor, PackedLayout] | None:
+        """Pack a device buffer (uint8 [a multiple of 256]) that this thread's compute has filled; blocks the host.
+
+        Args:
+            word_bytes: 2, of words of 16 bits; 4, of 32, whose low halves must be zero.
+        Returns: what it is in fewer bytes (uint8, on the device), and how that is decoded; None: it would be more than
+            `most_bytes`.
+        """
+
+    def prepare_unpack(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> Unpacking:
+        """What `unpack` needs to decode one device buffer into another; made once, used often. It keeps neither alive,
+        and adds nobody who looks at the target's memory."""
+
+    def unpack(self, unpacking: Unpacking, after: Sequence[Event]) -> Event:
+        """Start decoding once `after` have passed, the copy to the wire buffer among them; does not block the host.
+
+        Returns: the event after it.
+        """
+
+    def unpack_on_host(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> None:
+        """Decode host memory into host memory; touches no device."""
 
 
 class HostLocks(Protocol):
@@ -228,7 +260,7 @@ class HostLocks(Protocol):
 
 
 @runtime_checkable
-class Device(DeviceMemory, Streams, CopyEngine, HostLocks, Protocol):
+class Device(DeviceMemory, Streams, CopyEngine, Unpacker, HostLocks, Protocol):
     """The seam between engine and hardware. `simulated.SimulatedDevice` is the other implementation."""
 
     torch_device: torch.device

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from layerstream.device.allocator import PAGE_BYTES, GrowingSegments
-from layerstream.device.base import COPY_BYTES, Caps, Event
+from layerstream.device.base import COPY_BYTES, Caps, Event, PackedLayout
 from layerstream.device.batched_copy import BatchedCopy
+from layerstream.device.cuda_packing import CudaPacking, Launch
 from layerstream.errors import DeviceError, brief
 from layerstream.torch_private import current_raw_stream
 
@@ -124,6 +125,7 @@ class CudaDevice:
         self.torch_device = torch_device
         self.name = torch.cuda.get_device_name(torch_device)
         self._copies = _CopyStreams(torch_device)
+        self._packing = CudaPacking(torch_device)
         self._cudart: Any = torch.cuda.cudart()
 
     @property
@@ -262,15 +264,30 @@ class CudaDevice:
         for event in after:
             self._copies.now.wait_event(event)
         self._copies.copy(copies)
-        return self.record_copies()
+        return self.record(self._copies.now)
 
     def record_copies(self) -> torch.cuda.Event:
-        return self.record(self._copies.now)
+        return self._packing.behind(self.record(self._copies.now))
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.device(self.torch_device):
             torch.cuda.current_stream().synchronize()
             target.copy_(source)
+
+    def why_not_packed(self) -> str:
+        return self._packing.why_not
+
+    def pack(self, raw: torch.Tensor, word_bytes: int, most_bytes: int) -> tuple[torch.Tensor, PackedLayout] | None:
+        return self._packing.pack(raw, word_bytes, most_bytes)
+
+    def prepare_unpack(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> Launch:
+        return self._packing.prepare(wire, layout, target)
+
+    def unpack(self, unpacking: Launch, after: Sequence[Event]) -> torch.cuda.Event:
+        return self._packing.unpack(unpacking, after)
+
+    def unpack_on_host(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> None:
+        self._packing.unpack_on_host(wire, layout, target)
 
     def mark(self, stream: Any) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

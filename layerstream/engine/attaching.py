@@ -136,6 +136,8 @@ class Attaching:
                 attempt(functools.partial(self._residency.discard, units), "leave memory to those who look at it")
             attempt(self._device.synchronize, "wait for the device")
             self._attached.detach(taken, self._forget_slots, attempt)
+            if not self._attached.all:
+                attempt(self._transfer.wires.drop, "free device memory")
         finally:
             for attachment in taken:  # also of those that could not be handed back
                 attachment.interception.remove()

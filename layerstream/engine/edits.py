@@ -106,6 +106,10 @@ class Edits:
         is_entry = any(each.tensor is bound.tensor and each.is_held() for each in self._entries)
         return is_entry or any(bound in held.bounds for held in self._held.values())
 
+    def holds(self, unit: StreamedUnit) -> bool:
+        """Whether somebody has memory in which weights of the unit were found."""
+        return unit.index in self._held
+
     def give(self, entries: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Somebody gets these entries, in a pause. How many look at their memory is counted once it is over."""
         self._given = {id(weight) for weight, _ in entries}

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from layerstream.device.base import Device, Event, engine_tensors
 from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
-from layerstream.host.home import RawHome
+from layerstream.host.home import Home, RawHome
+from layerstream.host.memory import PageMapping
 from layerstream.host.store import HostStore
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.transfer.transfer import TransferEngine
@@ -24,7 +25,7 @@ from layerstream.transfer.unit import StreamedUnit
 
 _log = logging.getLogger("layerstream.exchange")
 
-MakeHome = Callable[[HostStore, StreamedUnit], RawHome | None]
+MakeHome = Callable[[HostStore, StreamedUnit], Home | None]
 
 
 @dataclass(eq=False)
@@ -32,7 +33,7 @@ class _Retired:
     """A home that was given up, in whose memory the load may still be reading after which `last_load` was recorded."""
 
     store: HostStore
-    home: RawHome
+    home: Home
     last_load: Event
 
 
@@ -78,18 +79,42 @@ class HomeExchanges:
         """No component is in the middle of a call: exchange one unit's home, and release what is due."""
         if not self._wanted and not self._retired:
             return
-        self._release()
+        self.release()
         for _ in range(len(self._wanted)):
             index, make = self._wanted.popleft()
             unit = self._attached.units.get(index)
             if unit is None:
                 continue
-            if self._is_looked_at(unit):
+            if self.is_looked_at(unit):
                 self._wanted.append((index, make))  # at home, by somebody who may write there; the next one's turn
                 continue
             with engine_tensors():
                 self._exchange(unit, make)
             return
+
+    def store_of(self, unit: StreamedUnit) -> HostStore:
+        """What owns the host side of a unit."""
+        return self._attached.of_component[unit.spec.component].store
+
+    def exchange(self, unit: StreamedUnit, home: Home, unpacked: PageMapping | None = None) -> None:
+        """A unit has this home from now on, of the same bytes. Nobody may be looking at the one before; the device may
+        be reading it still.
+
+        Args:
+            unpacked: where a unit's bytes are now that were packed.
+        """
+        store, old = self.store_of(unit), unit.home
+        twice_if_interrupted(functools.partial(self._adopt, store, unit, home, unpacked))
+        self._retired.append(_Retired(store, old, unit.last_load))
+        self._has_exchanged()
+
+    def is_looked_at(self, unit: StreamedUnit) -> bool:
+        """Whether somebody has been given the unit's memory at home: an entry of a `state_dict`, or what a pickle was
+        made of."""
+        return unit.is_lent or any(
+            self._edits.has_entry(bound) or (bound.stand_in is not None and bound.stand_in() is not None)
+            for bound in unit.binding.tensors
+        )
 
     def forget(self) -> None:
         """All is handed back, and the device is idle: nothing is wanted any more, and nothing is left to be released,
@@ -99,34 +124,24 @@ class HomeExchanges:
 
     # ---- inside
 
-    def _is_looked_at(self, unit: StreamedUnit) -> bool:
-        """Whether somebody has been given the unit's memory at home: an entry of a `state_dict`, or what a pickle was
-        made of."""
-        return unit.is_lent or any(
-            self._edits.has_entry(bound) or (bound.stand_in is not None and bound.stand_in() is not None)
-            for bound in unit.binding.tensors
-        )
-
     def _exchange(self, unit: StreamedUnit, make: MakeHome) -> None:
-        store = self._attached.of_component[unit.spec.component].store
         try:
-            home = make(store, unit)
+            home = make(self.store_of(unit), unit)
         except Exception as error:  # the pipeline's call has nothing to do with it
             _log.warning("`%s` keeps its home: %r", unit.spec.name, error)
             return
-        if home is None:
-            return
-        old = unit.home
-        twice_if_interrupted(functools.partial(self._adopt, store, unit, home))
-        self._retired.append(_Retired(store, old, unit.last_load))
-        self._has_exchanged()
+        if home is not None:
+            self.exchange(unit, home)
 
-    def _adopt(self, store: HostStore, unit: StreamedUnit, home: RawHome) -> None:
-        store.adopt(home, unit.binding)
+    def _adopt(self, store: HostStore, unit: StreamedUnit, home: Home, unpacked: PageMapping | None) -> None:
+        if isinstance(home, RawHome) and unpacked is not None:
+            store.adopt_unpacked(home, unit.binding, unpacked)
+        else:
+            store.adopt(home, unit.binding)
         unit.home = home
         self._transfer.forget_loads(unit)
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Give up homes whose last load is over."""
         for retired in [r for r in self._retired if r.last_load is None or self._device.is_done(r.last_load)]:
             self._retired.remove(retired)

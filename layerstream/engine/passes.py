@@ -22,6 +22,7 @@ from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.gate import Gate, Ticket
 from layerstream.engine.lane import Lane, Lanes
 from layerstream.engine.ledger import Ledger
+from layerstream.engine.packing import Packing
 from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import LOOK_AHEAD_AT_END, Residency
@@ -64,6 +65,7 @@ class Passes:
         gate: Gate,
         timer: PassTimer,
         exchanges: HomeExchanges,
+        packing: Packing,
         replay: Replay,
         ranges: Ranges,
         find_replaced: Callable[[], str | None],
@@ -82,6 +84,7 @@ class Passes:
         self._gate = gate
         self._timer = timer
         self._exchanges = exchanges
+        self._packing = packing
         self._replay = replay
         self._ranges = ranges
         self._find_replaced = find_replaced
@@ -238,6 +241,7 @@ class Passes:
             if self._edits:
                 with engine_tensors():
                     self._edits.pass_ended()
+            self._packing.at_rest()
             self._exchanges.at_rest()
             self._residency.prefetch([], LOOK_AHEAD_AT_END)
             self._residency.guard()

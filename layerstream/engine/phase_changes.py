@@ -67,9 +67,14 @@ class PhaseChanges:
         missing = self._without_slot(phase_plan.resident)
         # What is kept for a phase that follows is loaded while this one runs, where it is not there yet.
         wanted_later = self._without_slot(phase_plan.kept)
-        if has_freed or is_new_ring or missing or wanted_later:
+        has_other_wires = not transfer.wires.are(*phase_plan.wires)
+        if has_other_wires:
+            transfer.wires.drop()
+        if has_freed or is_new_ring or missing or wanted_later or has_other_wires:
             # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
             self._device.empty_cache()
+        if has_other_wires and any(phase_plan.wires):
+            self._residency.allocating(functools.partial(transfer.wires.lay, *phase_plan.wires))
         if is_new_ring and phase_plan.num_slots:
             self._residency.allocating(functools.partial(transfer.lay_ring, *wanted))
         for unit in missing:

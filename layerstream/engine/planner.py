@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from layerstream.blocks import UnitSpec, WholeSpec
+from layerstream.blocks import Sizes, UnitSpec, WholeSpec
 from layerstream.errors import BudgetError
-from layerstream.planning.costs import Costs, uses_per_pass
+from layerstream.planning.costs import DECODE_GB_PER_S, Costs, uses_per_pass
 from layerstream.planning.order import OrderLearner
 from layerstream.planning.phase_plan import Phase, PhasePlan
 from layerstream.planning.phases import CallKind, PhaseTracker
@@ -29,6 +29,7 @@ class Planner:
     Attributes:
         tracker: which phase runs, and what is known of each kind of call.
         link_gb_per_s: measured; None: not yet.
+        decode_gb_per_s: of what is packed, in bytes on the device; measured, or assumed.
 
     Args:
         budget_bytes: of reserved memory; None: no limit, and the least of weights.
@@ -39,11 +40,14 @@ class Planner:
     def __init__(self, budget_bytes: int | None, num_slots: int | None, granularity: int) -> None:
         self.tracker = PhaseTracker([])
         self.link_gb_per_s: float | None = None
+        self.decode_gb_per_s = DECODE_GB_PER_S
         self._budget_bytes = budget_bytes
         self._num_slots = num_slots
         self._granularity = granularity
         self._quantum = max(granularity, min(_MOST_QUANTUM_BYTES, (budget_bytes or 0) // _QUANTA_PER_BUDGET))
         self._units: Sequence[UnitSpec] = ()
+        self._packed: dict[int, Sizes] = {}  # by unit: of those that are packed, or are to be
+        self._has_other_sizes = False  # than were planned with
         self._whole: Sequence[WholeSpec] = ()
         self._uses = _Uses()
         self._plan: Plan | None = None
@@ -65,9 +69,30 @@ class Planner:
         if order is not self._uses.order:
             self._uses = _Uses(order)
         self.tracker = self.tracker.successor(components, changed)
-        self._units, self._whole = units, whole
+        self._whole = whole
+        self._set_units(units)
         self._plan = None
         self._planned_with = set()
+
+    def pack(self, sizes: Mapping[int, Sizes]) -> None:
+        """These units take so much at home and over the bus from now on; the others what they take on the device. The
+        next call is planned anew."""
+        self._packed = dict(sizes)
+        self._set_units(self._units)
+        self._has_other_sizes = True
+        self._planned_with = set()
+
+    def has_room_to_pack(self, sizes: Mapping[int, Sizes]) -> bool:
+        """Whether the budget would hold the least of these sizes, as far as reserves are known."""
+        units = [replace(unit, packed=sizes.get(unit.index)) for unit in self._units]
+        try:
+            self.check(units, [p.phase for p in self.plan.phases], self._budget_bytes, self._whole)
+        except BudgetError:
+            return False
+        return True
+
+    def _set_units(self, units: Sequence[UnitSpec]) -> None:
+        self._units = [replace(unit, packed=self._packed.get(unit.index)) for unit in units]
 
     def check(
         self, units: Sequence[UnitSpec], phases: Sequence[Phase], limit: int | None, whole: Sequence[WholeSpec]
@@ -96,7 +121,8 @@ class Planner:
     @property
     def is_due(self) -> bool:
         """Whether there are times, or counts of uses or passes, that another plan may follow from."""
-        return self._has_new_times or self.tracker.brief != self._planned_brief or self._uses_differ()
+        is_other = self._has_new_times or self._has_other_sizes
+        return is_other or self.tracker.brief != self._planned_brief or self._uses_differ()
 
     def timed(self, kind: CallKind) -> None:
         """A pass of that kind was timed."""
@@ -122,9 +148,10 @@ class Planner:
         phases = self.tracker.phases(outside_bytes)
         costs = self._costs()
         self._has_new_times, self._planned_brief = False, self.tracker.brief
-        if before is None or costs != self._planned_costs or not self._still_holds(before, phases, outside_bytes):
+        is_as_planned = costs == self._planned_costs and not self._has_other_sizes
+        if before is None or not is_as_planned or not self._still_holds(before, phases, outside_bytes):
             self._plan = self._make_for(kind, phases, costs, outside_bytes)
-            self._planned_costs = costs
+            self._planned_costs, self._has_other_sizes = costs, False
         is_new = self._plan is not before
         self._planned_with = {*(() if is_new else self._planned_with), kind}
         return is_new
@@ -212,7 +239,7 @@ class Planner:
         compute_ms = self.tracker.compute_ms()
         if not self.link_gb_per_s or not compute_ms:
             return None
-        return Costs(self.link_gb_per_s, compute_ms, self._uses_per_pass(), self._uses.seldom)
+        return Costs(self.link_gb_per_s, compute_ms, self._uses_per_pass(), self._uses.seldom, self.decode_gb_per_s)
 
     def _uses_differ(self) -> bool:
         """Whether units are used more or less often than was planned with."""

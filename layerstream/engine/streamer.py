@@ -23,6 +23,7 @@ from layerstream.engine.gate import Gate
 from layerstream.engine.lane import Lanes
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.listener import EngineListener
+from layerstream.engine.packing import Packing
 from layerstream.engine.pairing import Pairing
 from layerstream.engine.passes import Passes
 from layerstream.engine.phase_changes import PhaseChanges
@@ -59,6 +60,7 @@ class Streamer:
         find_replaced: names a component that is another module than it was.
         let_go: lets go of components that the pipeline has no longer; called between two calls.
         is_pairing: the two passes of a step of guidance may run side by side.
+        packing: see `Packing`.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Streamer:
         find_replaced: Callable[[], str | None] = lambda: None,
         let_go: Callable[[], None] = lambda: None,
         is_pairing: bool = False,
+        packing: str = "off",
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
@@ -121,6 +124,16 @@ class Streamer:
         )
         self._timer = PassTimer(device)
         self.exchanges = HomeExchanges(device, self._attached, self._transfer, self.edits, self._session.changed)
+        self.packing = Packing(
+            device,
+            self._attached,
+            self._transfer,
+            self.edits,
+            self._ledger,
+            self.exchanges,
+            self.stats,
+            packing,
+        )
         self._replay = Replay(
             device, self._transfer, self._residency, self._lanes, self._session, self._timer, self._ranges
         )
@@ -137,6 +150,7 @@ class Streamer:
             self.gate,
             self._timer,
             self.exchanges,
+            self.packing,
             self._replay,
             self._ranges,
             find_replaced,
@@ -263,10 +277,13 @@ class Streamer:
     def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         self._is_opened = True
         try:
+            if self.packing.is_ahead:
+                self.packing.prepare()
             self._attaching.attach(layouts, division, self.listener, [c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
             self._attaching.move_others()  # under the limit
             self._attaching.load_fixed()
+            self.packing.attached()
         except BaseException:
             twice_if_interrupted(self.close)
             raise
@@ -334,6 +351,7 @@ class Streamer:
                     self.pairing.forget()
                     self.edits.pause_begins()
                     self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
+                    self.packing.forget([unit for a in taken for unit in a.units])
                     self.edits.before_pause()
             except BaseException:
                 twice_if_interrupted(self.close)
@@ -360,6 +378,7 @@ class Streamer:
                 self._attaching.attach(layouts, division, self.listener, names_now, changed=names)
                 self._attaching.move_others()
                 self._attaching.load_fixed()
+                self.packing.attached()
                 with engine_tensors():
                     self.edits.after_pause()
             self.stats.num_relaid += len(layouts)

@@ -1,19 +1,20 @@
 """A unit's home: its bytes outside of the device. What a load reads, what is handed back, and who writes.
 
 A home belongs to one unit, and is the only writer of that unit's host bytes while it streams. Homes can be exchanged
-(`exchange.py`). There is one kind so far: a `RawHome` has the bytes as they are on the device, page-locked where that
-is possible.
+(`exchange.py`). There are two kinds, both page-locked where that is possible: a `RawHome` has the bytes as they are on
+the device, a `PackedHome` fewer, from which these are decoded. Whoever asks for a tensor of a packed unit at home
+(to write to it, to save it, to have it back) makes the unit raw again.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from layerstream.device.base import COPY_BYTES, Device
+from layerstream.device.base import COPY_BYTES, Device, PackedLayout
 from layerstream.host.memory import Range
 from layerstream.weights.binding import BoundTensor, UnitBinding
 
@@ -39,13 +40,13 @@ class Segment:
 
 
 @dataclass(eq=False)
-class RawHome:
-    """The bytes of one unit as they are, in host memory.
+class Home:
+    """What both kinds have in common.
 
     Attributes:
         offsets: byte offset of each bound tensor in the slot, in the order of the binding.
         device_bytes: of the whole unit in a slot, alignment included.
-        ranges: its bytes on the host, each with its offset in the slot and what is to be locked for it.
+        ranges: its bytes on the host, each with where a copy of it begins, and what is to be locked for it.
         locks: the page locks it holds.
         segments: what to copy; filled by `HostStore.pin`.
     """
@@ -78,7 +79,8 @@ class RawHome:
         ]
 
     def views(self, binding: UnitBinding, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The unit's tensors inside a device buffer (uint8 [>= device_bytes]), with the strides they keep."""
+        """The unit's tensors inside a buffer with its bytes as they are (uint8 [>= device_bytes]), with the strides
+        they keep."""
         views = []
         for bound, offset in zip(binding.tensors, self.offsets, strict=True):
             flat = buffer[offset : offset + bound.num_bytes].view(bound.dtype)
@@ -86,19 +88,58 @@ class RawHome:
         return views
 
     def value(self, bound: BoundTensor) -> torch.Tensor:
-        """What a tensor is handed back with. Touches no device unless that is where it came from."""
+        """What a tensor is handed back with. Touches no device unless that is where it came from, or it is packed."""
         return handed_back(bound)
 
     def write(self, bound: BoundTensor, value: torch.Tensor) -> None:
         """What the next load reads, and what is handed back, is `value`, of the tensor's own form; blocks the host."""
+        raise NotImplementedError
+
+    def replace(self, bound: BoundTensor, value: torch.Tensor) -> None:
+        """Hand back `value`, perhaps of another form, in place of what was found. What a load reads stays."""
+        raise NotImplementedError
+
+
+class RawHome(Home):
+    """The bytes of one unit as they are, in host memory."""
+
+    def write(self, bound: BoundTensor, value: torch.Tensor) -> None:
         if value.data_ptr() != bound.master.data_ptr():
             self.device.copy_back(bound.master, value)
         if bound.home is not bound.master and bound.home.data_ptr() != value.data_ptr():
             bound.home.copy_(bound.master)
 
     def replace(self, bound: BoundTensor, value: torch.Tensor) -> None:
-        """Hand back `value`, perhaps of another form, in place of what was found. What a load reads stays."""
-        bound.home, bound.is_exact = value.to(bound.home_device), True
+        bound.hand_back_instead(value.to(bound.home_device))
+
+
+@dataclass(eq=False)
+class PackedHome(Home):
+    """The bytes of one unit in fewer, in host memory: what a load copies goes to a wire buffer, and is decoded from
+    there into the slot.
+
+    Attributes:
+        layout: how they are decoded.
+        make_raw: gives the unit a `RawHome` of the same bytes, in the place of this one.
+    """
+
+    layout: PackedLayout = None
+    make_raw: Callable[[], RawHome] | None = None
+
+    @property
+    def wire(self) -> torch.Tensor:
+        """uint8 [wire_bytes], all of it."""
+        return self.segments[0].source
+
+    def write(self, bound: BoundTensor, value: torch.Tensor) -> None:
+        self._raw().write(bound, value)
+
+    def replace(self, bound: BoundTensor, value: torch.Tensor) -> None:
+        self._raw().replace(bound, value)
+
+    def _raw(self) -> RawHome:
+        assert self.make_raw is not None
+        return self.make_raw()
 
 
 def handed_back(bound: BoundTensor) -> torch.Tensor:

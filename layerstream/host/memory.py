@@ -53,6 +53,13 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return flat.set_(tensor.untyped_storage(), start, (tensor.numel() * tensor.element_size(),), (1,))
 
 
+def over(flat: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+    """A tensor over the bytes of another (uint8, dense) that is no view of it to autograd, which would hold what it was
+    made of, and look held by that."""
+    start = flat.storage_offset() // dtype.itemsize
+    return torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), start, shape, strides)
+
+
 def address_range(tensor: torch.Tensor) -> Range:
     """Where a dense tensor's bytes lie."""
     start = tensor.data_ptr()

@@ -30,7 +30,7 @@ from layerstream.blocks import align
 from layerstream.budget import format_bytes
 from layerstream.device.base import Device
 from layerstream.errors import HostMemoryError
-from layerstream.host.home import RawHome, Segment
+from layerstream.host.home import Home, PackedHome, RawHome, Segment
 from layerstream.host.memory import (
     MemoryMaps,
     PageMapping,
@@ -41,6 +41,7 @@ from layerstream.host.memory import (
     bytes_of,
     fill,
     merged,
+    over,
     touch,
     trim_heap,
     whole_pages,
@@ -134,7 +135,7 @@ class HostStore:
     def __init__(self, device: Device, stretches: Stretches) -> None:
         self._device = device
         self._stretches = stretches
-        self._homes: list[RawHome] = []
+        self._homes: list[Home] = []
         # Memory must not be unmapped while it is page-locked. A pipeline dropped without closing takes its page locks
         # along: the finaliser holds the storages until they are released.
         self._release = weakref.finalize(self, _release_dropped, device, page_locks_of(device), self._homes)
@@ -198,17 +199,50 @@ class HostStore:
                 "(ulimit -l), or the container's or WSL's memory.",
             )
 
-    def adopt(self, home: RawHome, binding: UnitBinding) -> None:
+    def adopt(self, home: Home, binding: UnitBinding) -> None:
         """A unit's home is this one from now on; may be done again. Memory that a tensor was found in stays, and is
-        written to as well, since it is what is handed back."""
+        written to as well, since it is what is handed back; of what is packed nothing stays."""
+        if home not in self._homes:
+            self._homes.append(home)
+        if isinstance(home, PackedHome):
+            assert home.make_raw is not None
+            for bound in binding.tensors:
+                bound.put_away(home.make_raw)
+            return
+        (source, _, _), *_ = home.ranges
+        for bound, master in zip(binding.tensors, home.views(binding, source), strict=True):
+            keeps_home = bound.is_exact or not bound.has_one_home
+            bound.copied_to(master, keeps_home=keeps_home, is_handed_back=False)
+
+    def adopt_unpacked(self, home: RawHome, binding: UnitBinding, pages: PageMapping) -> None:
+        """A unit that was packed has this home, which lies in `pages`: what its tensors are handed back in, too; may be
+        done again."""
         if home not in self._homes:
             self._homes.append(home)
         (source, _, _), *_ = home.ranges
-        for bound, master in zip(binding.tensors, home.views(binding, source), strict=True):
-            keeps_home = bound.is_exact or bound.home is not bound.master
-            bound.copied_to(master, keeps_home=keeps_home, is_handed_back=False)
+        each = zip(binding.tensors, home.offsets, home.views(binding, source), strict=True)
+        for bound, offset, view in each:
+            # As of what was gathered: a large one has a storage of its own, a small one would keep all of the mapping.
+            is_large = bound.num_bytes >= IN_PLACE_LEAST_BYTES
+            if is_large:
+                view = over(pages.cut(offset, bound.num_bytes), bound.dtype, bound.shape, bound.strides)
+            bound.copied_to(view, keeps_home=False, is_handed_back=is_large)
 
-    def release(self, home: RawHome) -> None:
+    def hold(self, home: Home, pages: PageMapping, num_bytes: int) -> torch.Tensor:
+        """Page-lock a mapping for a home that lies in it and is to be adopted, or released; where that is refused, it
+        is copied from as it is.
+
+        Returns: uint8 [num_bytes], the memory.
+        """
+        source = pages.cut(0, num_bytes)
+        self._homes.append(home)  # first: what is interrupted here is released in the end
+        (lock,) = page_locks_of(self._device).acquire(self._device, [pages.range])
+        home.locks = [] if lock is None else [lock]
+        home.ranges = [(source, 0, pages.range)]
+        home.segments = [Segment(source, 0, is_pinned=lock is not None)]
+        return source
+
+    def release(self, home: Home) -> None:
         """Give up the page locks of a home that is no unit's any more; idempotent. No copy from it may be in flight."""
         if home in self._homes:
             self._homes.remove(home)
@@ -247,7 +281,7 @@ class HostStore:
             is_large = bound.num_bytes >= IN_PLACE_LEAST_BYTES
             at = offsets[id(bound)]
             flat = pages.cut(at, bound.num_bytes) if is_large else buffer[at : at + bound.num_bytes]
-            masters.append(flat.view(bound.dtype).as_strided(bound.shape, bound.strides))
+            masters.append(over(flat, bound.dtype, bound.shape, bound.strides))
             if is_large and bound.is_dense and bound.home_device.type == "cpu":
                 large.append((flat, bytes_of(bound.home)))
             else:
@@ -268,11 +302,11 @@ class HostStore:
         home.ranges.append((buffer, 0, pages.range))
 
 
-def _release_dropped(device: Device, locks: PageLocks, homes: list[RawHome]) -> None:
+def _release_dropped(device: Device, locks: PageLocks, homes: list[Home]) -> None:
     locks.release_all_when_free(device, _taken_locks(homes), homes)
 
 
-def _taken_locks(homes: Sequence[RawHome]) -> list[Range]:
+def _taken_locks(homes: Sequence[Home]) -> list[Range]:
     """The page locks of homes, which are theirs no longer."""
     taken = [lock for home in homes for lock in home.locks]
     for home in homes:

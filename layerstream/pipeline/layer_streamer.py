@@ -25,7 +25,7 @@ from layerstream.model.units import ComponentLayout
 from layerstream.pipeline.changes import entries_of, merging_on
 from layerstream.pipeline.decorating import decorated_target
 from layerstream.pipeline.hold import Hold
-from layerstream.pipeline.options import budget_bytes_on, checked_pairing, checked_timeout, device_of
+from layerstream.pipeline.options import budget_bytes_on, checked_packing, checked_pairing, checked_timeout, device_of
 from layerstream.pipeline.owners import ENTERING, refuse_active, touching
 from layerstream.pipeline.preview import plan_anew
 from layerstream.pipeline.sharing import decorated_call, raise_instead
@@ -55,12 +55,14 @@ class LayerStreamer:
         device: torch.device | str | int | Device | None = None,
         call_timeout: float | None = None,
         pairing: str = "off",
+        packing: str = "off",
     ) -> None:
         self._pipe = pipe
         self._vram_budget = vram_budget
         self._device = device
         self._call_timeout = checked_timeout(call_timeout)
         self._pairing = checked_pairing(pairing)
+        self._packing = checked_packing(packing)
         self._streamer: Streamer | None = None
         self._last: Streamer | None = None  # what it did can be asked after it is closed
         self._hold = Hold(pipe)
@@ -108,6 +110,7 @@ class LayerStreamer:
             find_replaced=self._hold.find_replaced,
             let_go=functools.partial(self._hold.let_go_of_dropped, self),
             is_pairing=self._pairing == "auto",
+            packing=self._packing,
         )
         layouts = layouts_of(self._pipe)
         _warn_if_nothing_streams(layouts, components)
@@ -270,6 +273,7 @@ class LayerStreamer:
             device=self._device,
             call_timeout=self._call_timeout,
             pairing=self._pairing,
+            packing=self._packing,
         )
         inner._num_slots = self._num_slots
         return inner

@@ -12,6 +12,7 @@ from layerstream.device.cuda import CudaDevice, find_device
 from layerstream.errors import ArgumentError, DeviceError, brief
 
 PAIRINGS = ("auto", "off")
+PACKINGS = ("auto", "ahead", "off")
 
 
 def device_of(device: torch.device | str | int | Device | None) -> Device:
@@ -37,6 +38,12 @@ def checked_pairing(pairing: str) -> str:
     if pairing not in PAIRINGS:
         raise ArgumentError(f'pairing must be "auto" or "off", not {brief(pairing)}.')
     return pairing
+
+
+def checked_packing(packing: str) -> str:
+    if packing not in PACKINGS:
+        raise ArgumentError(f'packing must be "auto", "ahead" or "off", not {brief(packing)}.')
+    return packing
 
 
 def checked_timeout(call_timeout: float | None) -> float | None:

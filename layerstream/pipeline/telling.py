@@ -30,8 +30,8 @@ def report_of(streamer: Streamer) -> Report:
     """What happened since the start."""
     stats = streamer.look()
     plan, copied_by = streamer.plan.with_next_gib(), streamer.device.copied_by
-    pairing = streamer.pairing.reasons()
-    return Report.of(plan, stats, streamer.phase_stats, streamer.least_bytes, copied_by, pairing)
+    pairing, packing = streamer.pairing.reasons(), streamer.packing.why_raw()
+    return Report.of(plan, stats, streamer.phase_stats, streamer.least_bytes, copied_by, pairing, packing)
 
 
 @contextlib.contextmanager
@@ -63,6 +63,6 @@ def line_of(streamer: Streamer, *, is_active: bool) -> str:
 def html_of(streamer: Streamer, line: str) -> str:
     """`line`, the plan and the report, for notebooks."""
     stats = streamer.look()
-    pairing = streamer.pairing.reasons()
-    report = Report.of(streamer.plan, stats, streamer.phase_stats, streamer.least_bytes, pairing=pairing)
+    pairing, packing = streamer.pairing.reasons(), streamer.packing.why_raw()
+    report = Report.of(streamer.plan, stats, streamer.phase_stats, streamer.least_bytes, "", pairing, packing)
     return streamer_html(line, streamer.plan, report)

@@ -18,7 +18,7 @@ def fill(drafts: Sequence[Draft], known: Sequence[Draft], num_slots: int | None)
     """
     everything = {u.index for d in known for u in d.units}.union(*(d.resident for d in drafts))
     units = {u.index: u for d in drafts for u in d.units}
-    if all(sum(d.size(units[i]) for i in everything) <= (d.capacity_bytes or 0) for d in known):
+    if all(sum(d.size(units[i]) for i in everything) + d.wires_bytes <= (d.capacity_bytes or 0) for d in known):
         for draft in known:
             draft.num_slots = 0
             draft.add([units[i] for i in sorted(everything)])

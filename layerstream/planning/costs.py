@@ -8,8 +8,10 @@ from statistics import median
 
 from layerstream.blocks import UnitSpec
 
-# Assumed until measured: a link of PCIe 5 at 16 lanes, and a denoiser that computes 2.5 times faster than it loads.
+# Assumed until measured: a link of PCIe 5 at 16 lanes, decoding on an H100, and a denoiser that computes 2.5 times
+# faster than it loads.
 LINK_GB_PER_S = 50.0
+DECODE_GB_PER_S = 1500.0
 _COMPUTE_MS_PER_GB = 8.0
 _LEAST_PASSES_COUNTED = 8  # fewer do not tell what is used seldom
 _SELDOM = 8  # what is used once in so many passes is loaded when it is needed
@@ -79,9 +81,10 @@ def compute_ms(units: Sequence[UnitSpec], costs: Costs | None) -> list[float]:
 
 def decode_ms(unit: UnitSpec, costs: Costs | None) -> float:
     """To make of a unit's bytes at home those of the device; 0: they are the same."""
-    if unit.packed is None or costs is None or costs.decode_gb_per_s is None:
+    if unit.packed is None:
         return 0.0
-    return unit.num_bytes / costs.decode_gb_per_s / 1e6
+    speed = costs.decode_gb_per_s if costs is not None else None
+    return unit.num_bytes / (speed or DECODE_GB_PER_S) / 1e6
 
 
 def _without_odd_ones(blocks: Sequence[UnitSpec], measured: Mapping[int, float]) -> dict[int, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.planning.costs import LINK_GB_PER_S, Costs, compute_ms, decode_ms
-from layerstream.planning.pace import Pace
+from layerstream.planning.pace import LEAST_WIRES, Pace
 from layerstream.planning.phase_plan import Phase, PhasePlan
 from layerstream.planning.search import Search
 
@@ -63,7 +63,9 @@ class Draft:
         self.on_demand = {b.index for b in self.blocks if self.uses.get(b.index) == 0}
         self.looped = [b for b in self.blocks if b.index not in self.on_demand]
         self.seldom = [b for b in self.blocks if costs is not None and b.index in self.on_demand & costs.seldom]
-        self.base_bytes = sum(self.size(u) for u in self.bases)
+        # What is packed may be loaded in any phase: its own, or ahead of it.
+        self.wire_bytes = max((u.packed.wire for u in units if u.packed is not None), default=0)
+        self.base_bytes = sum(self.size(u) for u in self.bases) + self.wires_bytes
         self.slot_sizes = [self._slot_size(size) for size in sorted({self.size(b) for b in self.blocks} | {0})]
         self.least_slot_size = min(self.slot_sizes, key=lambda s: s.bytes_with(LEAST_SLOTS))
         self.least_bytes = self.base_bytes + self.least_slot_size.bytes_with(LEAST_SLOTS)
@@ -106,7 +108,12 @@ class Draft:
     @property
     def weights_bytes(self) -> int:
         slots = self.num_slots * self._rounded(self.slot_bytes) + self.kept_ring[0] * self._rounded(self.kept_ring[1])
-        return sum(self.size(u) for u in self.units if u.index in self.resident) + sum(self.kept.values()) + slots
+        residents = sum(self.size(u) for u in self.units if u.index in self.resident)
+        return residents + sum(self.kept.values()) + slots + self.wires_bytes
+
+    @property
+    def wires_bytes(self) -> int:
+        return LEAST_WIRES * self._rounded(self.wire_bytes)
 
     @property
     def room_bytes(self) -> int:
@@ -199,6 +206,7 @@ class Draft:
             if self.is_measured
             else None,
             kept_ring=self.kept_ring,
+            wires=(LEAST_WIRES, self.wire_bytes) if self.wire_bytes else (0, 0),
         )
 
     # ---- beside the others
@@ -275,6 +283,9 @@ def too_small(draft: Draft, budget_bytes: int, whole: Sequence[WholeSpec]) -> st
         most = max(slot_size.forced, key=lambda b: b.num_bytes)
         named = f", `{most.name}` alone {format_bytes(draft.size(most))}" if draft.size(most) > budget_bytes else ""
         parts.append(f"{len(slot_size.forced)} {larger}block(s) ({format_bytes(slot_size.forced_bytes)}{named})")
+    if draft.wire_bytes:
+        each = format_bytes(draft.wire_bytes)
+        parts.append(f"{LEAST_WIRES} wire buffers, which packing takes ({each} each)")
     if draft.bases:
         largest = max(draft.bases, key=lambda b: b.num_bytes)
         named = (
@@ -282,7 +293,7 @@ def too_small(draft: Draft, budget_bytes: int, whole: Sequence[WholeSpec]) -> st
             if draft.size(largest) > budget_bytes
             else ""
         )
-        parts.append(f"the weights outside stacks ({format_bytes(draft.base_bytes)}{named})")
+        parts.append(f"the weights outside stacks ({format_bytes(sum(map(draft.size, draft.bases)))}{named})")
     if whole:
         kinds = ", ".join(sorted({kind for spec in whole for kind in spec.kinds}))
         parts.append(f"the weights that stay on the device whole ({format_bytes(whole_bytes)} of {kinds})")

@@ -69,7 +69,8 @@ class PhasePlan:
         kept: units of other phases that may stay meanwhile.
         slot_bytes: the largest streamed block.
         kept_ring: number and size of another phase's slots, which stay meanwhile; (0, 0): none do.
-        weights_bytes: the most that our weights take: residents, kept units and slots, its own or kept.
+        wires: number and size of the buffers that packed units are copied to; (0, 0): none are packed.
+        weights_bytes: the most that our weights take: residents, kept units, slots (its own or kept), and wires.
         least_bytes: the least weights under which the phase runs.
         prediction: of one pass, once every block was measured.
     """
@@ -83,6 +84,7 @@ class PhasePlan:
     least_bytes: int
     prediction: Prediction | None = None
     kept_ring: tuple[int, int] = (0, 0)
+    wires: tuple[int, int] = (0, 0)
 
     @property
     def ring(self) -> tuple[int, int]:

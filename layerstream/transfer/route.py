@@ -1,54 +1,57 @@
 """How a unit's bytes get from its home into a slot: a route of stages.
 
     raw, page-locked or not        Copy
+    packed, page-locked or not     CopyAndDecode: a copy into the next wire buffer, and decoding from there
 
-A stage is prepared once for a home and a buffer, and issued at each load: behind events, on streams of its own choice,
-giving the event after which its bytes are there. What a route has prepared is forgotten when the home is exchanged.
+A route is prepared once for a home and a slot's buffer, and issued at each load: behind events, on streams of its own
+choice, giving the event after which its bytes are there. What it has prepared is forgotten when the home is exchanged.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from layerstream.device.base import COPY_BYTES, Device, Event, engine_tensors
-from layerstream.host.home import RawHome
+from layerstream.device.base import COPY_BYTES, Device, Event, Unpacking, engine_tensors
+from layerstream.host.home import Home, PackedHome
+from layerstream.transfer.wires import Wire, WireRing
 
 _STAGING_BUFFERS = 3
 
 Issue = Callable[[Sequence[Event]], Event]  # starts what was prepared behind these events; gives the event after it
 
 
-class Stage(Protocol):
-    """One step of a route."""
+class Route(Protocol):
+    """One way for bytes to go."""
 
-    def prepare(self, home: RawHome, buffer: torch.Tensor) -> Issue:
+    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
         """What brings the bytes of `home` into `buffer` (uint8 [>= device_bytes], on the device); made once, used
         often."""
 
 
-class Route:
-    """Stages of which each begins where the one before ends."""
+class Routes:
+    """The way from each kind of home.
 
-    def __init__(self, *stages: Stage) -> None:
-        self._stages = stages
+    Args:
+        wires: buffers for what is packed.
+    """
 
-    def prepare(self, home: RawHome, buffer: torch.Tensor) -> Issue:
-        """See `Stage`."""
-        first, *others = (stage.prepare(home, buffer) for stage in self._stages)
-        if not others:
-            return first
+    def __init__(self, device: Device, wires: WireRing) -> None:
+        self._copy = Copy(device)
+        self._copy_and_decode = CopyAndDecode(device, self._copy, wires)
 
-        def issue(after: Sequence[Event]) -> Event:
-            event = first(after)
-            for step in others:
-                event = step([event])
-            return event
+    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
+        """See `Route`."""
+        route: Route = self._copy_and_decode if isinstance(home, PackedHome) else self._copy
+        return route.prepare(home, buffer)
 
-        return issue
+    def close(self) -> None:
+        """Let go of buffers on the host. The device must be idle."""
+        self._copy.close()
 
 
 class Copy:
@@ -61,7 +64,7 @@ class Copy:
         self._device = device
         self._staging: _StagingRing | None = None
 
-    def prepare(self, home: RawHome, buffer: torch.Tensor) -> Issue:
+    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
         pairs = home.pairs(buffer)
         if home.is_pinned:
             return functools.partial(
@@ -74,6 +77,37 @@ class Copy:
     def close(self) -> None:
         """Let go of the buffers. The device must be idle."""
         self._staging = None
+
+
+class CopyAndDecode:
+    """Copies packed bytes into the wire buffer whose turn it is, and decodes them from there into the slot."""
+
+    def __init__(self, device: Device, copy: Copy, wires: WireRing) -> None:
+        self._device = device
+        self._copy = copy
+        self._wires = wires
+
+    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
+        assert isinstance(home, PackedHome)
+        # Made here: who looks at a slot's memory is counted when its loads are prepared.
+        target = buffer[: home.device_bytes]
+        by_wire: weakref.WeakKeyDictionary[Wire, tuple[Issue, Unpacking]] = weakref.WeakKeyDictionary()
+
+        def issue(after: Sequence[Event]) -> Event:
+            wire = self._wires.next(home.wire_bytes)
+            known = by_wire.get(wire)
+            if known is None:
+                unpacking = self._device.prepare_unpack(wire.buffer[: home.wire_bytes], home.layout, target)
+                known = by_wire[wire] = self._copy.prepare(home, wire.buffer), unpacking
+            copy, unpacking = known
+            try:
+                wire.free = event = self._device.unpack(unpacking, [copy([wire.free]), *after])
+            except BaseException:  # the copy may be on its way, and decoding behind it
+                wire.free = self._device.record_copies()
+                raise
+            return event
+
+        return issue
 
 
 class _StagingRing:

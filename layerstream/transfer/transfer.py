@@ -29,8 +29,9 @@ from layerstream.errors import TransferError
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.stats import PhaseStats, Stats
 from layerstream.transfer.profiling import Ranges
-from layerstream.transfer.route import Copy, Route
+from layerstream.transfer.route import Routes
 from layerstream.transfer.unit import Slot, StreamedUnit, UnitState
+from layerstream.transfer.wires import WireRing
 
 _PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
 
@@ -48,13 +49,13 @@ class TransferEngine:
         self._units = units
         self._stats = stats
         self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
-        self._copy = Copy(device)
-        self._route = Route(self._copy)
+        self.wires = WireRing(device, self._count_bytes)
+        self._routes = Routes(device, self.wires)
         self.ring: list[Slot] = []
         self.slot_bytes = 0  # of each slot of the ring
         self.extra: list[Slot] = []
         self._slots: dict[Slot, None] = {}  # all that there are, also of units that could not be let go of in order
-        self.slots_bytes = 0  # what all slots take on the device
+        self.slots_bytes = 0  # what all slots and wire buffers take on the device
         self.whole_bytes = 0  # of weights that are there as they are
         self.phase = PhaseStats()  # whose loads and stalls these are
 
@@ -123,15 +124,15 @@ class TransferEngine:
 
     def close(self) -> None:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
-        slots = list(self._slots)
+        buffers = [slot.buffer for slot in self._slots] + self.wires.close()
         self._slots, self.ring, self.extra = {}, [], []
-        self._copy.close()
+        self._routes.close()
         for unit in self._units.values():
             unit.slot = unit.own_slot = None
         self.slots_bytes = self.slot_bytes = 0
         with contextlib.ExitStack() as each:  # all of them, also when one fails
-            for slot in slots:
-                each.callback(self._device.free, slot.buffer)
+            for buffer in buffers:
+                each.callback(self._device.free, buffer)
 
     def measure_link(self) -> float | None:
         """GB/s from host to device, by copying a part of some unit into an empty slot; blocks the host for 6 ms."""
@@ -176,7 +177,7 @@ class TransferEngine:
             unit.refuse(UnitState.ABSENT)
         if slot.unit is not None:
             raise TransferError(f"unit `{unit.spec.name}` loaded into a slot that holds `{slot.unit.spec.name}`")
-        issue = slot.prepare(unit, self._route)
+        issue = slot.prepare(unit, self._routes)
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         try:
@@ -263,8 +264,7 @@ class TransferEngine:
             # The allocator may hand out memory that queued compute still reads: the first copy waits for all of it.
             issued = self._device.record(stream)
             buffer = self._device.allocate(num_bytes)
-        self.slots_bytes += self._device.rounded_bytes(num_bytes)
-        self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self.weights_bytes)
+        self._count_bytes(self._device.rounded_bytes(num_bytes))
         slot = Slot(buffer, stream, issued, is_extra=is_extra)
         self._slots[slot] = None
         return slot
@@ -275,8 +275,13 @@ class TransferEngine:
             twice_if_interrupted(functools.partial(self._wait_on_its_stream, slot))
         finally:
             self._slots.pop(slot, None)
-            self.slots_bytes -= self._device.rounded_bytes(slot.buffer.numel())
+            self._count_bytes(-self._device.rounded_bytes(slot.buffer.numel()))
             self._device.free(slot.buffer)
+
+    def _count_bytes(self, num_bytes: int) -> None:
+        """Slots and wire buffers take so much more, or less."""
+        self.slots_bytes += num_bytes
+        self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self.weights_bytes)
 
     def _wait_on_its_stream(self, slot: Slot) -> None:
         for event in slot.after:

@@ -23,9 +23,9 @@ from layerstream.blocks import UnitSpec
 from layerstream.device.base import Event, Stream
 from layerstream.errors import TransferError
 from layerstream.hooks.outputs import without_aliases
-from layerstream.host.home import RawHome
+from layerstream.host.home import Home
 from layerstream.torch_private import use_count_of
-from layerstream.transfer.route import Issue, Route
+from layerstream.transfer.route import Issue, Routes
 from layerstream.weights.binding import UnitBinding
 
 
@@ -83,14 +83,14 @@ class Slot:
         self._cdata = self._storage._cdata
         self._own_references = self._references = self._count_references()
 
-    def prepare(self, unit: StreamedUnit, route: Route) -> Issue:
+    def prepare(self, unit: StreamedUnit, routes: Routes) -> Issue:
         """What loads `unit` into this slot, and its views there, made once for each home: fixed addresses, and 15 µs
         instead of 150 to bind."""
         known = self.prepared.get(unit)
         if known is not None and known.load is not None:
             return known.load
         before = self._count_references()
-        load = route.prepare(unit.home, self.buffer)
+        load = routes.prepare(unit.home, self.buffer)
         self.prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load)
         del known
         self._noticed_own(before)
@@ -161,7 +161,7 @@ class StreamedUnit:
         is_called_alone: its block was called from outside of all that is watched.
     """
 
-    def __init__(self, spec: UnitSpec, binding: UnitBinding, called: tuple[nn.Module, ...], home: RawHome) -> None:
+    def __init__(self, spec: UnitSpec, binding: UnitBinding, called: tuple[nn.Module, ...], home: Home) -> None:
         self.spec, self.binding, self.called, self.home = spec, binding, called, home
         self.last_load: Event = None
         self.of_32_bits = tuple(bound for bound in binding.tensors if bound.dtype is torch.float32)

@@ -22,40 +22,78 @@ from layerstream.weights.references import is_held
 _DATA_PTR, _VERSION = torch.Tensor.data_ptr, operator.attrgetter("_version")
 
 
-@dataclass(eq=False)
 class BoundTensor:
     """One parameter or buffer of a unit.
 
     Attributes:
         tensor: the user's object, shared by every place that is tied to it.
-        home: a plain tensor over the bytes as they were found, or over the host store's copy of them.
-        master: the host bytes that copies to the device come from; `home` itself unless both are kept.
         shape, dtype, strides: as it appears on the device (strides in elements; those that `.to(device)` gives).
         is_exact: at exit `home` is handed back itself; else its values, in memory of their own.
         writer: a module whose forward writes it without counting a version, while it is in training mode.
         stand_in: a plain tensor over its bytes at home that somebody has been given instead.
     """
 
-    name: str
-    tensor: torch.Tensor
-    home: torch.Tensor
-    master: torch.Tensor
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    strides: tuple[int, ...]
-    home_device: torch.device
-    is_exact: bool = True
-    writer: nn.Module | None = None
-    stand_in: weakref.ref[torch.Tensor] | None = None
+    def __init__(self, name: str, tensor: torch.Tensor, writer: nn.Module | None = None) -> None:
+        home = tensor.data
+        self.name, self.tensor, self.writer = name, tensor, writer
+        self.shape, self.dtype, self.home_device = tuple(home.shape), home.dtype, home.device
+        # What `.to(device)` would make of it: a dense tensor keeps its strides, another is packed in the same order.
+        self.strides = torch.empty_like(home, device="meta").stride()
+        self.num_bytes = home.numel() * home.element_size()
+        self.is_exact = True
+        self.stand_in: weakref.ref[torch.Tensor] | None = None
+        self._home: torch.Tensor | None = home
+        self._master: torch.Tensor | None = home
+        self._bring: Callable[[], object] | None = None  # brings both, which are in another form
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor, writer: nn.Module | None = None) -> BoundTensor:
         """A parameter or buffer as it is now, at home."""
-        home = tensor.data
-        # What `.to(device)` would make of it: a dense tensor keeps its strides, another is packed in the same order.
-        strides = torch.empty_like(home, device="meta").stride()
-        shape = tuple(home.shape)
-        return cls(name, tensor, home, home, shape, home.dtype, strides, home.device, writer=writer)
+        return cls(name, tensor, writer)
+
+    @property
+    def home(self) -> torch.Tensor:
+        """A plain tensor over the bytes as they were found, or over the host store's copy of them."""
+        if self._home is None:
+            self._brought()
+        assert self._home is not None
+        return self._home
+
+    @property
+    def master(self) -> torch.Tensor:
+        """The host bytes that copies to the device come from; `home` itself unless both are kept."""
+        if self._master is None:
+            self._brought()
+        assert self._master is not None
+        return self._master
+
+    @property
+    def is_put_away(self) -> bool:
+        """Whether its bytes are in another form, and are made anew for whoever asks for them."""
+        return self._master is None
+
+    @property
+    def has_one_home(self) -> bool:
+        """Whether what is copied to the device is what is handed back."""
+        return self._home is self._master
+
+    def put_away(self, bring: Callable[[], object]) -> None:
+        """Its bytes are let go of here; `bring` makes them anew, and calls `copied_to`."""
+        self._home = self._master = None
+        self._bring = bring
+
+    def hand_back_instead(self, home: torch.Tensor) -> None:
+        """Hand back this in place of what was found."""
+        self._home, self.is_exact = home, True
+
+    def _brought(self) -> None:
+        bring, self._bring = self._bring, None
+        assert bring is not None
+        try:
+            bring()
+        except BaseException:
+            self._bring = bring
+            raise
 
     @property
     def requires_grad(self) -> bool:
@@ -79,13 +117,9 @@ class BoundTensor:
 
     def copied_to(self, master: torch.Tensor, *, keeps_home: bool, is_handed_back: bool) -> None:
         """Its bytes are at `master` from now on; see `UnitBinding.rehome`."""
-        self.master = master
+        self._master = master
         if not keeps_home:
-            self.home, self.is_exact = master, is_handed_back
-
-    @property
-    def num_bytes(self) -> int:
-        return self.home.numel() * self.home.element_size()
+            self._home, self.is_exact = master, is_handed_back
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Copies that were issued, and when they run, on the simulated device."""
+"""Copies, and decoding, that were issued, and when they run, on the simulated device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CopyQueue:
     def drop_if_empty(self, copy: Copy) -> None:
         """It failed. Pairs that were issued before are on their way."""
         with self._lock:
-            if not copy.pairs:
+            if not copy.pairs and copy.decode is None:
                 self._queue.remove(copy)
                 copy.is_done = True
 
@@ -73,5 +73,8 @@ class CopyQueue:
                 copy = self._queue.popleft()
                 for target, source in copy.pairs:
                     target.copy_(source)
-                copy.pairs = []  # events that are kept must not look like somebody who looks at the slot
+                if copy.decode is not None:
+                    copy.decode()
+                # Events that are kept must not look like somebody who looks at the slot.
+                copy.pairs, copy.decode = [], None
                 copy.is_done = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 
 from layerstream.blocks import ALIGNMENT_BYTES, align
-from layerstream.device.base import engine_tensors
+from layerstream.codec.reference import decode, encode
+from layerstream.device.base import PackedLayout, engine_tensors
 from layerstream.device.simulated.accounting import Accounting, HappensBefore, Unseen
 from layerstream.device.simulated.copies import CopyQueue, When
 from layerstream.device.simulated.memory import SimulatedMemory
 from layerstream.device.simulated.page_locks import Registrations
 from layerstream.device.simulated.races import Buffer, Buffers, check_given_back
-from layerstream.device.simulated.streams import SimulatedEvent, SimulatedStream, Streams
+from layerstream.device.simulated.streams import COPY_STREAM, SimulatedEvent, SimulatedStream, Streams
 from layerstream.torch_private import DISPATCH_MODE_STACK
 
 _REMEMBERED_OPERATIONS = 256
@@ -32,6 +34,7 @@ class SimulatedDevice:
         copies: when queued copies run.
         is_poisoned: fill a slot with NaN while a copy into it is queued.
         link_gb_per_s: speed of the simulated bus.
+        decode_gb_per_s: of decoding, in bytes of what comes of it.
         refuses_pinning: `register` answers False, as under WSL or a memlock limit.
         is_named_apart: a module that is moved to "cpu" is moved off the device.
         seed: of the "random" order.
@@ -49,12 +52,14 @@ class SimulatedDevice:
         copies: When = "at_once",
         is_poisoned: bool = False,
         link_gb_per_s: float = 50.0,
+        decode_gb_per_s: float = 1500.0,
         refuses_pinning: bool = False,
         is_named_apart: bool = False,
         seed: int = 0,
     ) -> None:
         self.is_poisoned = is_poisoned
         self.link_gb_per_s = link_gb_per_s
+        self.decode_gb_per_s = decode_gb_per_s
         self.refuses_pinning = refuses_pinning
         self.is_named_apart = is_named_apart
         self.operations: deque[str] = deque(maxlen=_REMEMBERED_OPERATIONS)  # the last ones, by name
@@ -64,7 +69,7 @@ class SimulatedDevice:
         self._lock = threading.RLock()
         self._unseen = Unseen()
         self._streams = Streams(self._lock)
-        self._buffers = Buffers(self._streams.copies)
+        self._buffers = Buffers()
         self._memory = SimulatedMemory(memory_bytes, self._lock)
         self._queue = CopyQueue(copies, seed, self._unseen, self._lock)
         self._registrations = Registrations(self._lock)
@@ -314,10 +319,10 @@ class SimulatedDevice:
                 for number, (target, source) in enumerate(copies):
                     if number:
                         self._step("piece", progresses=False)  # what fails here leaves the pairs before on their way
-                    self._buffers.overwrite(target)
+                    self._buffers.overwrite(target, stream)
                     self._registrations.count_copy(source)
                     if self.is_poisoned:
-                        target.fill_(0xFF)
+                        self._poison(target)
                     queued.pairs.append((target, source))
                     stream.time_ms += target.numel() / self.link_gb_per_s / 1e6
             except BaseException:
@@ -328,7 +333,9 @@ class SimulatedDevice:
 
     def record_copies(self) -> SimulatedEvent:
         with self._lock:
-            return self._streams.copies.event(self._queue.last)
+            after = SimulatedStream(COPY_STREAM)
+            after.follow([self._streams.copies.event(), self._streams.unpacking.event()])
+            return after.event(self._queue.last)
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._step("copy_back")
@@ -339,6 +346,47 @@ class SimulatedDevice:
         event = self.copy([(target, source)], [self.record(self._streams.here)])
         self.synchronize_event(event)
         return self.link_gb_per_s
+
+    # ---- packing
+
+    def why_not_packed(self) -> str:
+        return ""
+
+    def pack(self, raw: torch.Tensor, word_bytes: int, most_bytes: int) -> tuple[torch.Tensor, PackedLayout] | None:
+        self._step("pack")
+        with self._lock, engine_tensors(), self._unseen.on():
+            return encode(raw.view(torch.int16), word_bytes, most_bytes)
+
+    def prepare_unpack(
+        self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor
+    ) -> tuple[torch.Tensor, PackedLayout, torch.Tensor]:
+        return wire, layout, target
+
+    def unpack(
+        self, unpacking: tuple[torch.Tensor, PackedLayout, torch.Tensor], after: Sequence[Any]
+    ) -> SimulatedEvent:
+        self._step("unpack")
+        wire, layout, target = unpacking
+        with self._lock, engine_tensors(), self._unseen.on():
+            stream = self._streams.unpacking
+            stream.follow(after)
+            stream.tick()
+            self._buffers.access(wire, stream)
+            self._buffers.overwrite(target, stream)
+            if self.is_poisoned:
+                self._poison(target)
+            queued = self._queue.add()
+            queued.decode = functools.partial(decode, wire, layout, target)
+            buffer = self._buffers.at(wire.data_ptr())
+            if buffer is not None:
+                buffer.decoded_by = queued
+            stream.time_ms += layout.raw_bytes / self.decode_gb_per_s / 1e6
+            self._queue.progress()
+            return stream.event(queued)
+
+    def unpack_on_host(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> None:
+        with self._unseen.on():
+            decode(wire, layout, target)
 
     # ---- times
 
@@ -392,6 +440,13 @@ class SimulatedDevice:
             self._buffers.access(tensor, self._streams.here)
 
     # ---- inside
+
+    def _poison(self, target: torch.Tensor) -> None:
+        """Fill what a copy is queued for with NaN; what is to be decoded from there first is decoded."""
+        buffer = self._buffers.at(target.data_ptr())
+        if buffer is not None and buffer.decoded_by is not None:
+            self._queue.run(until=buffer.decoded_by)
+        target.fill_(0xFF)
 
     def _step(self, name: str, *, progresses: bool = True) -> None:
         """One device operation: faults strike here, and under "random" some queued copies run."""

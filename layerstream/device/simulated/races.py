@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from layerstream.device.simulated.streams import COPY_STREAM, SimulatedStream
+from layerstream.device.simulated.streams import COPY_STREAM, Copy, SimulatedStream
 from layerstream.errors import TransferError
 
 
@@ -21,26 +21,23 @@ class Buffer:
 
     Attributes:
         stream: that it was allocated on, and goes back to.
-        last_copy: into it, by its number on the copy stream.
+        last_write: by a copy, or by decoding: the number of its stream, and its own on that.
         accesses: the last of each compute stream, by the stream's number.
+        decoded_by: the last decoding that reads it.
     """
 
     start: int
     num_bytes: int
     stream: SimulatedStream
-    last_copy: int = 0
+    last_write: tuple[int, int] = (COPY_STREAM, 0)
     accesses: dict[int, int] = field(default_factory=dict)
+    decoded_by: Copy | None = None
 
 
 class Buffers:
-    """The allocations that live, found by address.
+    """The allocations that live, found by address."""
 
-    Args:
-        copies: the copy stream.
-    """
-
-    def __init__(self, copies: SimulatedStream) -> None:
-        self._copies = copies
+    def __init__(self) -> None:
         self._buffers: dict[int, Buffer] = {}
         self._starts: list[int] = []
 
@@ -65,11 +62,11 @@ class Buffers:
         buffer = self._buffers[self._starts[position]]
         return buffer if address < buffer.start + buffer.num_bytes else None
 
-    def overwrite(self, target: torch.Tensor) -> None:
-        """The copy that was issued last writes there.
+    def overwrite(self, target: torch.Tensor, writer: SimulatedStream) -> None:
+        """What was issued last on the stream of copies, or of decoding, writes there.
 
         Raises:
-            RaceError: it does not wait for what reads the buffer.
+            RaceError: it does not wait for what reads the buffer, or was written to it.
         """
         buffer = self.at(target.data_ptr())
         if buffer is None:
@@ -77,12 +74,15 @@ class Buffers:
                 raise TransferError("copy to memory that is not allocated on the simulated device")
             return
         for stream, tick in buffer.accesses.items():
-            if self._copies.num_seen(stream) < tick:
+            if stream != writer.number and writer.num_seen(stream) < tick:
                 raise RaceError(
                     f"copy into a slot does not wait for its reader: compute stream {stream} read it at {tick}, "
-                    f"the copy waited for {self._copies.num_seen(stream)}"
+                    f"the copy waited for {writer.num_seen(stream)}"
                 )
-        buffer.last_copy = self._copies.num_seen(COPY_STREAM)
+        before, tick = buffer.last_write
+        if writer.num_seen(before) < tick:
+            raise RaceError(f"two writes to a buffer on streams {before} and {writer.number} that no event orders")
+        buffer.last_write = writer.number, writer.num_seen(writer.number)
 
     def access(self, tensor: torch.Tensor, stream: SimulatedStream) -> None:
         """An operator on a compute stream reads, or writes, a tensor.
@@ -93,10 +93,11 @@ class Buffers:
         buffer = self.at(tensor.data_ptr()) if tensor.numel() else None
         if buffer is None:
             return
-        if stream.num_seen(COPY_STREAM) < buffer.last_copy:
+        writer, tick = buffer.last_write
+        if stream.num_seen(writer) < tick:
             raise RaceError(
-                f"slot read without waiting for its load: copy {buffer.last_copy} was issued, compute stream "
-                f"{stream.number} has waited for {stream.num_seen(COPY_STREAM)}"
+                f"slot read without waiting for its load: copy {tick} was issued, compute stream "
+                f"{stream.number} has waited for {stream.num_seen(writer)}"
             )
         buffer.accesses[stream.number] = stream.tick()
 
@@ -108,10 +109,10 @@ def check_given_back(buffer: Buffer) -> None:
         RaceError: that stream has not waited for everything that touches the buffer.
     """
     stream = buffer.stream
-    if stream.num_seen(COPY_STREAM) < buffer.last_copy:
+    writer, tick = buffer.last_write
+    if stream.num_seen(writer) < tick:
         raise RaceError(
-            f"memory given back with copy {buffer.last_copy} on its way to it: its stream has waited for "
-            f"{stream.num_seen(COPY_STREAM)}"
+            f"memory given back with copy {tick} on its way to it: its stream has waited for {stream.num_seen(writer)}"
         )
     for reader, tick in buffer.accesses.items():
         if stream.num_seen(reader) < tick:

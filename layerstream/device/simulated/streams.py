@@ -6,22 +6,24 @@ Source: vector clocks for race detection: Flanagan and Freund, "FastTrack", PLDI
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-COPY_STREAM = 0  # the number of the one that copies run on; compute streams have others
+# The numbers of those that copies and decoding run on; compute streams have others.
+COPY_STREAM, UNPACK_STREAM = 0, -1
 
 Clock = dict[int, int]  # by the number of a stream: how many of its operations happen before
 
 
 @dataclass(eq=False)
 class Copy:
-    """One copy on its way: pairs of targets and sources."""
+    """One copy on its way: pairs of targets and sources; or decoding, which is a call."""
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]]
     is_done: bool = False
+    decode: Callable[[], object] | None = None
 
 
 @dataclass(eq=False)
@@ -29,7 +31,7 @@ class SimulatedEvent:
     """A point on a stream.
 
     Attributes:
-        copy: that it follows, when it lies on the copy stream.
+        copy: that it follows, when it lies on the stream of copies or of decoding.
     """
 
     clock: Clock
@@ -76,6 +78,7 @@ class Streams:
 
     def __init__(self, lock: threading.RLock) -> None:
         self.copies = SimulatedStream(COPY_STREAM, {COPY_STREAM: 0})
+        self.unpacking = SimulatedStream(UNPACK_STREAM, {UNPACK_STREAM: 0})
         self._host: Clock = {}
         self._streams: list[SimulatedStream] = []
         self._own: dict[int, SimulatedStream] = {}  # by thread
@@ -104,7 +107,7 @@ class Streams:
     def seen_by_host(self, event: SimulatedEvent) -> None:
         """The host has found that an event is over: whatever it issues from now on, on whichever stream, follows."""
         with self._lock:
-            for clock in (self._host, self.copies.clock, *(stream.clock for stream in self._streams)):
+            for clock in (self._host, *(stream.clock for stream in (self.copies, self.unpacking, *self._streams))):
                 merge(clock, event.clock)
 
     def waited_for_by_host(self, event: SimulatedEvent) -> None:
@@ -117,7 +120,7 @@ class Streams:
     def synchronize(self) -> None:
         """The host has waited for everything so far."""
         with self._lock:
-            everything = [self.copies, *self._streams]
+            everything = [self.copies, self.unpacking, *self._streams]
             clock: Clock = {}
             for stream in everything:
                 merge(clock, stream.clock)

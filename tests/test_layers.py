@@ -24,6 +24,7 @@ RANKS = {
     "blocks": 1,
     "budget": 1,
     "calls": 1,
+    "codec": 1,
     "comparing": 1,
     "progress": 1,
     "saying": 1,
@@ -70,7 +71,7 @@ LIBRARIES = {"diffusers", "transformers"}
 MAY_IMPORT_LIBRARIES = {"standins", "demo", "cli"}
 ONLY_IN_THE_REPOSITORY = "layerstream.standins.repository"
 WRITES_DATA = {"weights.binding", "weights.absent", "standins"}  # stand-ins are built, not streamed, there
-NAMES_CUDA = {"device.cuda", "device.allocator", "torch_private"}
+NAMES_CUDA = {"device.cuda", "device.cuda_packing", "device.allocator", "codec.launch", "torch_private"}
 
 
 def part_of(module: str) -> str:

@@ -20,6 +20,7 @@ _COLOURS = {
     "layerstream": "tab:red",
     "paired": "tab:pink",
     "packed": "darkred",
+    "packed_auto": "firebrick",
     "packed_paired": "deeppink",
     "diffusers_leaf": "tab:blue",
     "diffusers_block": "tab:cyan",
@@ -33,6 +34,7 @@ _METHODS = list(_COLOURS)
 _LABELS = {
     "paired": "layerstream, passes paired",
     "packed": "layerstream, packed",
+    "packed_auto": "layerstream, packed as needed",
     "packed_paired": "layerstream, packed and paired",
     "diffusers_leaf": "diffusers, leaf level with streams",
     "diffusers_block": "diffusers, block level with streams",

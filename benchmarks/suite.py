@@ -77,7 +77,7 @@ _PAIRS: Mapping[tuple[str, Form], Sequence[str]] = {
 }
 # Packed, and beside the same raw: by case and form, the method and its budgets.
 _PACKED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
-    ("ovis", "denoiser"): [("packed", "min"), ("packed", "8GiB"), ("layerstream", "8GiB")],
+    ("ovis", "denoiser"): [("packed", "min"), ("packed", "8GiB"), ("packed_auto", "8GiB"), ("layerstream", "8GiB")],
     ("longcat", "denoiser"): [("packed", "min"), ("packed", "7GiB"), ("layerstream", "7GiB")],
     ("sd35m", "denoiser"): [("packed", "min"), ("packed", "2GiB"), ("layerstream", "2GiB")],
     ("qwen", "denoiser"): [("packed_paired", "8GiB"), ("packed_paired", "12GiB")],

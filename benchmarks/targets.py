@@ -55,6 +55,7 @@ _PACKED_PAIRED: Mapping[tuple[str, str], Mapping[str, float]] = {("qwen", "denoi
 _OTHERS = {  # how they are told, and what they must reach
     "paired": ("in pairs", _PAIRED),
     "packed": ("packed", _PACKED),
+    "packed_auto": ("packed as needed", _PACKED),
     "packed_paired": ("packed, in pairs", _PACKED_PAIRED),
 }
 _SAID = {

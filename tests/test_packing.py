@@ -306,6 +306,7 @@ def test_a_fault_at_any_operation(error: BaseException, mode: str) -> None:
                 with contextlib.suppress(type(error)):
                     assert_equal(pipe(2), resident(2))
             pickle.dumps(model)
+            model.state_dict()
             with contextlib.suppress(type(error)):
                 assert_equal(pipe(2), resident(2))
         assert_restored(model, before)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from layerstream.device.base import Device, Event, engine_tensors
 from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
+from layerstream.errors import TransferError
 from layerstream.host.home import Home, RawHome
 from layerstream.host.memory import PageMapping
 from layerstream.host.store import HostStore
@@ -40,6 +41,9 @@ class _Retired:
 class HomeExchanges:
     """The exchanges of one streamer that are wanted, and the homes whose release is due.
 
+    Attributes:
+        make_raw: gives a unit that is packed a home that is not, at once.
+
     Args:
         has_exchanged: called when a unit has another home.
     """
@@ -57,6 +61,7 @@ class HomeExchanges:
         self._transfer = transfer
         self._edits = edits
         self._has_exchanged = has_exchanged
+        self.make_raw: Callable[[StreamedUnit], object] = _refuse
         self._wanted: deque[tuple[int, MakeHome]] = deque()
         self._retired: list[_Retired] = []
 
@@ -137,7 +142,7 @@ class HomeExchanges:
         if isinstance(home, RawHome) and unpacked is not None:
             store.adopt_unpacked(home, unit.binding, unpacked)
         else:
-            store.adopt(home, unit.binding)
+            store.adopt(home, unit.binding, functools.partial(self.make_raw, unit))
         unit.home = home
         self._transfer.forget_loads(unit)
 
@@ -146,3 +151,7 @@ class HomeExchanges:
         for retired in [r for r in self._retired if r.last_load is None or self._device.is_done(r.last_load)]:
             self._retired.remove(retired)
             retired.store.release(retired.home)
+
+
+def _refuse(unit: StreamedUnit) -> None:
+    raise TransferError(f"unit `{unit.spec.name}` is packed, and nobody can make it raw")

@@ -127,7 +127,6 @@ class Streamer:
         self.packing = Packing(
             device,
             self._attached,
-            self._transfer,
             self.edits,
             self._ledger,
             self.exchanges,
@@ -302,7 +301,8 @@ class Streamer:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
             self._passes.drop_times()
-            self._attaching.detach(self._attached.all, attempt, goes_on=False)
+            with self.packing.leaving():
+                self._attaching.detach(self._attached.all, attempt, goes_on=False)
             self._replay.stop()
             self.pairing.close()
             self._lanes.main.caller = None  # an interrupted call's frame, which holds what it was given
@@ -350,7 +350,8 @@ class Streamer:
                     self._passes.drop_times()  # perhaps of units that will be others
                     self.pairing.forget()
                     self.edits.pause_begins()
-                    self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
+                    with self.packing.leaving():
+                        self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
                     self.packing.forget([unit for a in taken for unit in a.units])
                     self.edits.before_pause()
             except BaseException:

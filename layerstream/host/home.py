@@ -9,7 +9,7 @@ the device, a `PackedHome` fewer, from which these are decoded. Whoever asks for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -93,53 +93,36 @@ class Home:
 
     def write(self, bound: BoundTensor, value: torch.Tensor) -> None:
         """What the next load reads, and what is handed back, is `value`, of the tensor's own form; blocks the host."""
-        raise NotImplementedError
-
-    def replace(self, bound: BoundTensor, value: torch.Tensor) -> None:
-        """Hand back `value`, perhaps of another form, in place of what was found. What a load reads stays."""
-        raise NotImplementedError
-
-
-class RawHome(Home):
-    """The bytes of one unit as they are, in host memory."""
-
-    def write(self, bound: BoundTensor, value: torch.Tensor) -> None:
         if value.data_ptr() != bound.master.data_ptr():
             self.device.copy_back(bound.master, value)
         if bound.home is not bound.master and bound.home.data_ptr() != value.data_ptr():
             bound.home.copy_(bound.master)
 
     def replace(self, bound: BoundTensor, value: torch.Tensor) -> None:
+        """Hand back `value`, perhaps of another form, in place of what was found. What a load reads stays."""
+        _ = bound.master  # where that is packed, it is made first: it would take the place of the value
         bound.hand_back_instead(value.to(bound.home_device))
+
+
+class RawHome(Home):
+    """The bytes of one unit as they are, in host memory."""
 
 
 @dataclass(eq=False)
 class PackedHome(Home):
     """The bytes of one unit in fewer, in host memory: what a load copies goes to a wire buffer, and is decoded from
-    there into the slot.
+    there into the slot. Its tensors have no memory at home until somebody asks for it (`BoundTensor.put_away`).
 
     Attributes:
         layout: how they are decoded.
-        make_raw: gives the unit a `RawHome` of the same bytes, in the place of this one.
     """
 
     layout: PackedLayout = None
-    make_raw: Callable[[], RawHome] | None = None
 
     @property
     def wire(self) -> torch.Tensor:
         """uint8 [wire_bytes], all of it."""
         return self.segments[0].source
-
-    def write(self, bound: BoundTensor, value: torch.Tensor) -> None:
-        self._raw().write(bound, value)
-
-    def replace(self, bound: BoundTensor, value: torch.Tensor) -> None:
-        self._raw().replace(bound, value)
-
-    def _raw(self) -> RawHome:
-        assert self.make_raw is not None
-        return self.make_raw()
 
 
 def handed_back(bound: BoundTensor) -> torch.Tensor:

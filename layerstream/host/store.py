@@ -199,15 +199,18 @@ class HostStore:
                 "(ulimit -l), or the container's or WSL's memory.",
             )
 
-    def adopt(self, home: Home, binding: UnitBinding) -> None:
+    def adopt(self, home: Home, binding: UnitBinding, make_raw: Callable[[], object]) -> None:
         """A unit's home is this one from now on; may be done again. Memory that a tensor was found in stays, and is
-        written to as well, since it is what is handed back; of what is packed nothing stays."""
+        written to as well, since it is what is handed back; of what is packed nothing stays.
+
+        Args:
+            make_raw: gives the unit a home that is not packed. No home may hold it: it would keep the engine alive.
+        """
         if home not in self._homes:
             self._homes.append(home)
         if isinstance(home, PackedHome):
-            assert home.make_raw is not None
             for bound in binding.tensors:
-                bound.put_away(home.make_raw)
+                bound.put_away(make_raw)
             return
         (source, _, _), *_ = home.ranges
         for bound, master in zip(binding.tensors, home.views(binding, source), strict=True):

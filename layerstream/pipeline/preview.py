@@ -15,10 +15,9 @@ from layerstream.engine.streamer import Streamer
 from layerstream.model.components import layouts_of
 from layerstream.model.units import Unit, divide
 from layerstream.pipeline.options import budget_bytes_on, device_of
+from layerstream.planning.packed_choice import PACKED_SHARE
 from layerstream.planning.phase_plan import AssumedReserve, Phase
 from layerstream.planning.plan import Plan, make_plan
-
-_PACKED_SHARE = 0.68  # of weights of bfloat16: 0.656 to 0.70, measured
 
 
 def plan_of(
@@ -49,7 +48,7 @@ def _packed(unit: Unit) -> UnitSpec:
     can_be = spec.is_block and spec.num_bytes >= LEAST_BYTES
     if not can_be or any(bound.dtype is not torch.bfloat16 for bound in unit.binding.tensors):
         return spec
-    wire = int(_PACKED_SHARE * spec.num_bytes)
+    wire = int(PACKED_SHARE * spec.num_bytes)
     return replace(spec, packed=Sizes(spec.num_bytes, wire, wire))
 
 

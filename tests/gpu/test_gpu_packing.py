@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.engine import packing
+from layerstream.engine import packer, packing
 from layerstream.standins import TINY_PIPELINES, build_tiny, run_tiny
 from tests.fakes import assert_equal, assert_restored, describe, twin
 from tests.gpu.test_gpu_families import memory_comes_back
@@ -32,7 +33,7 @@ MODES = ("ahead", "auto")
 def packs_the_tiniest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of any size are packed, also those that gain nothing, as fast as it can be done."""
     monkeypatch.setattr(packing, "LEAST_BYTES", 1)
-    monkeypatch.setattr(packing, "LEAST_GAIN", -1.0)
+    monkeypatch.setattr(packer, "LEAST_GAIN", -1.0)
     monkeypatch.setattr(packing, "_MOST_TIME_SHARE", 1e9)
 
 
@@ -78,14 +79,21 @@ class BFloat16Pipe(Pipe):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("budget", ["min", "64MiB", "auto"])
-def test_blocks_of_bfloat16_for_many_steps(mode: str, budget: str) -> None:
-    """Copies that take as long as compute, and decoding beside both: races would show."""
+@pytest.mark.parametrize("budget", ["min", 220, "auto"])
+def test_blocks_of_bfloat16_for_many_steps(mode: str, budget: str | int) -> None:
+    """Copies that take as long as compute, and decoding beside both: races would show.
+
+    Args:
+        budget: of MiB beside what others hold.
+    """
     model = wide()
     resident = BFloat16Pipe(twin(model).to(DEVICE), DEVICE)
     expected, before = calls(resident, 4), describe(model)
+    del resident
+    gc.collect()
     pipe = BFloat16Pipe(model, DEVICE)
-    with layerstream.offload(pipe, vram_budget=budget, device=DEVICE, packing=mode) as streamer:
+    within = torch.cuda.memory_allocated() + (budget << 20) if isinstance(budget, int) else budget
+    with layerstream.offload(pipe, vram_budget=within, device=DEVICE, packing=mode) as streamer:
         assert_equal(calls(pipe, 4), expected)
         assert_equal(calls(pipe, 4), expected)
         stats = streamer.stats()

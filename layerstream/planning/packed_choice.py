@@ -1,0 +1,69 @@
+"""Which units of a phase are worth packing: those that make its passes faster, and no more, since decoding takes its
+time from compute. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from layerstream.blocks import Sizes, UnitSpec
+from layerstream.planning.costs import LINK_GB_PER_S, compute_ms, decode_ms
+from layerstream.planning.pace import Pace
+from layerstream.planning.phase_plan import PhasePlan
+from layerstream.planning.plan import Plan
+
+PACKED_SHARE = 0.68  # of weights of bfloat16: 0.656 to 0.70, measured
+_MOST_COUNTS = 12  # numbers of units that are compared
+_NEARLY = 1.003  # a pass that takes so little longer is as good
+
+
+def worth_packing(plan: Plan, phase_plan: PhasePlan, can_be: Collection[int]) -> list[int]:
+    """The units of a phase to be packed beside those that are, by index, in their order.
+
+    Of a phase that is repeated: of those that stream as few, evenly spread, as give passes nearly their least time. Of
+    what runs once a call: all whose copies it waits for, those included that are loaded for it and stay meanwhile.
+
+    Args:
+        can_be: units that can be packed.
+    """
+    phase, prediction = phase_plan.phase, phase_plan.prediction
+    if prediction is None or prediction.bound == "compute":
+        return []
+    units = [unit for unit in plan.units if phase.involves(unit)]
+    if not phase.is_repeated:
+        everywhere = frozenset.intersection(*(p.resident | p.kept for p in plan.phases))
+        return [u.index for u in units if u.index in can_be and u.index not in everywhere]
+    streamed = [i for i, unit in enumerate(units) if unit.is_block and unit.index not in phase_plan.resident]
+    raw = [units[i].index for i in streamed if units[i].packed is None and units[i].index in can_be]
+    counts = sorted({round(len(raw) * n / _MOST_COUNTS) for n in range(_MOST_COUNTS + 1)})
+    times = [(_pass_ms(plan, phase_plan, units, streamed, set(_spread(raw, count))), count) for count in counts]
+    least = min(ms for ms, _ in times)
+    return _spread(raw, next(count for ms, count in times if ms <= _NEARLY * least))
+
+
+def _pass_ms(
+    plan: Plan, phase_plan: PhasePlan, units: list[UnitSpec], streamed: list[int], packed: Collection[int]
+) -> float:
+    """Of a pass in which these are packed, too."""
+    costs = plan.costs
+    changed = [_packed(unit) if unit.index in packed else unit for unit in units]
+    uses = costs.uses if costs is not None else {}
+    often = [uses.get(unit.index, 1) for unit in units]
+    each_ms = compute_ms(units, costs)
+    pace = Pace(
+        [(n * u.sizes.wire, n * ms) for n, u, ms in zip(often, changed, each_ms, strict=True)],
+        costs.link_gb_per_s if costs is not None else LINK_GB_PER_S,
+        [unit.block_name for unit in units],
+        [n * decode_ms(u, costs) for n, u in zip(often, changed, strict=True)],
+    )
+    return pace.pass_ms([i for i in streamed if often[i]], phase_plan.num_slots)
+
+
+def _packed(unit: UnitSpec) -> UnitSpec:
+    wire = int(PACKED_SHARE * unit.num_bytes)
+    return replace(unit, packed=Sizes(unit.num_bytes, wire, wire))
+
+
+def _spread(units: list[int], count: int) -> list[int]:
+    """So many of them, evenly."""
+    return [units[i * len(units) // count] for i in range(count)]

@@ -30,7 +30,7 @@ def encode(words: torch.Tensor, word_bytes: int, most_bytes: int) -> tuple[torch
     if word_bytes != 2 or raw.numel() // 4 > most_bytes:
         return None
     _RUNS.append(raw.clone())
-    wire = torch.full((raw.numel() // 32,), len(_RUNS) - 1, dtype=torch.int64)
+    wire = torch.full((raw.numel() // 32,), len(_RUNS) - 1, dtype=torch.int64, device="cpu")
     return wire.view(torch.uint8), Numbered(raw.numel())
 
 

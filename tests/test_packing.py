@@ -21,7 +21,7 @@ from layerstream.errors import ArgumentError, BudgetError
 from layerstream.host.home import PackedHome, RawHome
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.transfer import wires
-from tests.fakes import OneModel, adversary, assert_equal, assert_restored, describe, run, toy, twin
+from tests.fakes import OneModel, Sized, adversary, assert_equal, assert_restored, describe, elsewhere, run, toy, twin
 from tests.packing_fakes import packs_anything
 from tests.test_replay import Net, function_calls
 
@@ -413,6 +413,29 @@ def test_a_budget_without_room_for_wire_buffers_packs_nothing() -> None:
 
 
 @pytest.mark.usefixtures("packs_anything")
+def test_a_call_that_leaves_no_room_for_wire_buffers_makes_all_raw() -> None:
+    """Activations are not known before they have been there: packing is no reason to refuse a call."""
+    device = SimulatedDevice()
+    model = Sized(device, [8192] * 6, takes=lambda x: int(x))
+    with (
+        torch.no_grad(),
+        layerstream.offload(model, vram_budget=60_000, device=device, packing="ahead") as streaming,
+        device.accounting(),
+    ):
+        for _ in range(4):
+            model(torch.tensor(1000))
+        assert num_packed(streaming) == 6
+        with pytest.raises(torch.OutOfMemoryError):
+            model(torch.tensor(41_000))
+        for _ in range(4):
+            model(torch.tensor(41_000))
+        assert num_packed(streaming) == 0
+        assert "the budget has no room for wire buffers" in str(streaming.report())
+        model(torch.tensor(1000))
+    assert not device.registered
+
+
+@pytest.mark.usefixtures("packs_anything")
 @pytest.mark.filterwarnings("ignore:module forward hook")
 def test_a_copy_into_a_wire_buffer_that_is_still_decoded_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulated device sees the race that a missing wait would be."""
@@ -472,3 +495,24 @@ def test_packed_blocks_take_less_of_the_bus(packs_anything: None) -> None:
             kinds = {type(u.home) for u in engine_of(streaming)._units.values() if u.spec.is_block}
             assert kinds == ({PackedHome} if mode == "ahead" else {RawHome})
     assert loaded["ahead"] < 0.5 * loaded["off"]
+
+
+@pytest.mark.usefixtures("packs_anything")
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("budget", ["min", 80_000, 2**24])
+def test_views_that_are_kept_after_many_homes(budget: int | str, is_packed: bool) -> None:
+    """Who looks at a slot is counted, and what loads it is among those. With another home it goes."""
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    mode = "ahead" if is_packed else "off"
+    with layerstream.offload(pipe, vram_budget=budget, device=adversary(), packing=mode) as streaming:
+        engine = engine_of(streaming)
+        for number in range(6):
+            for index in engine._units if not is_packed else ():
+                engine.exchanges.ask(index, elsewhere)
+            assert_equal(pipe(8), resident(8))
+            kept = [each.blocks[n].up.weight.data for each in (model, resident.model) for n in (0, 2, 5)]
+            with streaming.paused() if number % 2 else contextlib.nullcontext():
+                for view in kept:
+                    view.add_(0.25)
+            assert_equal(pipe(2), resident(2))

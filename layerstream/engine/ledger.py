@@ -299,6 +299,7 @@ class Ledger:
         self._num_ooms, self._is_unchecked = self._device.num_ooms(), False
         if self._kind is not None:
             self._kind.forget()
+        self.planner.did_not_fit()
 
     def check_operators(self) -> None:
         """Raise if an operator was refused memory and went another way, whose result may differ.

@@ -39,6 +39,7 @@ class Packer:
 
     Attributes:
         pages: mappings for what is packed, or made raw, next.
+        is_leaving: units are handed back, one after the other; what they are handed back in is not loaded from.
 
     Args:
         was_made_raw: hears of a unit that was.
@@ -56,6 +57,7 @@ class Packer:
         next_of: Callable[[StreamedUnit], StreamedUnit | None],
     ) -> None:
         self.pages = PagesAhead()
+        self.is_leaving = False
         self._device = device
         self._edits = edits
         self._ledger = ledger
@@ -142,9 +144,12 @@ class Packer:
             if (following := self._next_of(unit)) is not None:
                 self.pages.prepare(following.home.device_bytes)
             raw = RawHome(self._device, home.offsets, home.device_bytes)
-            self._decode_to_host(home, store.hold(raw, pages, home.device_bytes))
+            self._decode_to_host(home, store.hold(raw, pages, home.device_bytes, is_locked=not self.is_leaving))
             self._exchanges.exchange(unit, raw, pages)
-            self._exchanges.release()  # of the packed bytes, which the device has no more to do with, as a rule
+            try:
+                self._exchanges.release()  # of the packed bytes, which the device has no more to do with, as a rule
+            except Exception as error:  # of a device that has failed: weights come home all the same
+                _log.warning("page locks could not be given up: %r", error)
         self._was_made_raw(unit)
 
     def _decode_to_host(self, home: PackedHome, buffer: torch.Tensor) -> None:

@@ -82,8 +82,8 @@ class Packing:
         self._is_checked = False  # kernels are there
         self._packer = Packer(device, edits, ledger, exchanges, stats, self._was_made_raw, self._next_of)
         exchanges.make_raw = self._packer.make_raw
+        ledger.planner.make_all_raw = self._make_all_raw
         self._follows: StreamedUnit | None = None  # the unit to be packed after the one that is now
-        self._is_leaving = False
         self._spent_s = 0.0
         self._began_s = 0.0
 
@@ -128,6 +128,7 @@ class Packing:
                     progress.add(unit.home.device_bytes)
         finally:
             self._follows = None
+            self._device.empty_cache()  # activations in pieces of what packing took would keep these apart
             self._packer.pages.close()
             progress.close()
         trim_heap()
@@ -213,6 +214,14 @@ class Packing:
                 sizes[index] = Sizes(units[index].spec.num_bytes, most, most)
         return sizes
 
+    def _make_all_raw(self) -> None:
+        """What runs takes more than was known, and leaves no room for wire buffers: pack nothing any more."""
+        self._wanted.clear()
+        for unit in self._attached.units.values():
+            if unit.spec.is_block:
+                self._refuse([unit.index], _NO_ROOM)
+                self._packer.make_raw(unit)
+
     def _refuse(self, units: Iterable[int], why: str) -> None:
         """These stay raw."""
         self._refused.update(dict.fromkeys(units, why))
@@ -220,15 +229,15 @@ class Packing:
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Inside, units are handed back, one after the other."""
-        self._is_leaving = True
+        self._packer.is_leaving = True
         try:
             yield
         finally:
-            self._is_leaving = False
+            self._packer.is_leaving = False
             self._packer.pages.close()
 
     def _next_of(self, unit: StreamedUnit) -> StreamedUnit | None:
-        if not self._is_leaving:
+        if not self._packer.is_leaving:
             return self._follows
         units = self._attached.of_component[unit.spec.component].units
         following = units[units.index(unit) + 1 :]
@@ -236,7 +245,7 @@ class Packing:
 
     def _was_made_raw(self, unit: StreamedUnit) -> None:
         count = self._num_unpacked[unit.index] = self._num_unpacked.get(unit.index, 0) + 1
-        if count >= _MOST_UNPACKED and not self._is_leaving:
+        if count >= _MOST_UNPACKED and not self._packer.is_leaving:
             self._refuse([unit.index], "it is looked at again and again")
         self._has_changed, self._considered = True, None
 
@@ -267,4 +276,6 @@ class Packing:
                 _log.debug("`%s` stays raw: %s", unit.spec.name, why)
             return home
         finally:
+            if self._follows is None:
+                self._device.empty_cache()  # activations in pieces of what this took would keep these apart
             self._spent_s += time.perf_counter() - started

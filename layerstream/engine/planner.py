@@ -7,7 +7,7 @@ rounded, what others hold may change a little, and how often units are used is c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from layerstream.blocks import Sizes, UnitSpec, WholeSpec
@@ -30,6 +30,7 @@ class Planner:
         tracker: which phase runs, and what is known of each kind of call.
         link_gb_per_s: measured; None: not yet.
         decode_gb_per_s: of what is packed, in bytes on the device; measured, or assumed.
+        make_all_raw: has what is packed made raw, since the budget has no room for wire buffers.
 
     Args:
         budget_bytes: of reserved memory; None: no limit, and the least of weights.
@@ -41,6 +42,7 @@ class Planner:
         self.tracker = PhaseTracker([])
         self.link_gb_per_s: float | None = None
         self.decode_gb_per_s = DECODE_GB_PER_S
+        self.make_all_raw: Callable[[], object] = lambda: None
         self._budget_bytes = budget_bytes
         self._num_slots = num_slots
         self._granularity = granularity
@@ -48,6 +50,7 @@ class Planner:
         self._units: Sequence[UnitSpec] = ()
         self._packed: dict[int, Sizes] = {}  # by unit: of those that are packed, or are to be
         self._has_other_sizes = False  # than were planned with
+        self._is_short = False  # of memory, although what is packed could be raw
         self._whole: Sequence[WholeSpec] = ()
         self._uses = _Uses()
         self._plan: Plan | None = None
@@ -90,6 +93,15 @@ class Planner:
         except BudgetError:
             return False
         return True
+
+    def did_not_fit(self) -> None:
+        """A call was refused memory: the next one gets that of wire buffers, too."""
+        self._is_short = self._has_other_sizes = bool(self._packed)
+
+    def _unpack(self) -> None:
+        self.make_all_raw()
+        self.pack({})
+        self._is_short = False
 
     def _set_units(self, units: Sequence[UnitSpec]) -> None:
         self._units = [replace(unit, packed=self._packed.get(unit.index)) for unit in units]
@@ -144,13 +156,21 @@ class Planner:
             BudgetError: it is known not to fit, whatever else is given up.
         """
         before = self._plan
+        if self._is_short:
+            self._unpack()
         self._merge_partners(outside_bytes)
         phases = self.tracker.phases(outside_bytes)
         costs = self._costs()
         self._has_new_times, self._planned_brief = False, self.tracker.brief
         is_as_planned = costs == self._planned_costs and not self._has_other_sizes
         if before is None or not is_as_planned or not self._still_holds(before, phases, outside_bytes):
-            self._plan = self._make_for(kind, phases, costs, outside_bytes)
+            try:
+                self._plan = self._make_for(kind, phases, costs, outside_bytes)
+            except BudgetError:
+                if not self._packed:
+                    raise
+                self._unpack()
+                self._plan = self._make_for(kind, phases, costs, outside_bytes)
             self._planned_costs, self._has_other_sizes = costs, False
         is_new = self._plan is not before
         self._planned_with = {*(() if is_new else self._planned_with), kind}

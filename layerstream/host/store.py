@@ -231,15 +231,17 @@ class HostStore:
                 view = over(pages.cut(offset, bound.num_bytes), bound.dtype, bound.shape, bound.strides)
             bound.copied_to(view, keeps_home=False, is_handed_back=is_large)
 
-    def hold(self, home: Home, pages: PageMapping, num_bytes: int) -> torch.Tensor:
-        """Page-lock a mapping for a home that lies in it and is to be adopted, or released; where that is refused, it
-        is copied from as it is.
+    def hold(self, home: Home, pages: PageMapping, num_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
+        """Page-lock a mapping for a home that lies in it and is to be adopted, or released; where that is refused, or
+        not wanted, it is copied from as it is.
 
         Returns: uint8 [num_bytes], the memory.
         """
         source = pages.cut(0, num_bytes)
         self._homes.append(home)  # first: what is interrupted here is released in the end
-        (lock,) = page_locks_of(self._device).acquire(self._device, [pages.range])
+        lock = None
+        if is_locked:
+            (lock,) = page_locks_of(self._device).acquire(self._device, [pages.range])
         home.locks = [] if lock is None else [lock]
         home.ranges = [(source, 0, pages.range)]
         home.segments = [Segment(source, 0, is_pinned=lock is not None)]

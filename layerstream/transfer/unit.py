@@ -48,10 +48,17 @@ class UnitState(enum.Enum):
 
 
 class Prepared(NamedTuple):
-    """What is made once for a unit in a slot: its views, and what loads it; None: its home is another since."""
+    """What is made once for a unit in a slot.
+
+    Attributes:
+        views: its tensors there.
+        load: what loads it; None: its home is another since.
+        num_references: that `load` has to the slot's memory.
+    """
 
     views: list[torch.Tensor]
     load: Issue | None
+    num_references: int = 0
 
 
 class Slot:
@@ -91,7 +98,8 @@ class Slot:
             return known.load
         before = self._count_references()
         load = routes.prepare(unit.home, self.buffer)
-        self.prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load)
+        num_references = self._count_references() - before
+        self.prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load, num_references)
         del known
         self._noticed_own(before)
         return load
@@ -105,6 +113,10 @@ class Slot:
         known = self.prepared.get(unit)
         if known is not None:
             self.prepared[unit] = Prepared(known.views, None)
+            # What the load has of the memory is let go of, now or, by a copy that is on its way, soon: what would be
+            # counted as ours from then on would be somebody else's.
+            self._own_references -= known.num_references
+            self._references -= known.num_references
 
     def forget(self, unit: StreamedUnit) -> None:
         """Drop the views of a unit that exists no more."""

@@ -6,11 +6,13 @@ for that event. So copies run ahead of decoding by as many loads as there are bu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from layerstream.device.base import Device, Event, Stream, engine_tensors
+from layerstream.interrupts import twice_if_interrupted
 
 
 class Wire:
@@ -68,9 +70,11 @@ class WireRing:
         self._laid, self._next = (0, 0), 0
         while self._wires:
             wire = self._wires.pop()
-            self._device.wait(wire.stream, wire.free)
-            self._count_bytes(-self._device.rounded_bytes(wire.buffer.numel()))
-            self._device.free(wire.buffer)
+            try:
+                twice_if_interrupted(functools.partial(self._device.wait, wire.stream, wire.free))
+            finally:
+                self._count_bytes(-self._device.rounded_bytes(wire.buffer.numel()))
+                self._device.free(wire.buffer)
 
     def close(self) -> list[torch.Tensor]:
         """Forget all, with the device idle; returns the buffers, to be freed."""

@@ -22,7 +22,7 @@ pytest.importorskip("diffusers")
 from benchmarks import __main__ as command
 from benchmarks import cases, cell, pages, plots, suite, targets, weights
 from benchmarks.cell import Cell
-from benchmarks.methods import METHODS, Method, MissingPeerError
+from benchmarks.methods import METHODS, OURS, Method, MissingPeerError
 from benchmarks.records import command_line, typical
 from layerstream.standins import build_pipeline
 
@@ -441,9 +441,9 @@ def test_every_suite_has_resident_first_and_those_with_peers_last() -> None:
         for case, form in dict.fromkeys((entry.case, entry.form) for entry in wanted):
             methods = [entry.method for entry in wanted if (entry.case, entry.form) == (case, form)]
             assert methods[0] == "resident", name
-            is_last = case in cases.WITH_PEERS or name.endswith("-pairs")
+            is_last = case in cases.WITH_PEERS or name.endswith(("-pairs", "-packed"))
             assert (methods[-1] == "resident") is is_last, name
-            assert {"layerstream", "paired"}.intersection(methods)
+            assert set(OURS).intersection(methods)
 
 
 def test_a_suite_can_be_narrowed_to_methods() -> None:

@@ -94,8 +94,8 @@ def test_the_version_is_the_packages() -> None:
 def test_options_are_keyword_only(function: object) -> None:
     parameters = list(inspect.signature(function).parameters.values())  # type: ignore[arg-type]
     named = [p.name for p in parameters if p.name != "self"]
-    assert named == ["pipe", "vram_budget", "device", "call_timeout", "pairing"]
-    assert [p.kind for p in parameters[-4:]] == [inspect.Parameter.KEYWORD_ONLY] * 4
+    assert named == ["pipe", "vram_budget", "device", "call_timeout", "pairing", "packing"]
+    assert [p.kind for p in parameters[-5:]] == [inspect.Parameter.KEYWORD_ONLY] * 5
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())

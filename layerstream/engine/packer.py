@@ -83,8 +83,8 @@ class Packer:
             return "its memory is shared"
         return ""
 
-    def packed(self, store: HostStore, unit: StreamedUnit) -> PackedHome | None:
-        """A packed home of the same bytes; None: it gains too little, or does not come back as it was.
+    def packed(self, store: HostStore, unit: StreamedUnit) -> PackedHome | str:
+        """A packed home of the same bytes; or why it stays raw: it gains too little, or does not come back as it was.
 
         Raises:
             torch.OutOfMemoryError: the device has no room for it.
@@ -104,7 +104,7 @@ class Packer:
                 for word_bytes in (4, 2) if is_32_bits else (2,):
                     found = found or device.pack(raw, word_bytes, most_bytes)
                 if found is None:
-                    return None
+                    return f"packing gains less than {LEAST_GAIN:.0%}"
                 packed, layout = found
                 pages = self.pages.take(packed.numel(), may_be_larger=True)
                 if (following := self._next_of(unit)) is not None:
@@ -116,7 +116,7 @@ class Packer:
                 if not self._is_same(home, raw):
                     self._stats.num_packing_mismatches += 1
                     warn(f"`{unit.spec.name}` does not come back as it was when it is packed; it stays as it is.")
-                    return None
+                    return "it does not come back as it was"
             undo.pop_all()
             return home
 
@@ -150,6 +150,8 @@ class Packer:
                 self._exchanges.release()  # of the packed bytes, which the device has no more to do with, as a rule
             except Exception as error:  # of a device that has failed: weights come home all the same
                 _log.warning("page locks could not be given up: %r", error)
+            if not self.is_leaving:
+                self._device.empty_cache()  # activations in pieces of what this took would keep these apart
         self._was_made_raw(unit)
 
     def _decode_to_host(self, home: PackedHome, buffer: torch.Tensor) -> None:

@@ -40,7 +40,6 @@ from layerstream.transfer.unit import StreamedUnit
 _log = logging.getLogger("layerstream.packing")
 
 LEAST_BYTES = 2**20  # of a unit; less is not worth a launch
-
 _MOST_TIME_SHARE = 0.05  # of the time since the first unit was packed, that packing takes
 _NO_ROOM = "the budget has no room for wire buffers"
 _MOST_UNPACKED = 2  # times that a unit is touched, until it stays raw
@@ -50,7 +49,7 @@ class Packing:
     """Which units of one streamer are packed, and how they come to be and cease to be so.
 
     Attributes:
-        why_off: why nothing is packed; "": it may be.
+        why_off: why nothing can be packed; "": it can, as far as known.
 
     Args:
         mode: "off"; "ahead": all blocks on entering; "auto": what a pass waits for, while calls run.
@@ -66,7 +65,7 @@ class Packing:
         stats: Stats,
         mode: str,
     ) -> None:
-        self.why_off = 'packing="off"' if mode == "off" else ""
+        self.why_off = ""
         self._device = device
         self._attached = attached
         self._ledger = ledger
@@ -88,14 +87,19 @@ class Packing:
         self._began_s = 0.0
 
     @property
+    def is_on(self) -> bool:
+        """Whether anything is to be packed, ever."""
+        return self._mode != "off"
+
+    @property
     def is_ahead(self) -> bool:
         """Whether all that can be is packed on entering."""
         return self._mode == "ahead"
 
     def why_raw(self) -> str:
         """Why nothing is packed, or how many units stay raw that were to be packed, and why; "": none, or it is off."""
-        if self._mode == "off" or self.why_off:
-            return self.why_off if self._mode != "off" else ""
+        if not self.is_on or self.why_off:
+            return self.why_off if self.is_on else ""
         counts = Counter(why for index, why in self._refused.items() if index in self._attached.units)
         return "; ".join(f"{count} of what was to be: {why}" for why, count in counts.most_common())
 
@@ -103,7 +107,7 @@ class Packing:
 
     def prepare(self) -> None:
         """Before anything is page-locked: see that it can be done, and have kernels made."""
-        if not self.why_off and not self._is_checked:
+        if self.is_on and not self._is_checked:
             self._is_checked = True
             self.why_off = self._device.why_not_packed()
             if self.why_off:
@@ -136,7 +140,7 @@ class Packing:
 
     def at_rest(self) -> None:
         """No component is in the middle of a call: have the next unit packed that is wanted."""
-        if self._mode == "off" or self.why_off:
+        if not self.is_on or self.why_off:
             return
         if self._is_asked and not self._exchanges.num_wanted:
             self._is_asked = False
@@ -172,9 +176,7 @@ class Packing:
         else:
             each = [worth_packing(plan, phase_plan, can_be) for phase_plan in plan.phases]
             found = list(dict.fromkeys(index for indices in each for index in indices))
-        if found:
-            self.prepare()
-        if not found or self.why_off:
+        if not found:
             return
         if self._ledger.planner.has_room_to_pack(self._sizes([*self._wanted, *found])):
             self._wanted.extend(found)
@@ -266,8 +268,8 @@ class Packing:
             if not why:
                 with self._ledger.forgiving():
                     try:
-                        home = self._packer.packed(store, unit)
-                        why = "" if home is not None else f"packing gains less than {packer.LEAST_GAIN:.0%}"
+                        made = self._packer.packed(store, unit)
+                        home, why = (None, made) if isinstance(made, str) else (made, "")
                     except torch.OutOfMemoryError:
                         why = "there is no room to pack it"
             if why:

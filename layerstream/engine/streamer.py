@@ -276,8 +276,7 @@ class Streamer:
     def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         self._is_opened = True
         try:
-            if self.packing.is_ahead:
-                self.packing.prepare()
+            self.packing.prepare()
             self._attaching.attach(layouts, division, self.listener, [c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
             self._attaching.move_others()  # under the limit

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerstream.transfer.timeline import BLOCKS, LOADS, PASSES, PHASES, WAITS
+from layerstream.transfer.timeline import BLOCKS, DECODES, LOADS, PASSES, PHASES, WAITS
 
 # From the top. What the host does is left out: its clock begins elsewhere.
 _COLOURS = {
@@ -19,6 +19,7 @@ _COLOURS = {
     PASSES: "tab:blue",
     BLOCKS: "tab:green",
     WAITS: "tab:red",
+    DECODES: "tab:purple",
     LOADS: "tab:orange",
 }
 _ROWS = list(_COLOURS)
@@ -51,6 +52,11 @@ class Stretch:
     end_ms: float
     spans: Sequence[Span]
 
+    @property
+    def rows(self) -> list[str]:
+        """What is drawn; decoding where there is any."""
+        return [row for row in _ROWS if row != DECODES or self.of(row)]
+
     def of(self, row: str) -> list[Span]:
         return [span for span in self.spans if span.row == row]
 
@@ -66,7 +72,7 @@ class Stretch:
     def line(self) -> str:
         """Per row its share, how many spans begin in the stretch, and the median of their times and speeds."""
         told = []
-        for row in _ROWS:
+        for row in self.rows:
             begun = [span for span in self.of(row) if span.start_ms >= self.start_ms]
             text = f"{row} {100 * self.share(row):.1f} %"
             if begun:
@@ -149,7 +155,7 @@ def _draw(stretches: Sequence[Stretch], title: str, picture: Path) -> None:
     size = (_WIDTH_INCHES, _PANEL_INCHES * len(stretches))
     figure, panels = pyplot.subplots(len(stretches), figsize=size, layout="constrained", squeeze=False)
     for stretch, axes in zip(stretches, panels.flat, strict=True):
-        for lane, row in enumerate(_ROWS):
+        for lane, row in enumerate(stretch.rows):
             # White edges part bars that follow without a gap; snapped, a wait of 10 us would be as wide as a pixel.
             look = {"facecolor": _COLOURS[row], "edgecolor": "white", "linewidth": 0.4, "alpha": 0.6, "snap": False}
             parts = side_by_side(stretch.of(row))
@@ -161,8 +167,8 @@ def _draw(stretches: Sequence[Stretch], title: str, picture: Path) -> None:
                 for middle, text in _texts(spans, stretch):
                     place = middle, top + height / 2
                     axes.text(*place, text, ha="center", va="center", fontsize=_POINTS, clip_on=True)
-        axes.set_yticks(range(len(_ROWS)), [_label(row, stretch) for row in _ROWS], fontsize="small")
-        axes.set_ylim(len(_ROWS) - 0.5, -0.5)
+        axes.set_yticks(range(len(stretch.rows)), [_label(row, stretch) for row in stretch.rows], fontsize="small")
+        axes.set_ylim(len(stretch.rows) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize="small")
         axes.set_xlim(stretch.start_ms, stretch.end_ms)
         axes.grid(visible=True, axis="x", alpha=0.3)
@@ -191,7 +197,7 @@ def side_by_side(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _label(row: str, stretch: Stretch) -> str:
-    unit = ", GB/s" if row == LOADS else ""
+    unit = ", GB/s" if row in (LOADS, DECODES) else ""
     return f"{row}{unit}\n{100 * stretch.share(row):.0f} %"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from layerstream.transfer import wires
 from tests.fakes import OneModel, Sized, adversary, assert_equal, assert_restored, describe, elsewhere, run, toy, twin
 from tests.packing_fakes import packs_anything
 from tests.test_replay import Net, function_calls
+from tests.test_trace import spans
 
 __all__ = ["packs_anything"]
 
@@ -468,6 +470,26 @@ def test_a_plan_with_packed_blocks_counts_wire_buffers() -> None:
     (phase,) = packed.phases
     assert phase.wires[0] == 2
     assert packed.least_bytes == raw.least_bytes + sum([phase.wires[1]] * 2) + 2 * (-phase.wires[1] % 256)
+
+
+@pytest.mark.usefixtures("packs_anything")
+def test_a_trace_shows_decoding_behind_its_copy(tmp_path: Path) -> None:
+    device = SimulatedDevice(decode_gb_per_s=50.0)
+    model = Sized(device, [2**20] * 6)
+    path = tmp_path / "calls.json"
+    with torch.no_grad(), layerstream.offload(model, vram_budget="min", device=device, packing="ahead") as streaming:
+        for _ in range(6):
+            model(torch.zeros(1))
+        with streaming.trace(path):
+            for _ in range(3):
+                model(torch.zeros(1))
+    rows = spans(path)
+    assert len(rows["decodes"]) == len(rows["loads"]) >= 18
+    for load, decode in zip(rows["loads"], rows["decodes"], strict=True):
+        assert load["name"] == decode["name"]
+        assert decode["ts"] >= load["ts"] + load["dur"] - 1e-6
+        assert decode["args"]["GB/s"] == pytest.approx(50, rel=0.01)
+        assert load["args"]["bytes"] < decode["args"]["bytes"] / 3
 
 
 @pytest.mark.usefixtures("packs_anything")

@@ -239,6 +239,10 @@ class Unpacker(Protocol):
         Returns: the event after it.
         """
 
+    def mark_unpacking(self, after: Sequence[Event]) -> Any:
+        """A point in time on the stream that decodes, after all decoding issued so far and after these events; what is
+        decoded from now on comes after it. Does not block the host."""
+
     def unpack_on_host(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> None:
         """Decode host memory into host memory; touches no device."""
 

@@ -286,6 +286,9 @@ class CudaDevice:
     def unpack(self, unpacking: Launch, after: Sequence[Event]) -> torch.cuda.Event:
         return self._packing.unpack(unpacking, after)
 
+    def mark_unpacking(self, after: Sequence[Event]) -> torch.cuda.Event:
+        return self._packing.mark(after)
+
     def unpack_on_host(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> None:
         self._packing.unpack_on_host(wire, layout, target)
 

@@ -42,13 +42,23 @@ class CudaPacking:
 
     def unpack(self, start: Launch, after: Sequence[Any]) -> torch.cuda.Event:
         """See `Unpacker`."""
-        # A block that is there sooner is of more use than compute that ends sooner: decoding goes first.
-        stream = self._stream = self._stream or torch.cuda.Stream(self._torch_device, priority=-1)
-        for event in after:
-            stream.wait_event(event)
+        stream = self._behind_all(after)
         with torch.cuda.device(self._torch_device):
             start(stream.cuda_stream)
         return _recorded(stream)
+
+    def mark(self, after: Sequence[Any]) -> torch.cuda.Event:
+        """See `Unpacker.mark_unpacking`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._behind_all(after))
+        return event
+
+    def _behind_all(self, events: Sequence[Any]) -> torch.cuda.Stream:
+        # A block that is there sooner is of more use than compute that ends sooner: decoding goes first.
+        stream = self._stream = self._stream or torch.cuda.Stream(self._torch_device, priority=-1)
+        for event in events:
+            stream.wait_event(event)
+        return stream
 
     def behind(self, copies: torch.cuda.Event) -> torch.cuda.Event:
         """An event after copies and all decoding so far."""

@@ -36,6 +36,11 @@ class Ranges:
         told = None if self.timeline is None else self.timeline.loading(name, num_bytes, after)
         return self._told("load", name, told)
 
+    def decoding(self, name: str, num_bytes: int, after: Sequence[Event]) -> contextlib.AbstractContextManager[None]:
+        """Inside, the decoding of a unit is queued behind these events."""
+        told = None if self.timeline is None else self.timeline.decoding(name, num_bytes, after)
+        return self._told("decode", name, told)
+
     def waiting(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Inside, compute is queued behind the load of a unit."""
         told = None if self.timeline is None else self.timeline.waiting(name)

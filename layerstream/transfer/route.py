@@ -18,6 +18,7 @@ import torch
 
 from layerstream.device.base import COPY_BYTES, Device, Event, Unpacking, engine_tensors
 from layerstream.host.home import Home, PackedHome
+from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.wires import Wire, WireRing
 
 _STAGING_BUFFERS = 3
@@ -28,9 +29,13 @@ Issue = Callable[[Sequence[Event]], Event]  # starts what was prepared behind th
 class Route(Protocol):
     """One way for bytes to go."""
 
-    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
+    def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
         """What brings the bytes of `home` into `buffer` (uint8 [>= device_bytes], on the device); made once, used
-        often."""
+        often.
+
+        Args:
+            name: of the unit, for people.
+        """
 
 
 class Routes:
@@ -38,16 +43,17 @@ class Routes:
 
     Args:
         wires: buffers for what is packed.
+        ranges: what wants to know of decoding.
     """
 
-    def __init__(self, device: Device, wires: WireRing) -> None:
+    def __init__(self, device: Device, wires: WireRing, ranges: Ranges) -> None:
         self._copy = Copy(device)
-        self._copy_and_decode = CopyAndDecode(device, self._copy, wires)
+        self._copy_and_decode = CopyAndDecode(device, self._copy, wires, ranges)
 
-    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
+    def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
         """See `Route`."""
         route: Route = self._copy_and_decode if isinstance(home, PackedHome) else self._copy
-        return route.prepare(home, buffer)
+        return route.prepare(home, buffer, name)
 
     def close(self) -> None:
         """Let go of buffers on the host. The device must be idle."""
@@ -64,7 +70,7 @@ class Copy:
         self._device = device
         self._staging: _StagingRing | None = None
 
-    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
+    def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
         pairs = home.pairs(buffer)
         if home.is_pinned:
             return functools.partial(
@@ -82,12 +88,13 @@ class Copy:
 class CopyAndDecode:
     """Copies packed bytes into the wire buffer whose turn it is, and decodes them from there into the slot."""
 
-    def __init__(self, device: Device, copy: Copy, wires: WireRing) -> None:
+    def __init__(self, device: Device, copy: Copy, wires: WireRing, ranges: Ranges) -> None:
         self._device = device
         self._copy = copy
         self._wires = wires
+        self._ranges = ranges
 
-    def prepare(self, home: Home, buffer: torch.Tensor) -> Issue:
+    def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
         assert isinstance(home, PackedHome)
         # Made here: who looks at a slot's memory is counted when its loads are prepared.
         target = buffer[: home.device_bytes]
@@ -98,10 +105,15 @@ class CopyAndDecode:
             known = by_wire.get(wire)
             if known is None:
                 unpacking = self._device.prepare_unpack(wire.buffer[: home.wire_bytes], home.layout, target)
-                known = by_wire[wire] = self._copy.prepare(home, wire.buffer), unpacking
+                known = by_wire[wire] = self._copy.prepare(home, wire.buffer, name), unpacking
             copy, unpacking = known
             try:
-                wire.free = event = self._device.unpack(unpacking, [copy([wire.free]), *after])
+                before = [copy([wire.free]), *after]
+                if self._ranges.is_on:
+                    with self._ranges.decoding(name, home.device_bytes, before):
+                        wire.free = event = self._device.unpack(unpacking, before)
+                else:
+                    wire.free = event = self._device.unpack(unpacking, before)
             except BaseException:  # the copy may be on its way, and decoding behind it
                 wire.free = self._device.record_copies()
                 raise

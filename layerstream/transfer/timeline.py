@@ -21,7 +21,8 @@ from layerstream.saying import warn
 
 # Rows of the picture, from the top.
 PHASES, PASSES, BLOCKS, WAITS, LOADS, HOST = "phases", "passes", "blocks", "waits", "loads", "host"
-_ROWS = (PHASES, PASSES, BLOCKS, WAITS, LOADS, HOST)
+DECODES = "decodes"
+_ROWS = (PHASES, PASSES, BLOCKS, WAITS, DECODES, LOADS, HOST)
 MOST_SPANS = 200_000  # each has two events of the device
 
 
@@ -53,6 +54,13 @@ class Timeline:
         with self._on_host(f"load {name}"):
             yield
         self._add(LOADS, name, start, self._device.mark_copies([]), bytes=num_bytes)
+
+    @contextlib.contextmanager
+    def decoding(self, name: str, num_bytes: int, after: Sequence[Event]) -> Iterator[None]:
+        """Decoding of so many bytes, on the device, begins once `after` have passed."""
+        start = self._device.mark_unpacking(after)
+        yield
+        self._add(DECODES, name, start, self._device.mark_unpacking([]), bytes=num_bytes)
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:

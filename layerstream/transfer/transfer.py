@@ -26,6 +26,7 @@ import torch
 
 from layerstream.device.base import Device, Stream, engine_tensors
 from layerstream.errors import TransferError
+from layerstream.host.home import PackedHome
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.stats import PhaseStats, Stats
 from layerstream.transfer.profiling import Ranges
@@ -50,7 +51,7 @@ class TransferEngine:
         self._stats = stats
         self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
         self.wires = WireRing(device, self._count_bytes)
-        self._routes = Routes(device, self.wires)
+        self._routes = Routes(device, self.wires, ranges)
         self.ring: list[Slot] = []
         self.slot_bytes = 0  # of each slot of the ring
         self.extra: list[Slot] = []
@@ -182,7 +183,9 @@ class TransferEngine:
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         try:
             if self.ranges.is_on:
-                with self.ranges.loading(unit.spec.name, unit.home.wire_bytes, slot.after):
+                # What is packed is copied to a wire buffer, whatever reads the slot still.
+                after = () if isinstance(unit.home, PackedHome) else slot.after
+                with self.ranges.loading(unit.spec.name, unit.home.wire_bytes, after):
                     slot.ready = unit.last_load = issue(slot.after)
             else:
                 slot.ready = unit.last_load = issue(slot.after)

@@ -97,7 +97,7 @@ class Slot:
         if known is not None and known.load is not None:
             return known.load
         before = self._count_references()
-        load = routes.prepare(unit.home, self.buffer)
+        load = routes.prepare(unit.home, self.buffer, unit.spec.name)
         num_references = self._count_references() - before
         self.prepared[unit] = Prepared(unit.home.views(unit.binding, self.buffer), load, num_references)
         del known

@@ -384,6 +384,11 @@ class SimulatedDevice:
             self._queue.progress()
             return stream.event(queued)
 
+    def mark_unpacking(self, after: Sequence[Any]) -> float:
+        with self._lock:
+            self._streams.unpacking.follow(after)
+            return self._streams.unpacking.time_ms
+
     def unpack_on_host(self, wire: torch.Tensor, layout: PackedLayout, target: torch.Tensor) -> None:
         with self._unseen.on():
             decode(wire, layout, target)

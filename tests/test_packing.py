@@ -157,6 +157,7 @@ def test_raw_bytes_are_let_go() -> None:
         gc.collect()
         assert all(storage.expired() for storage in storages)
         assert sum(device.registered.values()) < model.blocks[0].weight.nbytes
+        assert streaming.stats().pinned_bytes == streaming.stats().packed_bytes
 
 
 @pytest.mark.usefixtures("packs_anything")

@@ -199,7 +199,9 @@ class Packing:
         self._count()
 
     def _count(self) -> None:
-        packed = [unit for unit in self._attached.units.values() if isinstance(unit.home, PackedHome)]
+        units = self._attached.units.values()
+        self._stats.pinned_bytes = sum(s.source.numel() for u in units for s in u.home.segments if s.is_pinned)
+        packed = [unit for unit in units if isinstance(unit.home, PackedHome)]
         self._stats.num_packed_units = len(packed)
         self._stats.packed_bytes = sum(unit.home.wire_bytes for unit in packed)
         self._stats.unpacked_bytes = sum(unit.home.device_bytes for unit in packed)

@@ -1187,3 +1187,22 @@ def assert_alike(model: nn.Module, resident: nn.Module) -> None:
     expected = resident.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_weights_of_a_block_that_are_tied_by_their_memory_are_read_as_one(budget: str) -> None:
+    """What is written to each through `.data` is written twice, as on a resident model."""
+
+    def tied() -> nn.Module:
+        model = toy()
+        model.blocks[1].scale.data = model.blocks[1].norm.weight.data
+        return model
+
+    resident, model = tied(), tied()
+    with layerstream.offload(model, vram_budget=BUDGETS[budget], device=adversary()):
+        for _ in range(3):
+            assert_equal(run(model, 2), run(resident, 2))
+            for each in (model, resident):
+                for weight in each.parameters():
+                    weight.data.mul_(1.5)
+    assert_equal(run(model, 2), run(resident, 2))

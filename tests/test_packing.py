@@ -439,6 +439,25 @@ def test_a_call_that_leaves_no_room_for_wire_buffers_makes_all_raw() -> None:
 
 
 @pytest.mark.usefixtures("packs_anything")
+def test_what_making_a_unit_raw_takes_is_no_reserve() -> None:
+    """A hook writes to a weight while the first passes are measured: its unit is made raw in the middle of one."""
+
+    def write(module: nn.Module, *_: Any) -> None:
+        module.weight.mul_(1.5)
+
+    reserves = {}
+    for mode in ("off", "ahead"):
+        model, device = toy(), adversary()
+        with layerstream.offload(model, vram_budget=60_000, device=device, packing=mode) as streaming, torch.no_grad():
+            for number in range(8):
+                handle = model.blocks[0].norm.register_forward_hook(write if number == 1 else lambda *_: None)
+                run(model, 1)
+                handle.remove()
+            reserves[mode] = [phase.phase.reserve_bytes for phase in streaming.plan.phases]
+    assert reserves["ahead"] == reserves["off"]
+
+
+@pytest.mark.usefixtures("packs_anything")
 @pytest.mark.filterwarnings("ignore:module forward hook")
 def test_a_copy_into_a_wire_buffer_that_is_still_decoded_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulated device sees the race that a missing wait would be."""

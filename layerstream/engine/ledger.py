@@ -292,6 +292,10 @@ class Ledger:
 
     # ---- what does not fit
 
+    def spoil_interval(self) -> None:
+        """Memory of our own is taken for a moment: what the running interval takes is not known by its peak."""
+        self._interval_weights = None
+
     def did_not_fit(self) -> None:
         """The running call ran out of memory: the next like it gets all the room there is."""
         self.look()

@@ -185,6 +185,7 @@ class Packer:
     @contextlib.contextmanager
     def _scratch(self, num_bytes: int) -> Iterator[torch.Tensor]:
         """A device buffer for the moment (uint8 [num_bytes]). What is on its way to it by then is waited for."""
+        self._ledger.spoil_interval()
         with engine_tensors():
             buffer = self._device.allocate(num_bytes)
             try:

@@ -108,10 +108,17 @@ class Residency:
                 unit.may_be_in_graph |= self.makes_graphs
 
     def _cloned_views(self, unit: StreamedUnit, views: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of a unit's weights; where there is no room for them, the weights in the slot."""
+        """Copies of a unit's weights, one for those that are tied by their memory; where there is no room for them, the
+        weights in the slot."""
+        copies: dict[tuple[object, ...], torch.Tensor] = {}
         with self._ledger.forgiving():
             try:
-                cloned = [view.clone() for view in views]
+                cloned = []
+                for view in views:
+                    place = view.data_ptr() if view.numel() else id(view), view.dtype, view.shape, view.stride()
+                    if place not in copies:
+                        copies[place] = view.clone()
+                    cloned.append(copies[place])
             except torch.OutOfMemoryError:
                 return views
         unit.is_cloned = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,6 +14,7 @@ from layerstream.blocks import Placement, Sizes, UnitSpec
 from layerstream.errors import BudgetError
 from layerstream.planning.costs import Costs
 from layerstream.planning.draft import LEAST_SLOTS
+from layerstream.planning.pace import Pace
 from layerstream.planning.phase_plan import Phase
 from layerstream.planning.plan import Plan, make_plan
 
@@ -358,6 +360,24 @@ def test_packed_blocks_take_less_of_the_bus_and_room_for_wires(budget: int) -> N
     num_streamed = sum(u.index not in small.phases[0].resident for u in units)
     assert after.compute_ms == pytest.approx(24 * 4 + num_streamed * gib / 2 / 1500e6)
     assert after.bus_ms == pytest.approx(num_streamed * int(0.67 * (gib // 2)) / 50e6)
+
+
+def test_a_plan_of_packed_blocks_plays_their_decoding_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes ten times as long as a pass without, and the search compares hundreds of them."""
+    gib = 2**30
+    units = packed(units_of(("net", True, gib // 8, [gib // 8] * 96)), 0.67)
+    costs = Costs(50.0, {u.index: 1.0 for u in units if u.is_block}, decode_gb_per_s=1500.0)
+    played, play = 0, Pace._pass_ms_unpacked
+
+    def count(*args: Any) -> float:
+        nonlocal played
+        played += 1
+        return play(*args)
+
+    monkeypatch.setattr(Pace, "_pass_ms_unpacked", count)
+    plan = make_plan(units, [Phase(("net",), True, gib // 2)], 6 * gib, costs=costs)
+    assert plan.phases[0].num_slots
+    assert 0 < played <= 4
 
 
 def test_costs_without_a_decoder_take_packed_blocks_as_smaller_ones() -> None:

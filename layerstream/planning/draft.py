@@ -80,7 +80,11 @@ class Draft:
         link = costs.link_gb_per_s if costs else LINK_GB_PER_S
         wholes = [u.block_name for u in self.units]
         self.pace = Pace(times, link, wholes, unpack_ms)
-        self.careful_pace = Pace(times, _CAREFUL_SHARE * link, wholes, unpack_ms)
+        # The search compares hundreds of placements, and takes decoding as compute of the block, whether it streams or
+        # not: to play it as a server of its own takes ten times as long, and a call would wait seconds for its plan.
+        searched = [(num_bytes, ms + unpack) for (num_bytes, ms), unpack in zip(times, unpack_ms, strict=True)]
+        self.search_pace = Pace(searched, link, wholes)
+        self.careful_pace = Pace(searched, _CAREFUL_SHARE * link, wholes)
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
@@ -153,12 +157,12 @@ class Draft:
         most = (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + _SLOTS_PER_PIECE * (self.pace.most_pieces - 1)
         usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_slot_size.num_slots(LEAST_SLOTS)}
         for counts in (*asked, sorted(n for n in usual if n >= LEAST_SLOTS)):
-            choice = Search(self.pace, sizes, counts).fastest(room)
+            choice = Search(self.search_pace, sizes, counts).fastest(room)
             if choice is not None:
-                if choice.ms_per_pass <= self.pace.total_ms + 1e-6:
+                if choice.ms_per_pass <= self.search_pace.total_ms + 1e-6:
                     search = Search(self.careful_pace, sizes, counts)
                     careful = search.smallest(room) if is_frugal else search.fastest(room)
-                    if careful is not None and careful.ms_per_pass <= self.pace.total_ms + 1e-6:
+                    if careful is not None and careful.ms_per_pass <= self.search_pace.total_ms + 1e-6:
                         choice = careful
                 break
         assert choice is not None  # the least fits, or the budget would have been refused

@@ -337,7 +337,7 @@ def use_with_collections(num_dropped: int, step: int, offset: int, *, shares_dev
                     with torch.no_grad():  # the last of these are replayed
                         run(pipe.model, passes=8)
 
-    within(_PLENTY_S, use)
+    within(4 * _PLENTY_S, use)  # 38 s of tracing and collecting where nothing else runs
     dropped.clear()
     gc.collect()
     assert_equal(pipe(), expected)

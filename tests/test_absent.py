@@ -32,7 +32,7 @@ class ToyLoader:
 
     def add(self, *tensors: torch.Tensor) -> int:
         unit = len(self.bindings)
-        binding = UnitBinding([BoundTensor.of(f"t{i}", t) for i, t in enumerate(tensors)])
+        binding = UnitBinding([BoundTensor(f"t{i}", t) for i, t in enumerate(tensors)])
         binding.prepare(unit, lambda dtype: nan_scalar(dtype, CPU), self.classes)
         self.bindings.append(binding)
         self._views.append([self._view(b) for b in binding.tensors])

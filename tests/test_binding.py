@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def binding_of(*tensors: torch.Tensor) -> UnitBinding:
-    binding = UnitBinding([BoundTensor.of(f"t{i}", t) for i, t in enumerate(tensors)])
+    binding = UnitBinding([BoundTensor(f"t{i}", t) for i, t in enumerate(tensors)])
     binding.prepare(0, lambda dtype: nan_scalar(dtype, CPU), AbsentClasses(lambda units: None))
     return binding
 
@@ -154,7 +154,7 @@ def test_absent_allocates_nothing() -> None:
         made.append(dtype)
         return nan_scalar(dtype, CPU)
 
-    binding = UnitBinding([BoundTensor.of("t", t) for t in tensors])
+    binding = UnitBinding([BoundTensor("t", t) for t in tensors])
     binding.prepare(0, nans, AbsentClasses(lambda units: None))
     assert len(made) == 3
     for _ in range(3):

@@ -40,7 +40,7 @@ class Stored:
         self.device = device or SimulatedDevice(copies="late", is_poisoned=True)
         self.values = [t.detach().clone() for t in tensors]
         self.came_with = [span_of(t) for t in tensors]
-        self.binding = UnitBinding([BoundTensor.of(f"t{i}", t) for i, t in enumerate(tensors)])
+        self.binding = UnitBinding([BoundTensor(f"t{i}", t) for i, t in enumerate(tensors)])
         self.store = HostStore(self.device, Stretches(self.device, self.binding.tensors))
         self.unit: RawHome = self.store.add(self.binding)
         if is_pinned:
@@ -460,7 +460,7 @@ def test_neighbours_of_one_unit_are_one_registration(monkeypatch: pytest.MonkeyP
 def test_pages_shared_by_two_stores_are_counted(first_to_close: int, tmp_path: Path) -> None:
     tensors = file_of(tmp_path, LARGE + 5, LARGE)  # they meet in the middle of a page
     device = SimulatedDevice(copies="late", is_poisoned=True)
-    bindings = [BoundTensor.of("t", t) for t in tensors]
+    bindings = [BoundTensor("t", t) for t in tensors]
     stretches = Stretches(device, bindings)
     stores = [HostStore(device, stretches) for _ in tensors]
     units = [store.add(UnitBinding([bound])) for store, bound in zip(stores, bindings, strict=True)]
@@ -586,7 +586,7 @@ def test_a_dropped_store_takes_its_locks_along() -> None:
 
 def test_a_failure_in_the_middle_of_registering_takes_the_others_back() -> None:
     device = SimulatedDevice()
-    bindings = [UnitBinding([BoundTensor.of("t", apart(LARGE))]) for _ in range(4)]
+    bindings = [UnitBinding([BoundTensor("t", apart(LARGE))]) for _ in range(4)]
     for operation in range(5):
         store = HostStore(device, Stretches(device, [b.tensors[0] for b in bindings]))
         for binding in bindings:  # a unit each, so neighbours stay apart
@@ -643,7 +643,7 @@ class Limited(SimulatedDevice):
 
 def test_pinning_refused_half_way() -> None:
     device = Limited(LARGE * 4 + MIB)
-    bindings = [UnitBinding([BoundTensor.of("t", apart(LARGE))]) for _ in range(3)]
+    bindings = [UnitBinding([BoundTensor("t", apart(LARGE))]) for _ in range(3)]
     store = HostStore(device, Stretches(device, [b.tensors[0] for b in bindings]))
     units = [store.add(binding) for binding in bindings]
     with pytest.warns(LayerstreamWarning, match=r"page-locking 6\.0 MiB " + REFUSED) as said:

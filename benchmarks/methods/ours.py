@@ -68,11 +68,11 @@ def _counters(streamer: layerstream.LayerStreamer) -> Counters:
 LAYERSTREAM = Method("layerstream", _apply, num_warm_ups=8, takes_budget=True)
 # The same, with the two passes of a step side by side: foreseen after some steps, then measured and timed anew.
 PAIRED = Method("paired", functools.partial(_apply, pairing="auto"), num_warm_ups=32, takes_budget=True)
-# The same, with all blocks packed on entering; and with that and pairs.
 # Where they are packed while calls run, at most a twentieth of the time, it takes some hundred passes.
 PACKED_AUTO = Method(
     "packed_auto", functools.partial(_apply, packing="auto"), ("denoiser",), num_warm_ups=240, takes_budget=True
 )
+# With all blocks packed on entering; and with that and pairs.
 PACKED = Method("packed", functools.partial(_apply, packing="ahead"), num_warm_ups=8, takes_budget=True)
 PACKED_PAIRED = Method(
     "packed_paired", functools.partial(_apply, pairing="auto", packing="ahead"), num_warm_ups=32, takes_budget=True

@@ -34,12 +34,10 @@ def encode(words: torch.Tensor) -> tuple[torch.Tensor, PackedRun] | None:
 
     Args:
         words: flat and contiguous, a number of elements divisible by 8. Elements of 2 bytes: of any dtype, for their 16
-            bits
-            are what is packed, as if they were bf16. Elements of 4 bytes (fp32): their high halves are. On a GPU its
-            address is divisible by 16.
+            bits are what is packed, as if they were bf16. Elements of 4 bytes (fp32): their high halves are. On a GPU
+            its address is divisible by 16.
     Returns: uint8 [num_bytes], and what is to be kept of it beside the bytes. None: packing does not gain `LEAST_GAIN`;
-        or
-        of elements of 4 bytes not all low halves are zero; or there are none, or more than `MOST_WORDS`.
+        or of elements of 4 bytes not all low halves are zero; or there are none, or more than `MOST_WORDS`.
     Raises:
         CodecUnavailableError: on a GPU for which no kernel can be had.
         ValueError: the number of elements, their size or the address does not fit.

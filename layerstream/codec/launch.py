@@ -1,9 +1,8 @@
 """Starts the kernels: compiles each once for a device, keeps what that gave, and launches it with addresses.
 
 An ordinary launch of Triton looks at every argument each time, which takes longer than a small kernel runs. A launch
-here
-hands plain numbers to what was compiled: `compiled[grid](*arguments, stream=...)`, which Triton 3.2 to 3.9 have. Where
-a version does not, the ordinary launch does the same.
+here hands plain numbers to what was compiled: `compiled[grid](*arguments, stream=...)`, which Triton 3.2 to 3.9 have.
+Where a version does not, the ordinary launch does the same.
 
 Nothing here is imported with the package, and Triton only at the first use.
 """
@@ -57,8 +56,7 @@ def prepare(wire: torch.Tensor, layout: PackedRun, target: torch.Tensor, *, is_h
         wire: uint8 [>= num_bytes], on the device. Its address is divisible by 16.
         target: uint8 [raw_bytes], on the same device, likewise.
     Returns: takes the number of a stream of that device, and starts the kernel there. The device must be the current
-        one
-        then. It holds on to both tensors.
+        one then. It holds on to both tensors.
     Raises:
         CodecUnavailableError: see there.
         ValueError: a size or an address does not fit.

@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
+from layerstream import codec
 from layerstream.device.base import Device, engine_tensors
 from layerstream.engine.edits import Edits
 from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.ledger import Ledger
-from layerstream.host.home import PackedHome, RawHome
+from layerstream.host.home import Home, PackedHome, RawHome
 from layerstream.host.pages_ahead import PagesAhead
 from layerstream.host.store import HostStore
+from layerstream.planning.packed_choice import PACKED_SHARE
 from layerstream.saying import warn
 from layerstream.stats import Stats
 from layerstream.transfer.unit import StreamedUnit
 
 _log = logging.getLogger("layerstream.packing")
 
-LEAST_GAIN = 0.1
-_PREPARED_SHARE = 0.68  # of a unit's bytes, for what it is packed in
 _LEAST_TIMED_BYTES = 2**24  # of a unit whose decoding tells how fast it is
 _TIMED_UNITS = 9  # the last ones count
 
@@ -95,20 +95,17 @@ class Packer:
         with contextlib.ExitStack() as undo:
             with self._scratch(num_bytes) as raw:
                 raw.zero_()
-                pairs = [(target, source) for target, source, _ in old.pairs(raw)]
-                copies = device.prepare(pairs, is_locked=old.is_pinned)
-                stream = device.compute_stream()
-                device.wait(stream, device.copy(copies, [device.record(stream)]))
-                most_bytes = int((1 - LEAST_GAIN) * num_bytes)
+                self._copy(old, raw)
+                most_bytes = int((1 - codec.LEAST_GAIN) * num_bytes)
                 found = None
                 for word_bytes in (4, 2) if is_32_bits else (2,):
                     found = found or device.pack(raw, word_bytes, most_bytes)
                 if found is None:
-                    return f"packing gains less than {LEAST_GAIN:.0%}"
+                    return f"packing gains less than {codec.LEAST_GAIN:.0%}"
                 packed, layout = found
                 pages = self.pages.take(packed.numel(), may_be_larger=True)
                 if (following := self._next_of(unit)) is not None:
-                    self.pages.prepare(int(_PREPARED_SHARE * following.home.device_bytes))
+                    self.pages.prepare(int(PACKED_SHARE * following.home.device_bytes))
                 home = PackedHome(device, old.offsets, num_bytes, layout=layout)
                 undo.callback(store.release, home)
                 device.copy_back(store.hold(home, pages, packed.numel()), packed)
@@ -174,13 +171,17 @@ class Packer:
         device = self._device
         stream = device.compute_stream()
         with self._scratch(home.wire_bytes) as wire:
-            pairs = [(target, source) for target, source, _ in home.pairs(wire)]
-            copies = device.prepare(pairs, is_locked=home.is_pinned)
             unpacking = device.prepare_unpack(wire[: home.wire_bytes], home.layout, raw)
-            device.wait(stream, device.copy(copies, [device.record(stream)]))
+            self._copy(home, wire)
             start = device.mark(stream)
             device.wait(stream, device.unpack(unpacking, [device.record(stream)]))
             return start, device.mark(stream)
+
+    def _copy(self, home: Home, buffer: torch.Tensor) -> None:
+        """Copy what is on the host into a device buffer; compute that follows comes after it."""
+        device, stream = self._device, self._device.compute_stream()
+        copies = device.prepare([pair[:2] for pair in home.pairs(buffer)], is_locked=home.is_pinned)
+        device.wait(stream, device.copy(copies, [device.record(stream)]))
 
     @contextlib.contextmanager
     def _scratch(self, num_bytes: int) -> Iterator[torch.Tensor]:

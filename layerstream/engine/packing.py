@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from layerstream import codec
 from layerstream.blocks import Sizes
 from layerstream.device.base import Device, engine_tensors
-from layerstream.engine import packer
 from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
 from layerstream.engine.exchange import HomeExchanges
@@ -157,7 +157,7 @@ class Packing:
             self._began_s = self._began_s or time.perf_counter()
             self._is_asked = True
             self._wanted.remove(index)
-            self._exchanges.ask(index, self._make)
+            self._exchanges.ask(index, self._make_at_rest)
 
     def _is_looked_at(self, index: int) -> bool:
         unit = self._attached.units.get(index)
@@ -214,7 +214,7 @@ class Packing:
                 sizes[index] = Sizes(unit.spec.num_bytes, unit.home.wire_bytes, unit.home.wire_bytes)
         for index in wanted:
             if index in units and index not in sizes:
-                most = int((1 - packer.LEAST_GAIN) * units[index].home.device_bytes)  # wire buffers are made for it
+                most = int((1 - codec.LEAST_GAIN) * units[index].home.device_bytes)  # wire buffers are made for it
                 sizes[index] = Sizes(units[index].spec.num_bytes, most, most)
         return sizes
 
@@ -261,6 +261,12 @@ class Packing:
         self._considered = None
         self._has_changed = True
 
+    def _make_at_rest(self, store: HostStore, unit: StreamedUnit) -> PackedHome | None:
+        try:
+            return self._make(store, unit)
+        finally:
+            self._device.empty_cache()  # activations in pieces of what this took would keep these apart
+
     def _make(self, store: HostStore, unit: StreamedUnit) -> PackedHome | None:
         """A packed home of the same bytes; None: the unit stays raw."""
         started = time.perf_counter()
@@ -280,6 +286,4 @@ class Packing:
                 _log.debug("`%s` stays raw: %s", unit.spec.name, why)
             return home
         finally:
-            if self._follows is None:
-                self._device.empty_cache()  # activations in pieces of what this took would keep these apart
             self._spent_s += time.perf_counter() - started

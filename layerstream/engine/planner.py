@@ -87,9 +87,8 @@ class Planner:
 
     def has_room_to_pack(self, sizes: Mapping[int, Sizes]) -> bool:
         """Whether the budget would hold the least of these sizes, as far as reserves are known."""
-        units = [replace(unit, packed=sizes.get(unit.index)) for unit in self._units]
         try:
-            self.check(units, [p.phase for p in self.plan.phases], self._budget_bytes, self._whole)
+            self.check(_sized(self._units, sizes), [p.phase for p in self.plan.phases], self._budget_bytes, self._whole)
         except BudgetError:
             return False
         return True
@@ -104,7 +103,7 @@ class Planner:
         self._is_short = False
 
     def _set_units(self, units: Sequence[UnitSpec]) -> None:
-        self._units = [replace(unit, packed=self._packed.get(unit.index)) for unit in units]
+        self._units = _sized(units, self._packed)
 
     def check(
         self, units: Sequence[UnitSpec], phases: Sequence[Phase], limit: int | None, whole: Sequence[WholeSpec]
@@ -309,6 +308,11 @@ class _Uses:
                 others = {u: n for u, n in self.per_pass.items() if u not in {b.index for b in blocks}}
                 self.per_pass = {**others, **found}
                 self.seldom = self.seldom - set(found) | {u for u, n in found.items() if not n and counts[u]}
+
+
+def _sized(units: Sequence[UnitSpec], packed: Mapping[int, Sizes]) -> list[UnitSpec]:
+    """The units, of which these are packed, by index."""
+    return [replace(unit, packed=packed.get(unit.index)) for unit in units]
 
 
 def _kind_of(phase: Phase) -> tuple[object, ...]:

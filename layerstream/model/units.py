@@ -202,7 +202,7 @@ def divide(layouts: Sequence[ComponentLayout], *, is_preview: bool = False) -> D
         assert use.owner is not None
         writer = next((module for module in use.modules if isinstance(module, NormBase)), None)
         is_statistic = writer is not None and use.name.rpartition(".")[2] in ("running_mean", "running_var")
-        use.owner.tensors.append(BoundTensor.of(use.name, use.tensor, writer if is_statistic else None))
+        use.owner.tensors.append(BoundTensor(use.name, use.tensor, writer if is_statistic else None))
     for owner in owners:
         pieces = _pieces(owner.tensors) if owner.module is not None else [owner.tensors]
         for number, tensors in enumerate(pieces):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -35,15 +36,18 @@ def budget_bytes_on(vram_budget: int | str, device: Device) -> int | None:
 
 
 def checked_pairing(pairing: str) -> str:
-    if pairing not in PAIRINGS:
-        raise ArgumentError(f'pairing must be "auto" or "off", not {brief(pairing)}.')
-    return pairing
+    return _one_of("pairing", pairing, PAIRINGS)
 
 
 def checked_packing(packing: str) -> str:
-    if packing not in PACKINGS:
-        raise ArgumentError(f'packing must be "auto", "ahead" or "off", not {brief(packing)}.')
-    return packing
+    return _one_of("packing", packing, PACKINGS)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        *others, last = (f'"{choice}"' for choice in choices)
+        raise ArgumentError(f"{name} must be {', '.join(others)} or {last}, not {brief(value)}.")
+    return value
 
 
 def checked_timeout(call_timeout: float | None) -> float | None:

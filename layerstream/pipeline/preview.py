@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerstream.blocks import Sizes, UnitSpec
+from layerstream.blocks import UnitSpec
 from layerstream.budget import resolve_budget
 from layerstream.device.base import Device
 from layerstream.engine.packing import LEAST_BYTES
@@ -15,7 +15,7 @@ from layerstream.engine.streamer import Streamer
 from layerstream.model.components import layouts_of
 from layerstream.model.units import Unit, divide
 from layerstream.pipeline.options import budget_bytes_on, device_of
-from layerstream.planning.packed_choice import PACKED_SHARE
+from layerstream.planning.packed_choice import as_packed
 from layerstream.planning.phase_plan import AssumedReserve, Phase
 from layerstream.planning.plan import Plan, make_plan
 
@@ -48,8 +48,7 @@ def _packed(unit: Unit) -> UnitSpec:
     can_be = spec.is_block and spec.num_bytes >= LEAST_BYTES
     if not can_be or any(bound.dtype is not torch.bfloat16 for bound in unit.binding.tensors):
         return spec
-    wire = int(PACKED_SHARE * spec.num_bytes)
-    return replace(spec, packed=Sizes(spec.num_bytes, wire, wire))
+    return as_packed(spec)
 
 
 def plan_anew(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerstream.blocks import UnitSpec, WholeSpec
@@ -73,18 +73,10 @@ class Draft:
         self.is_measured = (
             bool(self.looped) and costs is not None and all(b.index in costs.compute_ms for b in self.looped)
         )
-        often = [self.uses.get(u.index, 1) for u in self.units]
-        each_ms = compute_ms(self.units, costs)
-        times = [(n * u.sizes.wire, n * ms) for n, u, ms in zip(often, self.units, each_ms, strict=True)]
-        unpack_ms = [n * decode_ms(u, costs) for n, u in zip(often, self.units, strict=True)]
-        link = costs.link_gb_per_s if costs else LINK_GB_PER_S
-        wholes = [u.block_name for u in self.units]
-        self.pace = Pace(times, link, wholes, unpack_ms)
-        # The search compares hundreds of placements, and takes decoding as compute of the block, whether it streams or
-        # not: to play it as a server of its own takes ten times as long, and a call would wait seconds for its plan.
-        searched = [(num_bytes, ms + unpack) for (num_bytes, ms), unpack in zip(times, unpack_ms, strict=True)]
-        self.search_pace = Pace(searched, link, wholes)
-        self.careful_pace = Pace(searched, _CAREFUL_SHARE * link, wholes)
+        self.pace = pace_of(self.units, costs, self.uses)
+        # The search compares hundreds of placements, and a call waits for it.
+        self.search_pace = self.pace.without_decoder()
+        self.careful_pace = self.pace.without_decoder(_CAREFUL_SHARE)
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
@@ -270,6 +262,22 @@ class Draft:
         pieces = Counter(b.block_name for b in others)
         num_pieces = max(pieces.values(), default=1)
         return _SlotSize(slot_bytes, forced, others, sum(self.size(b) for b in forced), num_pieces)
+
+
+def pace_of(units: Sequence[UnitSpec], costs: Costs | None, uses: Mapping[int, int]) -> Pace:
+    """Passes that use these units in this order.
+
+    Args:
+        uses: how often a pass uses a unit, by index, where that is not once.
+    """
+    often = [uses.get(u.index, 1) for u in units]
+    each_ms = compute_ms(units, costs)
+    return Pace(
+        [(n * u.sizes.wire, n * ms) for n, u, ms in zip(often, units, each_ms, strict=True)],
+        costs.link_gb_per_s if costs is not None else LINK_GB_PER_S,
+        [u.block_name for u in units],
+        [n * decode_ms(u, costs) for n, u in zip(often, units, strict=True)],
+    )
 
 
 def too_small(draft: Draft, budget_bytes: int, whole: Sequence[WholeSpec]) -> str:

@@ -67,6 +67,7 @@ class Pace:
         decode_ms: Sequence[float] | None = None,
         num_wires: int = LEAST_WIRES,
     ) -> None:
+        self._made_of = blocks, link_gb_per_s, wholes
         self.decode_ms = decode_ms if decode_ms is not None and any(decode_ms) else None
         self.num_wires = num_wires
         self.ms_per_byte = 1 / (link_gb_per_s * 1e6)
@@ -84,6 +85,18 @@ class Pace:
             if self.firsts[i + 1] == self.firsts[i]:
                 self.ends[i] = self.ends[i + 1]
         self.most_pieces = max((end - first for first, end in zip(self.firsts, self.ends, strict=True)), default=1)
+
+    def without_decoder(self, link_share: float = 1.0) -> Pace:
+        """The same with unpacking taken as compute of its block, whether that streams or not: to play it as a server of
+        its own takes ten times as long.
+
+        Args:
+            link_share: of the link's speed.
+        """
+        blocks, link_gb_per_s, wholes = self._made_of
+        unpacking = self.decode_ms or [0.0] * len(blocks)
+        summed = [(num_bytes, ms + more) for (num_bytes, ms), more in zip(blocks, unpacking, strict=True)]
+        return Pace(summed, link_share * link_gb_per_s, wholes)
 
     @property
     def total_ms(self) -> float:

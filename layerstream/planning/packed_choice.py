@@ -7,8 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from layerstream.blocks import Sizes, UnitSpec
-from layerstream.planning.costs import LINK_GB_PER_S, compute_ms, decode_ms
-from layerstream.planning.pace import Pace
+from layerstream.planning.draft import pace_of
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.plan import Plan
 
@@ -41,27 +40,19 @@ def worth_packing(plan: Plan, phase_plan: PhasePlan, can_be: Collection[int]) ->
     return _spread(raw, next(count for ms, count in times if ms <= _NEARLY * least))
 
 
+def as_packed(unit: UnitSpec) -> UnitSpec:
+    """The unit as it is taken to be once it is packed."""
+    wire = int(PACKED_SHARE * unit.num_bytes)
+    return replace(unit, packed=Sizes(unit.num_bytes, wire, wire))
+
+
 def _pass_ms(
     plan: Plan, phase_plan: PhasePlan, units: list[UnitSpec], streamed: list[int], packed: Collection[int]
 ) -> float:
     """Of a pass in which these are packed, too."""
-    costs = plan.costs
-    changed = [_packed(unit) if unit.index in packed else unit for unit in units]
-    uses = costs.uses if costs is not None else {}
-    often = [uses.get(unit.index, 1) for unit in units]
-    each_ms = compute_ms(units, costs)
-    pace = Pace(
-        [(n * u.sizes.wire, n * ms) for n, u, ms in zip(often, changed, each_ms, strict=True)],
-        costs.link_gb_per_s if costs is not None else LINK_GB_PER_S,
-        [unit.block_name for unit in units],
-        [n * decode_ms(u, costs) for n, u in zip(often, changed, strict=True)],
-    )
-    return pace.pass_ms([i for i in streamed if often[i]], phase_plan.num_slots)
-
-
-def _packed(unit: UnitSpec) -> UnitSpec:
-    wire = int(PACKED_SHARE * unit.num_bytes)
-    return replace(unit, packed=Sizes(unit.num_bytes, wire, wire))
+    uses = plan.costs.uses if plan.costs is not None else {}
+    pace = pace_of([as_packed(unit) if unit.index in packed else unit for unit in units], plan.costs, uses)
+    return pace.pass_ms([i for i in streamed if uses.get(units[i].index, 1)], phase_plan.num_slots)
 
 
 def _spread(units: list[int], count: int) -> list[int]:

@@ -19,12 +19,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from layerstream.device.base import Device, Stream, engine_tensors
+from layerstream.device.base import Device, Event, Stream, engine_tensors
 from layerstream.errors import TransferError
 from layerstream.host.home import PackedHome
 from layerstream.interrupts import twice_if_interrupted
@@ -50,7 +50,7 @@ class TransferEngine:
         self._units = units
         self._stats = stats
         self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
-        self.wires = WireRing(device, self._count_bytes)
+        self.wires = WireRing(self._allocate, self._give_back)
         self._routes = Routes(device, self.wires, ranges)
         self.ring: list[Slot] = []
         self.slot_bytes = 0  # of each slot of the ring
@@ -262,33 +262,36 @@ class TransferEngine:
             slot.after = [*slot.after, self._device.record(reader)]
 
     def _make_slot(self, num_bytes: int, *, is_extra: bool = False) -> Slot:
+        slot = Slot(*self._allocate(num_bytes), is_extra=is_extra)
+        self._slots[slot] = None
+        return slot
+
+    def _free(self, slot: Slot) -> None:
+        self._slots.pop(slot, None)
+        self._give_back(slot.buffer, slot.stream, slot.after)
+
+    def _allocate(self, num_bytes: int) -> tuple[torch.Tensor, Stream, Event]:
+        """A buffer, the stream that its memory goes back to, and what the first copy into it is to wait for."""
         with engine_tensors():
             stream = self._device.compute_stream()
             # The allocator may hand out memory that queued compute still reads: the first copy waits for all of it.
             issued = self._device.record(stream)
             buffer = self._device.allocate(num_bytes)
-        self._count_bytes(self._device.rounded_bytes(num_bytes))
-        slot = Slot(buffer, stream, issued, is_extra=is_extra)
-        self._slots[slot] = None
-        return slot
+        self.slots_bytes += self._device.rounded_bytes(num_bytes)
+        self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self.weights_bytes)
+        return buffer, stream, issued
 
-    def _free(self, slot: Slot) -> None:
+    def _give_back(self, buffer: torch.Tensor, stream: Stream, after: Sequence[Event]) -> None:
         # The memory goes back to the stream it was allocated on: what follows there must not meet a copy or a reader.
         try:
-            twice_if_interrupted(functools.partial(self._wait_on_its_stream, slot))
+            twice_if_interrupted(functools.partial(self._wait_for_all, stream, after))
         finally:
-            self._slots.pop(slot, None)
-            self._count_bytes(-self._device.rounded_bytes(slot.buffer.numel()))
-            self._device.free(slot.buffer)
+            self.slots_bytes -= self._device.rounded_bytes(buffer.numel())
+            self._device.free(buffer)
 
-    def _count_bytes(self, num_bytes: int) -> None:
-        """Slots and wire buffers take so much more, or less."""
-        self.slots_bytes += num_bytes
-        self._stats.peak_device_bytes = max(self._stats.peak_device_bytes, self.weights_bytes)
-
-    def _wait_on_its_stream(self, slot: Slot) -> None:
-        for event in slot.after:
-            self._device.wait(slot.stream, event)
+    def _wait_for_all(self, stream: Stream, events: Sequence[Event]) -> None:
+        for event in events:
+            self._device.wait(stream, event)
 
     def count_stalls(self) -> None:
         """Add up the stalls the device has passed; the host never waits for the others."""

@@ -6,13 +6,11 @@ for that event. So copies run ahead of decoding by as many loads as there are bu
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from layerstream.device.base import Device, Event, Stream, engine_tensors
-from layerstream.interrupts import twice_if_interrupted
+from layerstream.device.base import Event, Stream
 
 
 class Wire:
@@ -31,12 +29,18 @@ class WireRing:
     """All wire buffers of one streamer.
 
     Args:
-        count_bytes: hears how many bytes more, or less, they take on the device.
+        allocate: gives a buffer of so many bytes, the stream that its memory returns to, and the event after which it
+            may be written to.
+        give_back: frees a buffer of that stream, which waits for these events.
     """
 
-    def __init__(self, device: Device, count_bytes: Callable[[int], object]) -> None:
-        self._device = device
-        self._count_bytes = count_bytes
+    def __init__(
+        self,
+        allocate: Callable[[int], tuple[torch.Tensor, Stream, Event]],
+        give_back: Callable[[torch.Tensor, Stream, Sequence[Event]], object],
+    ) -> None:
+        self._allocate = allocate
+        self._give_back = give_back
         self._wires: list[Wire] = []
         self._next = 0
         self._laid = (0, 0)  # number and size, as they were asked for
@@ -47,11 +51,9 @@ class WireRing:
 
     def lay(self, count: int, num_bytes: int) -> None:
         """Have so many buffers of `num_bytes`; others are given up."""
-        if self.are(count, num_bytes):
-            return
         self.drop()
         for _ in range(count):
-            self._wires.append(self._make(num_bytes))
+            self._wires.append(Wire(*self._allocate(num_bytes)))
         self._laid = count, num_bytes
 
     def next(self, num_bytes: int) -> Wire:
@@ -62,30 +64,20 @@ class WireRing:
             self._next = (self._next + 1) % len(self._wires)
             if wire.buffer.numel() >= num_bytes:
                 return wire
-        self._wires.append(self._make(num_bytes))
+        self._wires.append(Wire(*self._allocate(num_bytes)))
         return self._wires[-1]
 
     def drop(self) -> None:
         """Give all up. What is on its way through them is waited for by the stream that their memory goes back to."""
-        self._laid, self._next = (0, 0), 0
-        while self._wires:
-            wire = self._wires.pop()
-            try:
-                twice_if_interrupted(functools.partial(self._device.wait, wire.stream, wire.free))
-            finally:
-                self._count_bytes(-self._device.rounded_bytes(wire.buffer.numel()))
-                self._device.free(wire.buffer)
+        for wire in self._forget():
+            self._give_back(wire.buffer, wire.stream, [wire.free])
 
     def close(self) -> list[torch.Tensor]:
         """Forget all, with the device idle; returns the buffers, to be freed."""
-        wires, self._wires, self._laid, self._next = self._wires, [], (0, 0), 0
-        return [wire.buffer for wire in wires]
+        return [wire.buffer for wire in self._forget()]
 
-    def _make(self, num_bytes: int) -> Wire:
-        with engine_tensors():
-            stream = self._device.compute_stream()
-            # The allocator may hand out memory that queued compute still reads: the first copy waits for all of it.
-            issued = self._device.record(stream)
-            buffer = self._device.allocate(num_bytes)
-        self._count_bytes(self._device.rounded_bytes(num_bytes))
-        return Wire(buffer, stream, issued)
+    def _forget(self) -> Iterator[Wire]:
+        """Each, which is one no longer."""
+        self._laid, self._next = (0, 0), 0
+        while self._wires:
+            yield self._wires.pop()

@@ -23,7 +23,7 @@ _DATA_PTR, _VERSION = torch.Tensor.data_ptr, operator.attrgetter("_version")
 
 
 class BoundTensor:
-    """One parameter or buffer of a unit.
+    """One parameter or buffer of a unit, made while it is at home.
 
     Attributes:
         tensor: the user's object, shared by every place that is tied to it.
@@ -46,11 +46,6 @@ class BoundTensor:
         self._master: torch.Tensor | None = home
         self._bring: Callable[[], object] | None = None  # brings both, which are in another form
 
-    @classmethod
-    def of(cls, name: str, tensor: torch.Tensor, writer: nn.Module | None = None) -> BoundTensor:
-        """A parameter or buffer as it is now, at home."""
-        return cls(name, tensor, writer)
-
     @property
     def home(self) -> torch.Tensor:
         """A plain tensor over the bytes as they were found, or over the host store's copy of them."""
@@ -66,11 +61,6 @@ class BoundTensor:
             self._brought()
         assert self._master is not None
         return self._master
-
-    @property
-    def is_put_away(self) -> bool:
-        """Whether its bytes are in another form, and are made anew for whoever asks for them."""
-        return self._master is None
 
     @property
     def has_one_home(self) -> bool:

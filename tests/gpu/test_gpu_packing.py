@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import layerstream
-from layerstream.engine import packer, packing
+from layerstream import codec
+from layerstream.engine import packing
 from layerstream.standins import TINY_PIPELINES, build_tiny, run_tiny
 from tests.fakes import assert_equal, assert_restored, describe, twin
 from tests.gpu.test_gpu_families import memory_comes_back
@@ -33,7 +34,7 @@ MODES = ("ahead", "auto")
 def packs_the_tiniest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of any size are packed, also those that gain nothing, as fast as it can be done."""
     monkeypatch.setattr(packing, "LEAST_BYTES", 1)
-    monkeypatch.setattr(packer, "LEAST_GAIN", -1.0)
+    monkeypatch.setattr(codec, "LEAST_GAIN", -1.0)
     monkeypatch.setattr(packing, "_MOST_TIME_SHARE", 1e9)
 
 

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(refused)
     else:
         methods = options.methods or [name for name in METHODS if name not in (options.without or ())]
-        wanted = [c for name in options.names for c in suite.expand(name, methods, options.budgets, **common)]
+        wanted = suite.together(options.names, methods, options.budgets, **common)
         without = ["without", *options.without] if options.without else []
         topic = options.topic or "-".join([*options.names, *(options.methods or without)])
         if all(cell.method == "resident" for cell in wanted):

@@ -74,11 +74,18 @@ _PAIRS: Mapping[tuple[str, Form], Sequence[str]] = {
     ("ovis", "pipeline"): ("6GiB",),
     ("longcat", "pipeline"): ("6GiB",),
     ("qwen", "denoiser"): ("12GiB",),
+    ("wan22", "denoiser"): ("8GiB",),
 }
 # Packed, and beside the same raw: by case and form, the method and its budgets.
 _PACKED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
-    ("ovis", "denoiser"): [("packed", "min"), ("packed", "8GiB"), ("packed_auto", "8GiB"), ("layerstream", "8GiB")],
-    ("longcat", "denoiser"): [("packed", "min"), ("packed", "7GiB"), ("layerstream", "7GiB")],
+    ("ovis", "denoiser"): [
+        ("packed", "min"),
+        ("packed", "8GiB"),
+        ("packed_auto", "8GiB"),
+        ("layerstream", "8GiB"),
+        ("packed_paired", "min"),
+    ],
+    ("longcat", "denoiser"): [("packed", "min"), ("packed", "7GiB"), ("layerstream", "7GiB"), ("packed_paired", "min")],
     ("sd35m", "denoiser"): [("packed", "min"), ("packed", "2GiB"), ("layerstream", "2GiB")],
     ("qwen", "denoiser"): [("packed_paired", "8GiB"), ("packed_paired", "12GiB")],
     ("nextstep", "pipeline"): [("packed", "6GiB"), ("packed", "16GiB"), ("packed", "24GiB")],
@@ -355,6 +362,20 @@ def expand(
         is_method = methods is None or entry.method in (*methods, "resident")
         if is_method and (budgets is None or entry.vram_budget is None or entry.vram_budget in budgets):
             yield Cell(entry.case, entry.form, entry.method, "", entry.vram_budget, is_mapped=entry.is_mapped, **common)
+
+
+def together(
+    names: Sequence[str], methods: Sequence[str] | None, budgets: Sequence[str] | None, **common: Any
+) -> list[Cell]:
+    """The cells of several suites: each once, between the resident ones of its case and form."""
+    cells = [cell for name in names for cell in expand(name, methods, budgets, **common)]
+    found: list[Cell] = []
+    for case, form in dict.fromkeys((cell.case, cell.form) for cell in cells):
+        alike = [cell for cell in cells if (cell.case, cell.form) == (case, form)]
+        others = dict.fromkeys(cell for cell in alike if cell.method != "resident")
+        last = alike[-1:] if alike[-1].method == "resident" and len(alike) > 1 else []
+        found += [alike[0], *others, *last]
+    return found
 
 
 def in_turns(cells: Sequence[Cell], rounds: int) -> list[Cell]:

@@ -1,5 +1,5 @@
-"""Pictures of time against memory, a short table for the README and a long one for the benchmarks' page, made from the
-result files."""
+"""Pictures of time against memory, two short tables for the README and long ones for the benchmarks' page, made from
+the result files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from benchmarks.cases import CASES, FORMS
 from benchmarks.methods import OURS
 from benchmarks.pages import write_parts
-from benchmarks.records import Record, budget_order, time_of, typical
+from benchmarks.records import NOT_BEGUN, Record, budget_order, time_of, typical
 
 TARGET = "bench-plots"
-SHORT, LONG = "short table", "long table"  # names of the parts of pages
+SHORT, OPTIONS, LONG = "short table", "table of options", "long table"  # names of the parts of pages
 _COLOURS = {
     "resident": "black",
     "layerstream": "tab:red",
     "paired": "tab:pink",
     "packed": "darkred",
-    "packed_auto": "firebrick",
+    "packed_auto": "gold",
     "packed_paired": "deeppink",
     "diffusers_leaf": "tab:blue",
     "diffusers_block": "tab:cyan",
@@ -43,10 +43,17 @@ _LABELS = {
     "vllm_omni": "vllm-omni, layerwise",
     "flextensor": "FlexTensor",
 }
-# Of the short table: what readers know the cases by, our budgets in it, and the card that the others must fit.
-_MODELS = {"sd35m": "Stable Diffusion 3.5 medium", "ovis": "Ovis-Image-7B", "longcat": "LongCat-Image"}
+# Of the short tables: what readers know the cases by, our budgets, and the card that the others must fit.
+_MODELS = {
+    "sd35m": "Stable Diffusion 3.5 medium",
+    "ovis": "Ovis-Image-7B",
+    "longcat": "LongCat-Image",
+    "qwen": "Qwen-Image",
+}
 _SHORT_BUDGETS = ("10GiB", "6GiB")
 _CARD_GIB = 12
+_WITH_OPTIONS = {"paired": "paired", "packed": "packed", "packed_paired": "packed and paired"}  # and their rows' names
+_SWEEP = 3  # budgets of ours that make a picture
 
 
 class NoResultsError(Exception):
@@ -56,14 +63,19 @@ class NoResultsError(Exception):
 def make(results: Path, readme: Path, page: Path) -> list[Path]:
     """Draw a picture for each case and form, and put the tables into the README and the page; returns the pictures.
 
+    A picture is of one GPU (`_drawn`), and so is each short table.
+
     Raises:
         NoResultsError: no result files of the harness at true size.
         NoPlaceError: a page without a place for its table.
     """
     records = read(results)
-    write_parts(readme, {SHORT: short_table(records)}, TARGET)
+    write_parts(readme, {SHORT: short_table(records), OPTIONS: options_table(records)}, TARGET)
     write_parts(page, {LONG: table(records)}, TARGET)
-    return [_draw(records, case, form, results) for case, form in _pairs(records)]
+    return [
+        _draw(_drawn([r for r in records if (r["case"], r["form"]) == pair]), results / "{}_{}.png".format(*pair))
+        for pair in _pairs(records)
+    ]
 
 
 def read(results: Path) -> list[Record]:
@@ -132,26 +144,99 @@ def _short_cell(record: Record | None) -> str:
     time, peak = time_of(record), record["peak_reserved_bytes"]
     if time is None or peak is None:
         return (record["error"] or "not told").split(", in ")[0]
-    return f"{'~' if record.get('is_extrapolated') else ''}{time:.1f} s, {peak / 2**30:.1f} GiB"
+    return f"{'~' if record.get('is_extrapolated') else ''}{time:.1f} s, {_gib(record)}"
+
+
+def options_table(records: Sequence[Record]) -> list[str]:
+    """Lines of Markdown: passes of denoisers with pairing and packing, as ratios to resident and GiB, a column for each
+    case, on the GPU with most of them; none where none was measured.
+
+    Two groups of rows: the least memory, and the largest budget under which each option was measured; without options,
+    under such budgets only. All outputs are bit-equal.
+    """
+    passes = [r for r in records if r["form"] == "denoiser" and r["equal"] and r["peak_reserved_bytes"]]
+    gpu = _most_measured([r for r in passes if r["method"] in _WITH_OPTIONS])
+    passes = [r for r in passes if r["gpu"] == gpu and r["ratio_to_resident"]]
+    of_case = {case: [r for r in passes if r["case"] == case] for case in _MODELS}
+    columns = [case for case in _MODELS if any(r["method"] in _WITH_OPTIONS for r in of_case[case])]
+    if not columns:
+        return []
+    resident = [next((r for r in of_case[case] if r["method"] == "resident"), None) for case in columns]
+    rows = [("", "all of it on the GPU", [each and f"1 x, {_gib(each)}" for each in resident])]
+    for memory, is_least in (("**least**", True), ("**tight**", False)):
+        ours = [_under_tight_budgets(of_case[case], is_least=is_least) for case in columns]
+        others = [_other_beside(of_case[case], each) for case, each in zip(columns, ours, strict=True)]
+        group = [
+            (name, [_option_cell(each.get(method)) for each in ours])
+            for method, name in [("layerstream", "layerstream"), *_WITH_OPTIONS.items()]
+        ]
+        group.append(("another library", [_option_cell(each, is_named=True) for each in others]))
+        filled = [(name, cells) for name, cells in group if any(cells)]
+        rows += [("" if n else memory, name, cells) for n, (name, cells) in enumerate(filled)]
+    return [
+        "| memory | one pass | " + " | ".join(_MODELS[case] for case in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+        *("| " + " | ".join([memory, name, *(cell or "" for cell in cells)]) + " |" for memory, name, cells in rows),
+        "",
+        f"GPU: {gpu}.",
+    ]
+
+
+def _under_tight_budgets(passes: Sequence[Record], *, is_least: bool) -> dict[str, Record]:
+    """Of each of our methods that of the largest budget under which an option was measured, or of the least memory."""
+    budgets = {r["vram_budget"] for r in passes if r["method"] in _WITH_OPTIONS} - {"auto"}
+    ours = [r for r in passes if r["method"] in OURS and r["vram_budget"] in budgets]
+    found = [r for r in ours if (r["vram_budget"] == "min") is is_least]
+    return {r["method"]: r for r in sorted(found, key=lambda r: budget_order(r["vram_budget"]))}
+
+
+def _other_beside(passes: Sequence[Record], ours: dict[str, Record]) -> Record | None:
+    """Another library's: the fastest with no more memory than the most of ours, or that with the least memory."""
+    others = [r for r in passes if r["method"] not in ("resident", *OURS)]
+    limit = max((r["peak_reserved_bytes"] for r in ours.values()), default=None)
+    if limit is None or not others:
+        return None
+    within = [r for r in others if r["peak_reserved_bytes"] <= limit]
+    if within:
+        return min(within, key=lambda r: r["ratio_to_resident"])
+    return min(others, key=lambda r: r["peak_reserved_bytes"])
+
+
+def _option_cell(record: Record | None, *, is_named: bool = False) -> str:
+    if record is None:
+        return ""
+    name = _LABELS.get(record["method"], record["method"]).split(", ")[0]
+    return f"{record['ratio_to_resident']:.2f} x, {_gib(record)}" + (f" ({name})" if is_named else "")
+
+
+def _gib(record: Record) -> str:
+    return f"{record['peak_reserved_bytes'] / 2**30:.1f} GiB"
 
 
 def table(records: Sequence[Record]) -> list[str]:
-    """Lines of Markdown: a row for each method and budget, a column for each case and form, of the GPU with most of
-    them: time as a ratio to resident, and the peak of reserved memory; below, why those without a time have none."""
-    alike = _of_one_gpu(records)
+    """Lines of Markdown: a table for each GPU that ran something resident, the one with most times first."""
+    gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
+    lines = ["Times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal."]
+    for gpu, _ in gpus.most_common():
+        alike = [r for r in records if r["gpu"] == gpu]
+        if _has(alike, "resident"):
+            lines += ["", f"### {gpu}", "", *_table_of_one_gpu(alike)]
+    return lines
+
+
+def _table_of_one_gpu(alike: Sequence[Record]) -> list[str]:
+    """A row for each method and budget of which something was begun, a column for each case and form with a time;
+    below, why those without a time have none."""
     measured = _pairs(alike)
     pairs = [(case, form) for form in FORMS for case in CASES if (case, form) in measured]
+    begun = {(r["method"], r["vram_budget"]) for r in alike if not (r["error"] or "").startswith(NOT_BEGUN)}
+    rows = sorted(begun, key=lambda row: (_METHODS.index(row[0]), budget_order(row[1])))
+    found = {(r["case"], r["form"], r["method"], r["vram_budget"]): r for r in alike}
+    reasons: dict[str, int] = {}
     lines = [
-        f"{alike[0]['gpu']}: times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal.",
-        "",
         "| | " + " | ".join(f"{case}, {form}" for case, form in pairs) + " |",
         "|---|" + "---|" * len(pairs),
     ]
-    rows = sorted(
-        {(r["method"], r["vram_budget"]) for r in alike}, key=lambda row: (_METHODS.index(row[0]), budget_order(row[1]))
-    )
-    found = {(r["case"], r["form"], r["method"], r["vram_budget"]): r for r in alike}
-    reasons: dict[str, int] = {}
     for method, budget in rows:
         cells = [_cell(found.get((*pair, method, budget)), reasons) for pair in pairs]
         name = _LABELS.get(method, method) + (f", {budget}" if budget else "")
@@ -179,13 +264,26 @@ def _cell(record: Record | None, reasons: dict[str, int]) -> str:
     return f"**{text}**" if record["equal"] else text
 
 
-def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path:
+def _drawn(records: Sequence[Record]) -> list[Record]:
+    """What one picture shows of a case and form: the GPU that measured resident, a sweep of our budgets and one of our
+    options, where there is such a GPU; else that with most times."""
+    of_gpu = {gpu: [r for r in records if r["gpu"] == gpu] for gpu in dict.fromkeys(r["gpu"] for r in records)}
+    whole = [
+        each
+        for each in of_gpu.values()
+        if _has(each, "resident") and _has(each, "layerstream", _SWEEP) and any(_has(each, m) for m in _WITH_OPTIONS)
+    ]
+    return _of_one_gpu([r for each in whole for r in each] or records)
+
+
+def _draw(alike: Sequence[Record], path: Path) -> Path:
+    """Draw records of one case, form and GPU."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    alike = _of_one_gpu([r for r in records if (r["case"], r["form"]) == (case, form)])
+    case, form, gpu = (alike[0][name] for name in ("case", "form", "gpu"))
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for method, extrapolated in sorted({_kind(r) for r in alike}, key=lambda kind: (_METHODS.index(kind[0]), kind[1])):
         points = sorted(
@@ -206,10 +304,9 @@ def _draw(records: Sequence[Record], case: str, form: str, folder: Path) -> Path
     resident = next((time_of(r) for r in alike if r["method"] == "resident" and time_of(r) is not None), None)
     if resident is not None:
         axes.axhline(resident, color=_COLOURS["resident"], linestyle=":", linewidth=1)
-    axes.set_title(f"{case}, {form}, {alike[0]['gpu']}")
+    axes.set_title(f"{case}, {form}, {gpu}")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
-    path = folder / f"{case}_{form}.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -222,8 +319,19 @@ def _kind(record: Record) -> tuple[str, bool]:
 
 def _of_one_gpu(records: Sequence[Record]) -> list[Record]:
     """Those of the GPU with most times."""
+    gpu = _most_measured(records)
+    return [r for r in records if r["gpu"] == gpu] if gpu else []
+
+
+def _most_measured(records: Sequence[Record]) -> str | None:
+    """The GPU with most times."""
     gpus = Counter(r["gpu"] for r in records if time_of(r) is not None)
-    return [r for r in records if r["gpu"] == max(gpus, key=lambda name: gpus[name])] if gpus else []
+    return max(gpus, key=lambda name: gpus[name], default=None)
+
+
+def _has(records: Sequence[Record], method: str, count: int = 1) -> bool:
+    """Whether so many of these are times of a method."""
+    return sum(r["method"] == method and time_of(r) is not None for r in records) >= count
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[str, str]]:

@@ -26,6 +26,8 @@ Record = dict[str, Any]
 # Fields that say where and when, which all records of one run have in common.
 FACTS = ("gpu", "link_gb_per_s", "machine", "versions", "commit", "date", "time")
 
+NOT_BEGUN = "not begun"  # how the errors of those begin for which there was no time left
+
 
 def command_line(arguments: Sequence[str]) -> str:
     """What to type to measure the same; where the results went does not belong to it."""
@@ -87,7 +89,7 @@ def time_of(record: Record) -> float | None:
 
 def typical(records: Sequence[Record]) -> list[Record]:
     """One record for each measurement that was made several times in turns: that of the median time, with the highest
-    memory of all; equal if all were. A time that is missing counts as the longest. Others as they are."""
+    memory of all; equal if all with a time were. A time that is missing counts as the longest. Others as they are."""
     groups: dict[tuple[object, ...], list[Record]] = {}
     for each in records:
         key = tuple(each.get(name) for name in ("case", "form", "method", "vram_budget", "is_mapped"))
@@ -104,14 +106,14 @@ def _typical(group: Sequence[Record]) -> Sequence[Record]:
     together = {
         "num_rounds": len(group),
         "times_of_rounds": [time for time in times if time < math.inf],
-        "equal": _all_of([each["equal"] for each in group]),
+        "equal": _all_of([each["equal"] for each in group if time_of(each) is not None]),
         "peak_reserved_bytes": max(peaks, default=None),
     }
     return [{**group[middle], **together}]
 
 
 def _all_of(answers: Sequence[bool | None]) -> bool | None:
-    return False if False in answers else None if None in answers else True
+    return False if False in answers else None if None in answers or not answers else True
 
 
 def budget_order(vram_budget: str | None) -> float:

@@ -30,7 +30,7 @@ from benchmarks import repeats
 from benchmarks.cases import FORMS, WITH_PEERS, Form, is_shared
 from benchmarks.cell import Cell
 from benchmarks.methods import METHODS, OURS
-from benchmarks.records import FACTS, Record, are_good
+from benchmarks.records import FACTS, NOT_BEGUN, Record, are_good
 from benchmarks.results import write
 
 # What the server imports before it forks, by the case.
@@ -197,7 +197,7 @@ def run(
                 if missing is not None:
                     record = _failed(placed, command, missing, done)
                 elif left is not None and left <= 0 and not is_last_resident:
-                    record = _failed(placed, command, f"not begun: the suite's {seconds:.0f} s were over", done)
+                    record = _failed(placed, command, f"{NOT_BEGUN}: the suite's {seconds:.0f} s were over", done)
                 else:
                     limit = cell_seconds if left is None or is_last_resident else min(cell_seconds, left)
                     record = _one(context, placed, command, limit, done)

@@ -419,6 +419,9 @@ def test_rounds_take_turns_and_their_medians_are_told(tmp_path: Path) -> None:
     assert ours["peak_reserved_bytes"] == int(1e9) + 2, "the highest of all"
     assert ours["equal"] is True
     assert typical([*done[:3], {**done[3], "equal": False}, *done[4:]])[1]["equal"] is False, "one differed"
+    late = {"ms_per_pass": None, "equal": None}
+    assert typical([*done[:5], {**done[5], **late}])[1]["equal"] is True, "one was not begun, and none differed"
+    assert typical([{**each, **late} for each in done])[1]["equal"] is None
     assert typical([{**each, "round": 0} for each in done]) == [{**each, "round": 0} for each in sorted_by_cell(done)]
 
 
@@ -520,10 +523,11 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     (tmp_path / "ovis_g_20261124.json").write_text(json.dumps(records))
     (tmp_path / "older_g_20261120.json").write_text(json.dumps([{"case": "ovis", "ms_per_pass": 1}]))
     readme, page = tmp_path / "README.md", tmp_path / "page.md"
-    for path, part in ((readme, plots.SHORT), (page, plots.LONG)):
+    for path, parts in ((readme, (plots.SHORT, plots.OPTIONS)), (page, (plots.LONG,))):
         with pytest.raises(pages.NoPlaceError, match="has no lines"):
             plots.make(tmp_path, readme, page)
-        path.write_text("\n".join(["before", *pages.marks(part, "bench-plots"), "after", ""]))
+        marks = [mark for part in parts for mark in pages.marks(part, "bench-plots")]
+        path.write_text("\n".join(["before", *marks, "after", ""]))
     (picture,) = plots.make(tmp_path, readme, page)
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
@@ -535,7 +539,7 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     assert "| vllm-omni, layerwise | [1] |\n" in text
     assert "| mmgp | [2] |\n" in text
     assert "\nNo time: [1] cannot; [2] ended after 9 s, in f (a.py:1).\n" in text
-    assert "|" not in readme.read_text(), "there are no whole calls"
+    assert "|" not in readme.read_text(), "there are no whole calls, and no pairs or packs"
     plots.make(tmp_path, readme, page)
     assert page.read_text() == text
     drawn = picture.read_bytes()
@@ -543,6 +547,10 @@ def test_plots_and_the_table_come_from_the_files(tmp_path: Path) -> None:
     (tmp_path / "ovis_h_20261124.json").write_text(json.dumps([other]))
     (picture,) = plots.make(tmp_path, readme, page)
     assert picture.read_bytes() == drawn, "a picture is of one GPU"
+    pair = {**base, "method": "paired", "vram_budget": "min", "ms_per_pass": 130.0, "ratio_to_resident": 1.3}
+    (tmp_path / "pairs_g_20261124.json").write_text(json.dumps([pair]))
+    plots.make(tmp_path, readme, page)
+    assert "| **least** | paired | 1.30 x, 14.9 GiB |" in readme.read_text()
 
 
 def call_of(method: str, budget: str | None, seconds: float | None, gib: float = 10, **fields: Any) -> dict[str, Any]:
@@ -581,6 +589,136 @@ def test_the_short_table_is_of_whole_calls() -> None:
         "",
         "The fastest other ways: vllm-omni, layerwise (Ovis-Image-7B).",
     ]
+
+
+def pass_of(method: str, budget: str | None, ratio: float | None, gib: float = 10, **fields: Any) -> dict[str, Any]:
+    """A record of a denoiser's passes, on a GPU where a resident one takes 100 ms."""
+    return {
+        "case": "ovis", "form": "denoiser", "gpu": "G", "method": method, "vram_budget": budget, "error": None,
+        "ms_per_pass": ratio and 100 * ratio, "ratio_to_resident": ratio, "seconds": None,
+        "peak_reserved_bytes": int(gib * 2**30), "equal": True, **fields,
+    }  # fmt: skip
+
+
+def test_the_table_of_options_is_of_the_least_and_of_tight_budgets() -> None:
+    sd35m, qwen = {"case": "sd35m"}, {"case": "qwen"}
+    told = plots.options_table(
+        [
+            pass_of("resident", None, 1.0014, 15.04),
+            pass_of("layerstream", "min", 2.46, 2.1),
+            pass_of("layerstream", "5GiB", 1.78, 4.9),
+            pass_of("layerstream", "8GiB", 1.27, 7.9),
+            pass_of("layerstream", "10GiB", 1.02, 9.9),  # no option was measured there
+            pass_of("layerstream", "auto", 1.0, 14.6),
+            pass_of("paired", "6GiB", 1.1, 5.94),
+            pass_of("paired", "5GiB", 1.21, 4.9),
+            pass_of("paired", "min", 1.35, 2.23),
+            pass_of("packed", "8GiB", 1.04, 7.9),
+            pass_of("packed_auto", "8GiB", 1.26, 7.9),  # the long table has it
+            pass_of("packed_paired", "min", 1.17, 2.52),
+            pass_of("vllm_omni", None, 2.37, 2.93),  # larger than any of ours in the least memory, and the smallest
+            pass_of("flextensor", "5GiB", 1.77, 6.52),  # faster, and larger still
+            pass_of("flextensor", "10GiB", 1.01, 10.1),  # too large for both
+            pass_of("mmgp", "2GiB", 1.02, 2.0, equal=False),  # small and fast, and another output
+            pass_of("diffusers_leaf", None, None, equal=None, error="not begun: the suite's 440 s were over"),
+            pass_of("packed", "min", 1.0, 2.0, gpu="another"),
+            pass_of("resident", None, 1.0, 5.37, **sd35m),
+            pass_of("layerstream", "min", 1.09, 1.31, **sd35m),
+            pass_of("packed", "min", 0.985, 1.6, **sd35m),
+            pass_of("vllm_omni", None, 1.09, 1.43, **sd35m),
+            pass_of("diffusers_leaf", None, 3.05, 1.03, **sd35m),  # smaller, and slower
+            pass_of("paired", "12GiB", 1.22, 11.9, **qwen),
+            pass_of("resident", None, 1.0, 12.8, case="longcat"),
+            pass_of("layerstream", "min", 2.4, 1.7, case="longcat"),
+            {**call_of("paired", "6GiB", 12.3), "case": "longcat", "ratio_to_resident": 1.3},
+        ]
+    )
+    assert told == [
+        "| memory | one pass | Stable Diffusion 3.5 medium | Ovis-Image-7B | Qwen-Image |",
+        "|---|---|---|---|---|",
+        "|  | all of it on the GPU | 1 x, 5.4 GiB | 1 x, 15.0 GiB |  |",
+        "| **least** | layerstream | 1.09 x, 1.3 GiB | 2.46 x, 2.1 GiB |  |",
+        "|  | paired |  | 1.35 x, 2.2 GiB |  |",
+        "|  | packed | 0.98 x, 1.6 GiB |  |  |",
+        "|  | packed and paired |  | 1.17 x, 2.5 GiB |  |",
+        "|  | another library | 1.09 x, 1.4 GiB (vllm-omni) | 2.37 x, 2.9 GiB (vllm-omni) |  |",
+        "| **tight** | layerstream |  | 1.27 x, 7.9 GiB |  |",
+        "|  | paired |  | 1.10 x, 5.9 GiB | 1.22 x, 11.9 GiB |",
+        "|  | packed |  | 1.04 x, 7.9 GiB |  |",
+        "|  | another library |  | 1.77 x, 6.5 GiB (FlexTensor) |  |",
+        "",
+        "GPU: G.",
+    ]
+
+
+def test_without_pairs_and_packs_there_is_no_table_of_options() -> None:
+    done = [pass_of("resident", None, 1.0), pass_of("layerstream", "min", 2.4), pass_of("vllm_omni", None, 2.4)]
+    assert plots.options_table(done) == []
+    assert (
+        plots.options_table([*done, pass_of("packed", "min", None), pass_of("paired", "min", 1.2, equal=False)]) == []
+    )
+    assert plots.options_table([*done, pass_of("packed", "min", 1.2)]) != []
+
+
+def test_each_gpu_has_a_long_table_of_its_own() -> None:
+    there: dict[str, Any] = {"gpu": "H"}
+    told = plots.table(
+        [
+            pass_of("resident", None, 1.0),
+            pass_of("layerstream", "min", 2.4, 2),
+            pass_of("mmgp", None, None, error="ended after 9 s, in f (a.py:1)"),
+            pass_of("resident", None, 1.0, **there),
+            pass_of("layerstream", "min", 2.0, 2, **there),
+            pass_of("paired", "min", 3.0, 2, equal=False, **there),
+            pass_of("vllm_omni", None, None, error="cannot", **there),
+            pass_of("diffusers_leaf", None, None, error="not begun: the suite's 440 s were over", **there),
+            pass_of("layerstream", "min", 2.0, gpu="without resident"),
+        ]
+    )
+    assert told == [
+        "Times as ratios to resident in the same run / peak of reserved GB; bold: bit-equal.",
+        "",
+        "### H",
+        "",
+        "| | ovis, denoiser |",
+        "|---|---|",
+        "| resident | **100.0 ms / 10.7** |",
+        "| layerstream, min | **2.00 x / 2.1** |",
+        "| layerstream, passes paired, min | 3.00 x / 2.1 |",
+        "| vllm-omni, layerwise | [1] |",
+        "",
+        "No time: [1] cannot.",
+        "",
+        "### G",
+        "",
+        "| | ovis, denoiser |",
+        "|---|---|",
+        "| resident | **100.0 ms / 10.7** |",
+        "| layerstream, min | **2.40 x / 2.1** |",
+        "| mmgp | [1] |",
+        "",
+        "No time: [1] ended after 9 s, in f (a.py:1).",
+    ]
+
+
+def test_a_picture_is_of_the_gpu_with_a_sweep_and_an_option() -> None:
+    most = [pass_of("resident", None, 1.0), *(pass_of("layerstream", f"{n}GiB", 1.5) for n in range(2, 10))]
+    there: dict[str, Any] = {"gpu": "H"}
+    sweep = [pass_of("layerstream", budget, 1.5, **there) for budget in ("min", "5GiB", "auto")]
+    resident, paired = pass_of("resident", None, 1.0, **there), pass_of("paired", "min", 1.3, **there)
+    whole = [resident, *sweep, paired]
+    assert plots._drawn([*most, *whole]) == whole
+    for missing in (resident, sweep[1], paired):
+        rest = [each for each in whole if each is not missing]
+        assert plots._drawn([*most, *rest]) == most
+        assert plots._drawn([*most, *rest, {**missing, "ms_per_pass": None}]) == most, (
+            "what has no time is no measurement"
+        )
+
+
+def test_every_method_has_a_colour_of_its_own() -> None:
+    assert set(plots._COLOURS) == set(METHODS)
+    assert len(set(plots._COLOURS.values())) == len(METHODS)
 
 
 def test_a_part_of_a_page_is_exchanged_and_nothing_else(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from layerstream.errors import (
     LayerstreamWarning,
     MovedWhileStreamingError,
     PipelineError,
+    StoreError,
     StreamerStateError,
     TransferError,
+    WeightsLostError,
 )
 from layerstream.model.adapters.base import Adapter
 from layerstream.model.adapters.registry import register_adapter
@@ -46,8 +48,10 @@ __all__ = [
     "Plan",
     "Report",
     "Stats",
+    "StoreError",
     "StreamerStateError",
     "TransferError",
+    "WeightsLostError",
     "__version__",
     "active",
     "offload",

@@ -12,7 +12,7 @@ from layerstream.budget import parse_reserve
 from layerstream.device.base import Device
 from layerstream.model.components import some_components_of
 from layerstream.pipeline.layer_streamer import LayerStreamer
-from layerstream.pipeline.options import checked_packing, checked_pairing
+from layerstream.pipeline.options import Store, checked_packing, checked_pairing
 from layerstream.pipeline.owners import owner_of
 from layerstream.pipeline.preview import plan_of
 from layerstream.planning.phase_plan import AssumedReserve
@@ -30,6 +30,8 @@ def offload(
     call_timeout: float | None = ...,
     pairing: str = ...,
     packing: str = ...,
+    store: Store = ...,
+    store_budget: int | str = ...,
 ) -> LayerStreamer: ...
 @overload
 def offload(
@@ -40,6 +42,8 @@ def offload(
     call_timeout: float | None = ...,
     pairing: str = ...,
     packing: str = ...,
+    store: Store = ...,
+    store_budget: int | str = ...,
 ) -> LayerStreamer: ...
 def offload(
     pipe: Any = None,
@@ -49,6 +53,8 @@ def offload(
     call_timeout: float | None = None,
     pairing: str = "off",
     packing: str = "off",
+    store: Store = None,
+    store_budget: int | str = "auto",
 ) -> Any:
     """Stream a pipeline's weights from host memory, block by block, just in time.
 
@@ -73,6 +79,10 @@ def offload(
         packing: whether weights are kept in host memory, and cross the bus, losslessly packed, in about two thirds of
             their bytes (bfloat16), and are decoded on the device. "auto": what passes wait for, one block after the
             other while calls run. "ahead": all blocks, on entering. "off": none.
+        store: where the weights are that stream. Default: in host memory. "cuda:1": in another GPU's memory, from where
+            they come over NVLink or PCIe; what they had on the host is free meanwhile. `["cuda:1", "cuda:2"]`: in the
+            first, then in the next. With "cpu" at the end the host takes the rest, else all must fit.
+        store_budget: what the process may reserve on each of those GPUs, as `vram_budget` is given; not "min".
 
     Returns: a `LayerStreamer` (or, for a class or function, that, decorated).
 
@@ -83,10 +93,12 @@ def offload(
         AlreadyOffloadedError: offloaded already, by layerstream, accelerate, diffusers or a device_map.
         CompiledWholeError: a component is compiled as a whole with `fullgraph=True`.
         HostMemoryError: the weights cannot be held in host memory.
+        StoreError: the weights do not fit in `store`; with numbers.
+        ArgumentError: `store` names the device itself, or a GPU twice; or there is a `store_budget` without it.
 
     Raises, at once:
-        ArgumentError: `call_timeout` is no number of seconds, `pairing` or `packing` is none of its values, or a
-            decorator was given what cannot be called.
+        ArgumentError: `call_timeout` is no number of seconds, `pairing` or `packing` is none of its values, `store` is
+            no device, or a decorator was given what cannot be called.
     """
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
     streamer = LayerStreamer(
@@ -96,6 +108,8 @@ def offload(
         call_timeout=call_timeout,
         pairing=pairing,
         packing=packing,
+        store=store,
+        store_budget=store_budget,
     )
     return streamer(pipe) if is_target else streamer
 

@@ -54,6 +54,7 @@ class UnitSpec:
         also: other components that use tensors of this unit; only bases have any.
         block: name of the block that it is a piece of; None where it is the whole of it.
         packed: its sizes, where it has another form at home; None: it has that of the device.
+        keeper: the other GPU in whose memory it is at home; "": in that of the host.
     """
 
     index: int
@@ -65,6 +66,7 @@ class UnitSpec:
     also: tuple[str, ...] = ()
     block: str | None = None
     packed: Sizes | None = None
+    keeper: str = ""
 
     @property
     def sizes(self) -> Sizes:

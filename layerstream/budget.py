@@ -52,13 +52,15 @@ def is_unlimited(num_bytes: int) -> bool:
     return num_bytes >= _UNLIMITED_BYTES
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, *, name: str = "vram_budget") -> int:
     """Bytes in a string such as "8GiB", "8 GB", "8G" or "512MiB".
 
+    Args:
+        name: of the argument, for people.
     Raises:
         BudgetError: no number with a unit; names the string and all that a budget may be.
     """
-    return _parse(text, f"vram_budget {brief(text)} is not a size. Write {_BUDGETS}.")
+    return _parse(text, f"{name} {brief(text)} is not a size. Write {_BUDGETS}.")
 
 
 def parse_reserve(reserve: int | str) -> int:
@@ -91,13 +93,16 @@ def auto_bytes(free_bytes: int) -> int:
     return max(0, free_bytes - max(_AUTO_RESERVE_LEAST_BYTES, int(_AUTO_RESERVE_FRACTION * free_bytes)))
 
 
-def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int) -> int | None:
+def resolve_budget(
+    vram_budget: int | str, *, free_bytes: int, total_bytes: int, name: str = "vram_budget"
+) -> int | None:
     """The budget in bytes, or None for "min" (the least that works, which only the plan knows).
 
     Args:
         vram_budget: int bytes, a size string, a share of `total_bytes` such as "50%", "auto" or "min".
         free_bytes: what the process holds on the device and what it may still take now, together.
         total_bytes: the device's whole memory.
+        name: of the argument, for people.
     Raises:
         BudgetError: zero, negative, unparsable, not a size at all, or larger than the device.
     """
@@ -111,17 +116,17 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
         if share is not None and share.group(2) == "%":
             budget_bytes = int(Fraction(share.group(1)) * total_bytes / 100)
         else:
-            budget_bytes = parse_bytes(vram_budget)
+            budget_bytes = parse_bytes(vram_budget, name=name)
     elif isinstance(vram_budget, int) and not isinstance(vram_budget, bool):
         budget_bytes = vram_budget
     else:
         raise BudgetError(
-            f"vram_budget must be an int of bytes or a string, not {type(vram_budget).__name__} "
+            f"{name} must be an int of bytes or a string, not {type(vram_budget).__name__} "
             f"({brief(vram_budget)}). Write {_BUDGETS}."
         )
     if budget_bytes <= 0:
         raise BudgetError(
-            f'vram_budget {brief(vram_budget)} is {brief(budget_bytes)} bytes. Give a positive size, "auto", or "min" '
+            f'{name} {brief(vram_budget)} is {brief(budget_bytes)} bytes. Give a positive size, "auto", or "min" '
             "for the least that works.",
             budget_bytes=budget_bytes,
         )
@@ -130,7 +135,7 @@ def resolve_budget(vram_budget: int | str, *, free_bytes: int, total_bytes: int)
         if is_unlimited(total_bytes):
             had, most = "any device has", "what yours has"
         raise BudgetError(
-            f'vram_budget {format_bytes(budget_bytes)} is more than {had}. Give {most}, or "auto" for what is free.',
+            f'{name} {format_bytes(budget_bytes)} is more than {had}. Give {most}, or "auto" for what is free.',
             budget_bytes=budget_bytes,
         )
     return budget_bytes

@@ -61,6 +61,20 @@ class HostMemoryError(LayerstreamError, MemoryError):
         self.available_bytes = available_bytes
 
 
+class StoreError(LayerstreamError, ValueError):
+    """The weights cannot be kept in the memory of the GPUs that were asked for.
+
+    Attributes:
+        needed_bytes: what they take there.
+        available_bytes: what may be taken there.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int | None = None, available_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
 class ArgumentError(LayerstreamError, ValueError):
     """An argument is of a kind, or has a value, that means nothing."""
 
@@ -112,6 +126,11 @@ class CompiledWholeError(LayerstreamError, RuntimeError):
 
 class TransferError(LayerstreamError, RuntimeError):
     """A fault inside the transfer engine. Our bug, or a device that failed: please report it."""
+
+
+class WeightsLostError(TransferError):
+    """Weights were in the memory of another GPU (`store`), which has failed. Raised once all others are handed back;
+    the lost ones are NaN. Load the pipeline anew."""
 
 
 class LayerstreamWarning(UserWarning):

@@ -85,6 +85,8 @@ class Report:
         pairing: why the two passes of a step of guidance do not run side by side, by component; "": they do, or nothing
             is known yet. Empty where they were not to.
         packing: why nothing is packed, or how many blocks that were to be are not, and why; "": all are.
+        storing: how many units stay on the host that were to be on another GPU, and why; "": none.
+        links: measured speeds in GB/s from host memory ("") and from other GPUs, by name.
     """
 
     stats: Stats
@@ -94,6 +96,8 @@ class Report:
     copied_by: str = ""
     pairing: Mapping[str, str] = field(default_factory=dict)
     packing: str = ""
+    storing: str = ""
+    links: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -104,6 +108,8 @@ class Report:
         copied_by: str = "",
         pairing: Mapping[str, str] | None = None,
         packing: str = "",
+        storing: str = "",
+        links: Mapping[str, float] | None = None,
     ) -> Report:
         """The report of these counters under this plan, which does not change when they do.
 
@@ -139,11 +145,22 @@ class Report:
             )
         repeated = {c for p in plan.phases if p.phase.is_repeated for c in p.phase.components}
         why = {name: reason for name, reason in (pairing or {}).items() if name in repeated}
-        return Report(replace(stats), tuple(reports), plan.summary().next_gib_ms, least_bytes, copied_by, why, packing)
+        next_gib_ms = plan.summary().next_gib_ms
+        return Report(
+            replace(stats),
+            tuple(reports),
+            next_gib_ms,
+            least_bytes,
+            copied_by,
+            why,
+            packing,
+            storing,
+            dict(links or {}),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes", "copied_by",
-        "pairing" and "packing"."""
+        "pairing", "packing", "storing" and "links"."""
         return {
             "stats": self.stats.as_dict(),
             "phases": [asdict(phase) for phase in self.phases],
@@ -152,6 +169,8 @@ class Report:
             "copied_by": self.copied_by,
             "pairing": dict(self.pairing),
             "packing": self.packing,
+            "storing": self.storing,
+            "links": dict(self.links),
         }
 
     def __str__(self) -> str:
@@ -177,7 +196,7 @@ class Report:
             f"foreseen; {stats.num_stalls} stalls, {stats.stall_ms:.1f} ms; {stats.num_evicted} residents gave their "
             "room to another phase",
         )
-        told = *totals, *self._packed(), *self._pairs()
+        told = *totals, *self._stored(), *self._packed(), *self._pairs()
         if not self.phases:
             return Page((*told, "nothing has run yet"))
         headers = ("phase", "passes", "loaded", "stalls", "beside weights", "peak reserved", "predicted pass")
@@ -185,6 +204,18 @@ class Report:
         waits = [line for phase in self.phases if (line := phase.waits()) is not None]
         least = () if self.least_bytes is None else (_least_line(self.least_bytes),)
         return Page((*told, "", table, *waits, *least, *gain_lines(self.next_gib_ms)))
+
+    def _stored(self) -> list[str]:
+        """Of weights that are in other GPUs' memory."""
+        stats = self.stats
+        lines = []
+        if stats.num_stored_units:
+            speeds = ", ".join(f"{name} at {speed:.1f} GB/s" for name, speed in self.links.items() if name)
+            lines.append(
+                f"{stats.num_stored_units} blocks, pieces or bases, {format_bytes(stats.stored_bytes)}, are in another "
+                f"GPU's memory{f': loads come from {speeds}' if speeds else ''}"
+            )
+        return [*lines, *([f"not on another GPU: {self.storing}"] if self.storing else [])]
 
     def _packed(self) -> list[str]:
         """Of weights that are packed."""

@@ -58,6 +58,8 @@ class Stats:
     packed_bytes: int = 0  # of those at home, and over the bus at each load
     unpacked_bytes: int = 0  # of the same on the device
     num_packing_mismatches: int = 0  # units that did not come back as they were, and stayed raw
+    num_stored_units: int = 0  # whose bytes at home are in another GPU's memory
+    stored_bytes: int = 0  # of these there
     num_slots: int = 0  # of the phase that ran last
     slot_bytes: int = 0
     num_extra_slots: int = 0  # slots made beyond the plan because more blocks were in use at once

@@ -174,24 +174,30 @@ class Streams(Protocol):
 
 
 class CopyEngine(Protocol):
-    """Copies between host and device. They run on one copy stream, beside compute."""
+    """Copies between host and device, and from other devices. They run on one copy stream, beside compute."""
 
     @property
     def copied_by(self) -> str:
         """The call by which page-locked memory is copied to the device, for people; "": nothing to be told."""
 
     def prepare(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> Copies:
-        """What `copy` needs to copy (device view, host view) pairs, of `COPY_BYTES` at most; made once, used often.
+        """What `copy` needs to copy (target, source) pairs, of `COPY_BYTES` at most; made once, used often. One of each
+        is this device's memory, the other host memory or, as a source, that of another device.
 
         Args:
             is_locked: the host views are registered.
         """
 
+    def reaches(self, other: Device) -> bool:
+        """Whether copies from another device's memory go there straight; opens the way. Blocks the host."""
+
     def copy(self, copies: Copies, after: Sequence[Event]) -> Event:
         """Start copying on the copy stream once `after` have passed.
 
-        Does not block the host when the host views are registered.
+        Does not block the host when the host views are registered, and other devices within reach.
 
+        Args:
+            after: events of this device, or of another.
         Returns: the event after the last piece.
         """
 

@@ -18,6 +18,7 @@ from torch import nn
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.device.base import Device
+from layerstream.errors import WeightsLostError
 from layerstream.hooks import compiled
 from layerstream.hooks.entrances import Entrance, EntranceFinder
 from layerstream.hooks.intercept import Interception, Listener
@@ -154,7 +155,10 @@ class Attachments:
         Args:
             forget_slots: takes a unit, whose tensors are at home again, out of its slot.
             attempt: runs a step that may fail without keeping the others from being taken.
+        Raises:
+            WeightsLostError: some could not be brought back from another GPU; after all the others were handed back.
         """
+        lost: WeightsLostError | None = None
         for attachment in attachments:
             for place, original in attachment.moved_others:
                 getattr(place.module, place.kind)[place.name] = original
@@ -162,8 +166,12 @@ class Attachments:
             self._device.count_whole(-attachment.whole_bytes)
             attachment.whole_bytes = 0
             for unit in attachment.units:
-                with self._device.homes():
-                    unit.hand_back()
+                try:
+                    with self._device.homes():
+                        unit.hand_back()
+                except WeightsLostError as error:
+                    lost = lost or error
+                    unit.hand_back_lost()
                 attempt(functools.partial(forget_slots, unit), "free device memory")
             for place, stand_in in attachment.division.stand_ins:
                 if getattr(place.module, place.kind).get(place.name) is stand_in:
@@ -182,6 +190,8 @@ class Attachments:
         self.units_of = {block: units for block, units in self.units_of.items() if not gone.intersection(units)}
         for unit in gone:
             self.units.pop(unit.index, None)
+        if lost is not None:
+            raise lost
 
     def stop_listening(self, block: nn.Module) -> None:
         """Take the hooks off a block that stays as it is for now."""

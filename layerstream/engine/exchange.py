@@ -42,7 +42,7 @@ class HomeExchanges:
     """The exchanges of one streamer that are wanted, and the homes whose release is due.
 
     Attributes:
-        make_raw: gives a unit that is packed a home that is not, at once.
+        make_raw: gives a unit a `RawHome`, at once.
 
     Args:
         has_exchanged: called when a unit has another home.
@@ -106,7 +106,7 @@ class HomeExchanges:
         be reading it still.
 
         Args:
-            unpacked: where a unit's bytes are now that were packed.
+            unpacked: where a unit's bytes are now that were packed, or elsewhere.
         """
         store, old = self.store_of(unit), unit.home
         twice_if_interrupted(functools.partial(self._adopt, store, unit, home, unpacked))
@@ -120,6 +120,24 @@ class HomeExchanges:
             self._edits.has_entry(bound) or (bound.stand_in is not None and bound.stand_in() is not None)
             for bound in unit.binding.tensors
         )
+
+    def why_at_home(self, unit: StreamedUnit) -> str:
+        """Why the memory at home of a unit cannot be let go of; "": it can."""
+        binding = unit.binding
+        if not isinstance(unit.home, RawHome):  # it has none
+            return "somebody else has its memory" if self.is_looked_at(unit) else ""
+        if not all(bound.has_one_home for bound in binding.tensors):
+            return "its memory is not all ours"
+        places = [at for bound, at in zip(binding.tensors, unit.home.offsets, strict=True) if bound.num_bytes]
+        if len(set(places)) < len(places):
+            return "weights of it are tied by their memory"
+        if binding.statistics:
+            return "its forward writes to it"
+        if self._edits.holds(unit) or self.is_looked_at(unit):
+            return "somebody else has its memory"
+        if any(bound.home.is_shared() for bound in binding.tensors):
+            return "its memory is shared"
+        return ""
 
     def forget(self) -> None:
         """All is handed back, and the device is idle: nothing is wanted any more, and nothing is left to be released,
@@ -154,4 +172,4 @@ class HomeExchanges:
 
 
 def _refuse(unit: StreamedUnit) -> None:
-    raise TransferError(f"unit `{unit.spec.name}` is packed, and nobody can make it raw")
+    raise TransferError(f"unit `{unit.spec.name}` is not raw, and nobody can make it so")

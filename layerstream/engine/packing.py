@@ -11,11 +11,10 @@ anew when nobody looks any more.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -23,11 +22,12 @@ from layerstream import codec
 from layerstream.blocks import Sizes
 from layerstream.device.base import Device, engine_tensors
 from layerstream.engine.attachments import Attachments
-from layerstream.engine.edits import Edits
 from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.packer import Packer
-from layerstream.host.home import PackedHome, RawHome
+from layerstream.engine.raw_again import RawAgain
+from layerstream.engine.scratch import Scratch
+from layerstream.host.home import Home, PackedHome, RawHome
 from layerstream.host.memory import trim_heap
 from layerstream.host.store import HostStore
 from layerstream.planning.packed_choice import worth_packing
@@ -59,9 +59,10 @@ class Packing:
         self,
         device: Device,
         attached: Attachments,
-        edits: Edits,
         ledger: Ledger,
+        scratch: Scratch,
         exchanges: HomeExchanges,
+        raw_again: RawAgain,
         stats: Stats,
         mode: str,
     ) -> None:
@@ -79,8 +80,9 @@ class Packing:
         self._considered: Plan | None = None  # the plan that was looked at last
         self._has_changed = False  # what is packed is not what plans are made with
         self._is_checked = False  # kernels are there
-        self._packer = Packer(device, edits, ledger, exchanges, stats, self._was_made_raw, self._next_of)
-        exchanges.make_raw = self._packer.make_raw
+        self._raw_again = raw_again
+        raw_again.has_made.append(self._was_made_raw)
+        self._packer = Packer(device, ledger, scratch, raw_again.pages, stats, lambda unit: self._follows)
         ledger.planner.make_all_raw = self._make_all_raw
         self._follows: StreamedUnit | None = None  # the unit to be packed after the one that is now
         self._spent_s = 0.0
@@ -133,7 +135,7 @@ class Packing:
         finally:
             self._follows = None
             self._device.empty_cache()  # activations in pieces of what packing took would keep these apart
-            self._packer.pages.close()
+            self._raw_again.pages.close()
             progress.close()
         trim_heap()
         self._tell_planner()
@@ -200,7 +202,7 @@ class Packing:
 
     def _count(self) -> None:
         units = self._attached.units.values()
-        self._stats.pinned_bytes = sum(s.source.numel() for u in units for s in u.home.segments if s.is_pinned)
+        self._stats.pinned_bytes = sum(unit.home.locked_bytes for unit in units)
         packed = [unit for unit in units if isinstance(unit.home, PackedHome)]
         self._stats.num_packed_units = len(packed)
         self._stats.packed_bytes = sum(unit.home.wire_bytes for unit in packed)
@@ -224,32 +226,18 @@ class Packing:
         for unit in self._attached.units.values():
             if unit.spec.is_block:
                 self._refuse([unit.index], _NO_ROOM)
-                self._packer.make_raw(unit)
+                if isinstance(unit.home, PackedHome):
+                    self._raw_again.make_raw(unit)
 
     def _refuse(self, units: Iterable[int], why: str) -> None:
         """These stay raw."""
         self._refused.update(dict.fromkeys(units, why))
 
-    @contextlib.contextmanager
-    def leaving(self) -> Iterator[None]:
-        """Inside, units are handed back, one after the other."""
-        self._packer.is_leaving = True
-        try:
-            yield
-        finally:
-            self._packer.is_leaving = False
-            self._packer.pages.close()
-
-    def _next_of(self, unit: StreamedUnit) -> StreamedUnit | None:
-        if not self._packer.is_leaving:
-            return self._follows
-        units = self._attached.of_component[unit.spec.component].units
-        following = units[units.index(unit) + 1 :]
-        return next((each for each in following if isinstance(each.home, PackedHome)), None)
-
-    def _was_made_raw(self, unit: StreamedUnit) -> None:
+    def _was_made_raw(self, unit: StreamedUnit, before: Home) -> None:
+        if not isinstance(before, PackedHome):
+            return
         count = self._num_unpacked[unit.index] = self._num_unpacked.get(unit.index, 0) + 1
-        if count >= _MOST_UNPACKED and not self._packer.is_leaving:
+        if count >= _MOST_UNPACKED and not self._raw_again.is_leaving:
             self._refuse([unit.index], "it is looked at again and again")
         self._has_changed, self._considered = True, None
 
@@ -271,7 +259,7 @@ class Packing:
         """A packed home of the same bytes; None: the unit stays raw."""
         started = time.perf_counter()
         try:
-            why = self._packer.why_raw(unit)
+            why = self._exchanges.why_at_home(unit)
             home = None
             if not why:
                 with self._ledger.forgiving():

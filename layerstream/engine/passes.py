@@ -28,6 +28,7 @@ from layerstream.engine.replay import Replay
 from layerstream.engine.residency import LOOK_AHEAD_AT_END, Residency
 from layerstream.engine.session import Session
 from layerstream.engine.snapshots import Given, tensors_of
+from layerstream.engine.storing import Storing
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.phases import BESIDE, READ, CallKind
@@ -66,6 +67,7 @@ class Passes:
         timer: PassTimer,
         exchanges: HomeExchanges,
         packing: Packing,
+        storing: Storing,
         replay: Replay,
         ranges: Ranges,
         find_replaced: Callable[[], str | None],
@@ -85,6 +87,7 @@ class Passes:
         self._timer = timer
         self._exchanges = exchanges
         self._packing = packing
+        self._storing = storing
         self._replay = replay
         self._ranges = ranges
         self._find_replaced = find_replaced
@@ -243,6 +246,7 @@ class Passes:
                     self._edits.pass_ended()
             self._packing.at_rest()
             self._exchanges.at_rest()
+            self._storing.at_rest()
             self._residency.prefetch([], LOOK_AHEAD_AT_END)
             self._residency.guard()
 

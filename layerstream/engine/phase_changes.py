@@ -85,8 +85,7 @@ class PhaseChanges:
         for unit in wanted_later:
             if not self._residency.may_allocate(transfer.give_own_slot, unit):
                 break
-        if self._planner.link_gb_per_s is None:
-            self._planner.link_gb_per_s = transfer.measure_link()
+        self._planner.links.update(transfer.measure_links(self._planner.links))
         self._session.applied = phase_plan
         self._count_placements()
 

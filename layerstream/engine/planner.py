@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from layerstream.blocks import Sizes, UnitSpec, WholeSpec
 from layerstream.errors import BudgetError
-from layerstream.planning.costs import DECODE_GB_PER_S, Costs, uses_per_pass
+from layerstream.planning.costs import DECODE_GB_PER_S, LINK_GB_PER_S, Costs, uses_per_pass
 from layerstream.planning.order import OrderLearner
 from layerstream.planning.phase_plan import Phase, PhasePlan
 from layerstream.planning.phases import CallKind, PhaseTracker
@@ -28,7 +28,7 @@ class Planner:
 
     Attributes:
         tracker: which phase runs, and what is known of each kind of call.
-        link_gb_per_s: measured; None: not yet.
+        links: measured speeds in GB/s, from the host ("") and from other GPUs, by name.
         decode_gb_per_s: of what is packed, in bytes on the device; measured, or assumed.
         make_all_raw: has what is packed made raw, since the budget has no room for wire buffers.
 
@@ -40,7 +40,7 @@ class Planner:
 
     def __init__(self, budget_bytes: int | None, num_slots: int | None, granularity: int) -> None:
         self.tracker = PhaseTracker([])
-        self.link_gb_per_s: float | None = None
+        self.links: dict[str, float] = {}
         self.decode_gb_per_s = DECODE_GB_PER_S
         self.make_all_raw: Callable[[], object] = lambda: None
         self._budget_bytes = budget_bytes
@@ -49,7 +49,8 @@ class Planner:
         self._quantum = max(granularity, min(_MOST_QUANTUM_BYTES, (budget_bytes or 0) // _QUANTA_PER_BUDGET))
         self._units: Sequence[UnitSpec] = ()
         self._packed: dict[int, Sizes] = {}  # by unit: of those that are packed, or are to be
-        self._has_other_sizes = False  # than were planned with
+        self._keepers: dict[int, str] = {}  # by unit: of those that are in another GPU's memory
+        self._has_other_sizes = False  # or other keepers, than were planned with
         self._is_short = False  # of memory, although what is packed could be raw
         self._whole: Sequence[WholeSpec] = ()
         self._uses = _Uses()
@@ -85,6 +86,14 @@ class Planner:
         self._has_other_sizes = True
         self._planned_with = set()
 
+    def keep(self, keepers: Mapping[int, str]) -> None:
+        """These units come from the memory of these GPUs from now on, the others from that of the host. The next call
+        is planned anew."""
+        self._keepers = dict(keepers)
+        self._set_units(self._units)
+        self._has_other_sizes = True
+        self._planned_with = set()
+
     def has_room_to_pack(self, sizes: Mapping[int, Sizes]) -> bool:
         """Whether the budget would hold the least of these sizes, as far as reserves are known."""
         try:
@@ -103,7 +112,7 @@ class Planner:
         self._is_short = False
 
     def _set_units(self, units: Sequence[UnitSpec]) -> None:
-        self._units = _sized(units, self._packed)
+        self._units = [replace(u, keeper=self._keepers.get(u.index, "")) for u in _sized(units, self._packed)]
 
     def check(
         self, units: Sequence[UnitSpec], phases: Sequence[Phase], limit: int | None, whole: Sequence[WholeSpec]
@@ -256,9 +265,17 @@ class Planner:
 
     def _costs(self) -> Costs | None:
         compute_ms = self.tracker.compute_ms()
-        if not self.link_gb_per_s or not compute_ms:
+        if not self.links or not compute_ms:
             return None
-        return Costs(self.link_gb_per_s, compute_ms, self._uses_per_pass(), self._uses.seldom, self.decode_gb_per_s)
+        keepers = {name: speed for name, speed in self.links.items() if name}
+        return Costs(
+            self.links.get("", LINK_GB_PER_S),
+            compute_ms,
+            self._uses_per_pass(),
+            self._uses.seldom,
+            self.decode_gb_per_s,
+            keepers,
+        )
 
     def _uses_differ(self) -> bool:
         """Whether units are used more or less often than was planned with."""

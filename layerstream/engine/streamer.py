@@ -27,12 +27,16 @@ from layerstream.engine.packing import Packing
 from layerstream.engine.pairing import Pairing
 from layerstream.engine.passes import Passes
 from layerstream.engine.phase_changes import PhaseChanges
+from layerstream.engine.raw_again import RawAgain
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
+from layerstream.engine.scratch import Scratch
 from layerstream.engine.session import Session
 from layerstream.engine.standstill import standstill
-from layerstream.errors import BudgetError, StreamerStateError
+from layerstream.engine.storing import Storing
+from layerstream.errors import BudgetError, StreamerStateError, WeightsLostError
 from layerstream.hooks import compiled
+from layerstream.host.keeper import Keeper
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.model.units import ComponentLayout, Division, divide
 from layerstream.planning.plan import Plan
@@ -61,6 +65,7 @@ class Streamer:
         let_go: lets go of components that the pipeline has no longer; called between two calls.
         is_pairing: the two passes of a step of guidance may run side by side.
         packing: see `Packing`.
+        keepers, is_all_stored: see `Storing`.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class Streamer:
         let_go: Callable[[], None] = lambda: None,
         is_pairing: bool = False,
         packing: str = "off",
+        keepers: Sequence[Keeper] = (),
+        is_all_stored: bool = False,
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
@@ -124,14 +131,27 @@ class Streamer:
         )
         self._timer = PassTimer(device)
         self.exchanges = HomeExchanges(device, self._attached, self._transfer, self.edits, self._session.changed)
+        scratch = Scratch(device, self._ledger)
+        self._raw_again = RawAgain(device, self._attached, self._ledger, scratch, self.exchanges)
         self.packing = Packing(
             device,
             self._attached,
-            self.edits,
             self._ledger,
+            scratch,
             self.exchanges,
+            self._raw_again,
             self.stats,
             packing,
+        )
+        self.storing = Storing(
+            device,
+            self._attached,
+            self._ledger,
+            self.exchanges,
+            self._raw_again,
+            self.stats,
+            keepers,
+            is_all=is_all_stored,
         )
         self._replay = Replay(
             device, self._transfer, self._residency, self._lanes, self._session, self._timer, self._ranges
@@ -150,6 +170,7 @@ class Streamer:
             self._timer,
             self.exchanges,
             self.packing,
+            self.storing,
             self._replay,
             self._ranges,
             find_replaced,
@@ -189,6 +210,11 @@ class Streamer:
     def plan(self) -> Plan:
         """The plan of the phase that runs, or ran last."""
         return self._ledger.plan
+
+    @property
+    def links(self) -> dict[str, float]:
+        """Measured speeds in GB/s, from host memory ("") and from other GPUs, by name."""
+        return self._ledger.planner.links
 
     @property
     def has_shown_progress(self) -> bool:
@@ -256,6 +282,7 @@ class Streamer:
         division = divide(layouts)
         _refuse_compiled_wholes(layouts)
         self._attaching.check_budget(layouts, division)
+        self.storing.check(unit.spec for unit in division.units)
         keep_out_of_graphs(compiled.compile_safe)
         with self.gate.entered("entering"), self._standstill(layouts, division):
             self._open(layouts, division)
@@ -282,6 +309,7 @@ class Streamer:
             self._attaching.move_others()  # under the limit
             self._attaching.load_fixed()
             self.packing.attached()
+            self.storing.attached()
         except BaseException:
             twice_if_interrupted(self.close)
             raise
@@ -300,14 +328,18 @@ class Streamer:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
             self._passes.drop_times()
-            with self.packing.leaving():
-                self._attaching.detach(self._attached.all, attempt, goes_on=False)
+            with self._raw_again.leaving():
+                try:
+                    self._attaching.detach(self._attached.all, attempt, goes_on=False)
+                except WeightsLostError as error:  # raised once all else is given back
+                    afterwards.callback(_raise, error)
             self._replay.stop()
             self.pairing.close()
             self._lanes.main.caller = None  # an interrupted call's frame, which holds what it was given
             self.exchanges.forget()
             attempt(self._transfer.close, "free device memory")
             attempt(self._ledger.close, "give back the limit on device memory")
+            attempt(self.storing.close, "give back memory of the other GPU")
             attempt(self.device.empty_cache, "free cached device memory")
             self.stats.exit_s = time.perf_counter() - started
             self.is_closed = True
@@ -349,7 +381,7 @@ class Streamer:
                     self._passes.drop_times()  # perhaps of units that will be others
                     self.pairing.forget()
                     self.edits.pause_begins()
-                    with self.packing.leaving():
+                    with self._raw_again.leaving():
                         self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
                     self.packing.forget([unit for a in taken for unit in a.units])
                     self.edits.before_pause()
@@ -379,6 +411,7 @@ class Streamer:
                 self._attaching.move_others()
                 self._attaching.load_fixed()
                 self.packing.attached()
+                self.storing.attached()
                 with engine_tensors():
                     self.edits.after_pause()
             self.stats.num_relaid += len(layouts)

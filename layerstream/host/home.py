@@ -1,9 +1,10 @@
 """A unit's home: its bytes outside of the device. What a load reads, what is handed back, and who writes.
 
-A home belongs to one unit, and is the only writer of that unit's host bytes while it streams. Homes can be exchanged
-(`exchange.py`). There are two kinds, both page-locked where that is possible: a `RawHome` has the bytes as they are on
-the device, a `PackedHome` fewer, from which these are decoded. Whoever asks for a tensor of a packed unit at home
-(to write to it, to save it, to have it back) makes the unit raw again.
+A home belongs to one unit, and is the only writer of that unit's bytes at home while it streams. Homes can be exchanged
+(`exchange.py`). A `RawHome` has the bytes as they are on the device, in host memory, page-locked where that is
+possible. Of the others a unit's tensors have no memory at home: a `StoredHome` has the bytes in another GPU's memory, a
+`PackedHome` has fewer, there or on the host, from which these are decoded. Whoever asks for such a tensor at home (to
+write to it, to save it, to have it back) makes the unit raw again.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from dataclasses import dataclass, field
 import torch
 
 from layerstream.device.base import COPY_BYTES, Device, PackedLayout
+from layerstream.host.keeper import Keeper
 from layerstream.host.memory import Range
 from layerstream.weights.binding import BoundTensor, UnitBinding
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A range of host memory and where it lands in the slot.
+    """A range of memory at home and where it lands in the slot.
 
     Attributes:
-        source: uint8 [num_bytes], the host bytes.
+        source: uint8 [num_bytes], the bytes.
         offset: byte in the slot where the copy starts.
-        is_pinned: page-locked, so that the copy is asynchronous.
+        is_pinned: page-locked, or on another GPU, so that the copy is asynchronous.
     """
 
     source: torch.Tensor
@@ -41,14 +43,15 @@ class Segment:
 
 @dataclass(eq=False)
 class Home:
-    """What both kinds have in common.
+    """What all kinds have in common.
 
     Attributes:
         offsets: byte offset of each bound tensor in the slot, in the order of the binding.
         device_bytes: of the whole unit in a slot, alignment included.
         ranges: its bytes on the host, each with where a copy of it begins, and what is to be locked for it.
         locks: the page locks it holds.
-        segments: what to copy; filled by `HostStore.pin`.
+        segments: what to copy; filled by `HostStore`.
+        keeper: the GPU in whose memory the bytes are; None: they are on the host.
     """
 
     device: Device
@@ -57,6 +60,7 @@ class Home:
     ranges: list[tuple[torch.Tensor, int, Range]] = field(default_factory=list)
     locks: list[Range] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+    keeper: Keeper | None = None
 
     # Both are asked for at every load, and settled once the segments are there.
     @functools.cached_property
@@ -66,8 +70,13 @@ class Home:
 
     @functools.cached_property
     def is_pinned(self) -> bool:
-        """Whether all of it is page-locked, so that a load does not block the host."""
+        """Whether a load of it does not block the host."""
         return all(s.is_pinned for s in self.segments)
+
+    @property
+    def locked_bytes(self) -> int:
+        """Page-locked host memory of it."""
+        return 0 if self.keeper is not None else sum(s.source.numel() for s in self.segments if s.is_pinned)
 
     def pairs(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
         """What to copy into a device buffer: (its range, the host bytes, whether these are page-locked), segment by
@@ -108,10 +117,15 @@ class RawHome(Home):
     """The bytes of one unit as they are, in host memory."""
 
 
+class StoredHome(Home):
+    """The bytes of one unit as they are, in another GPU's memory, laid out as in a slot. Its tensors have no memory at
+    home until somebody asks for it (`BoundTensor.put_away`)."""
+
+
 @dataclass(eq=False)
 class PackedHome(Home):
-    """The bytes of one unit in fewer, in host memory: what a load copies goes to a wire buffer, and is decoded from
-    there into the slot. Its tensors have no memory at home until somebody asks for it (`BoundTensor.put_away`).
+    """The bytes of one unit in fewer: what a load copies goes to a wire buffer, and is decoded from there into the
+    slot. Its tensors have no memory at home until somebody asks for it (`BoundTensor.put_away`).
 
     Attributes:
         layout: how they are decoded.

@@ -30,7 +30,7 @@ from layerstream.blocks import align
 from layerstream.budget import format_bytes
 from layerstream.device.base import Device
 from layerstream.errors import HostMemoryError
-from layerstream.host.home import Home, PackedHome, RawHome, Segment
+from layerstream.host.home import Home, RawHome, Segment
 from layerstream.host.memory import (
     MemoryMaps,
     PageMapping,
@@ -201,14 +201,14 @@ class HostStore:
 
     def adopt(self, home: Home, binding: UnitBinding, make_raw: Callable[[], object]) -> None:
         """A unit's home is this one from now on; may be done again. Memory that a tensor was found in stays, and is
-        written to as well, since it is what is handed back; of what is packed nothing stays.
+        written to as well, since it is what is handed back; of what is packed, or elsewhere, nothing stays.
 
         Args:
-            make_raw: gives the unit a home that is not packed. No home may hold it: it would keep the engine alive.
+            make_raw: gives the unit a `RawHome`. No home may hold it: it would keep the engine alive.
         """
         if home not in self._homes:
             self._homes.append(home)
-        if isinstance(home, PackedHome):
+        if not isinstance(home, RawHome):
             for bound in binding.tensors:
                 bound.put_away(make_raw)
             return
@@ -218,8 +218,8 @@ class HostStore:
             bound.copied_to(master, keeps_home=keeps_home, is_handed_back=False)
 
     def adopt_unpacked(self, home: RawHome, binding: UnitBinding, pages: PageMapping) -> None:
-        """A unit that was packed has this home, which lies in `pages`: what its tensors are handed back in, too; may be
-        done again."""
+        """A unit that was packed, or elsewhere, has this home in `pages`: its tensors are handed back in it,
+        too, if they were found on the host; may be done again."""
         if home not in self._homes:
             self._homes.append(home)
         (source, _, _), *_ = home.ranges
@@ -229,7 +229,8 @@ class HostStore:
             is_large = bound.num_bytes >= IN_PLACE_LEAST_BYTES
             if is_large:
                 view = over(pages.cut(offset, bound.num_bytes), bound.dtype, bound.shape, bound.strides)
-            bound.copied_to(view, keeps_home=False, is_handed_back=is_large)
+            is_handed_back = is_large and bound.home_device.type == "cpu"
+            bound.copied_to(view, keeps_home=False, is_handed_back=is_handed_back)
 
     def hold(self, home: Home, pages: PageMapping, num_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
         """Page-lock a mapping for a home that lies in it and is to be adopted, or released; where that is refused, or
@@ -247,15 +248,31 @@ class HostStore:
         home.segments = [Segment(source, 0, is_pinned=lock is not None)]
         return source
 
+    def keep(self, home: Home, num_bytes: int) -> torch.Tensor:
+        """Take memory of its keeper for a home that is to be adopted, or released.
+
+        Returns: uint8 [num_bytes], the memory.
+        Raises:
+            torch.OutOfMemoryError: the keeper has no room.
+        """
+        assert home.keeper is not None
+        self._homes.append(home)  # first: what is interrupted here is released in the end
+        source = home.keeper.take(num_bytes)
+        home.segments = [Segment(source, 0, is_pinned=True)]
+        return source
+
     def release(self, home: Home) -> None:
-        """Give up the page locks of a home that is no unit's any more; idempotent. No copy from it may be in flight."""
+        """Give up the page locks, or the memory elsewhere, of a home that is no unit's any more; idempotent. No copy
+        from it may be in flight."""
         if home in self._homes:
             self._homes.remove(home)
             page_locks_of(self._device).release(self._device, _taken_locks([home]))
+            _give_kept([home])
 
     def close(self) -> None:
-        """Release the page locks; idempotent. No copy may be in flight."""
+        """Release the page locks, and the memory elsewhere; idempotent. No copy may be in flight."""
         self._release.detach()  # whatever happens now, happens once
+        _give_kept(self._homes)
         page_locks_of(self._device).release_all(self._device, _taken_locks(self._homes), self._homes)
 
     def _wanted(self, locks: PageLocks) -> list[list[Range]]:
@@ -309,6 +326,15 @@ class HostStore:
 
 def _release_dropped(device: Device, locks: PageLocks, homes: list[Home]) -> None:
     locks.release_all_when_free(device, _taken_locks(homes), homes)
+
+
+def _give_kept(homes: Sequence[Home]) -> None:
+    """Free memory of other GPUs that homes have."""
+    for home in homes:
+        if home.keeper is not None:
+            segments, home.segments = home.segments, []
+            for segment in segments:
+                home.keeper.give(segment.source)
 
 
 def _taken_locks(homes: Sequence[Home]) -> list[Range]:

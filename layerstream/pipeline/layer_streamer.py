@@ -25,7 +25,16 @@ from layerstream.model.units import ComponentLayout
 from layerstream.pipeline.changes import entries_of, merging_on
 from layerstream.pipeline.decorating import decorated_target
 from layerstream.pipeline.hold import Hold
-from layerstream.pipeline.options import budget_bytes_on, checked_packing, checked_pairing, checked_timeout, device_of
+from layerstream.pipeline.options import (
+    Store,
+    budget_bytes_on,
+    checked_packing,
+    checked_pairing,
+    checked_store,
+    checked_timeout,
+    device_of,
+    keepers_of,
+)
 from layerstream.pipeline.owners import ENTERING, refuse_active, touching
 from layerstream.pipeline.preview import plan_anew
 from layerstream.pipeline.sharing import decorated_call, raise_instead
@@ -56,6 +65,8 @@ class LayerStreamer:
         call_timeout: float | None = None,
         pairing: str = "off",
         packing: str = "off",
+        store: Store = None,
+        store_budget: int | str = "auto",
     ) -> None:
         self._pipe = pipe
         self._vram_budget = vram_budget
@@ -63,6 +74,7 @@ class LayerStreamer:
         self._call_timeout = checked_timeout(call_timeout)
         self._pairing = checked_pairing(pairing)
         self._packing = checked_packing(packing)
+        self._store, self._store_budget = checked_store(store), store_budget
         self._streamer: Streamer | None = None
         self._last: Streamer | None = None  # what it did can be asked after it is closed
         self._hold = Hold(pipe)
@@ -101,6 +113,7 @@ class LayerStreamer:
         components = _components_to_stream(self._pipe)
         device = device_of(self._device)
         budget = budget_bytes_on(self._vram_budget, device)
+        keepers, is_all_stored = keepers_of(self._store, self._store_budget, device)
         streamer = Streamer(
             functools.partial(layouts_of, self._pipe),
             device,
@@ -111,6 +124,8 @@ class LayerStreamer:
             let_go=functools.partial(self._hold.let_go_of_dropped, self),
             is_pairing=self._pairing == "auto",
             packing=self._packing,
+            keepers=keepers,
+            is_all_stored=is_all_stored,
         )
         layouts = layouts_of(self._pipe)
         _warn_if_nothing_streams(layouts, components)
@@ -274,6 +289,8 @@ class LayerStreamer:
             call_timeout=self._call_timeout,
             pairing=self._pairing,
             packing=self._packing,
+            store=self._store,
+            store_budget=self._store_budget,
         )
         inner._num_slots = self._num_slots
         return inner

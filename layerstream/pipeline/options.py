@@ -1,16 +1,21 @@
-"""What `offload` and `plan` are given, checked: a device, a budget, seconds."""
+"""What `offload` and `plan` are given, checked: devices, budgets, seconds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 
 from layerstream.budget import resolve_budget
 from layerstream.device.base import Device
 from layerstream.device.cuda import CudaDevice, find_device
-from layerstream.errors import ArgumentError, DeviceError, brief
+from layerstream.errors import ArgumentError, BudgetError, DeviceError, brief
+from layerstream.host.keeper import Keeper
+
+Place: TypeAlias = "torch.device | str | int | Device | None"
+Store: TypeAlias = "Place | Sequence[Place]"
 
 PAIRINGS = ("auto", "off")
 PACKINGS = ("auto", "ahead", "off")
@@ -33,6 +38,72 @@ def budget_bytes_on(vram_budget: int | str, device: Device) -> int | None:
     return resolve_budget(
         vram_budget, free_bytes=device.allocated_bytes() + device.free_bytes(), total_bytes=device.total_bytes()
     )
+
+
+def keepers_of(store: Store, store_budget: int | str, device: Device) -> tuple[list[Keeper], bool]:
+    """The GPUs in whose memory units are kept, and whether all must fit there.
+
+    Raises:
+        ArgumentError: `store` names the device itself, a GPU twice, or something after the host; or there is a
+            `store_budget` without one.
+        DeviceError: a GPU does not exist.
+        BudgetError: of `store_budget`.
+    """
+    found = _store_devices(store)
+    for number, each in enumerate(found):
+        name = "cpu" if each is None else str(each.name if each.is_simulated else each.torch_device)
+        if each is None and number + 1 < len(found):
+            raise ArgumentError('"cpu" comes last in `store`: host memory takes all the rest.')
+        if each is not None and _is_same(each, device):
+            raise ArgumentError(
+                f"store {name} is the GPU that the pipeline runs on. Name another one, or leave `store` away: what "
+                "there is room for stays on the device by itself."
+            )
+        if each is not None and any(other is not None and _is_same(each, other) for other in found[:number]):
+            raise ArgumentError(f"store names {name} twice. Name each GPU once.")
+    others = [each for each in found if each is not None]
+    if not others and store_budget != "auto":
+        raise ArgumentError(
+            f"store_budget {brief(store_budget)} is given without a store. Name the GPU that it is of, for instance "
+            'store="cuda:1".'
+        )
+    return [Keeper(each, _store_bytes(store_budget, each), device) for each in others], None not in found
+
+
+def checked_store(store: Store) -> Store:
+    """`store` as it is.
+
+    Raises:
+        ArgumentError: it is no device, nor a list of some.
+    """
+    each = store if isinstance(store, list | tuple) else [store]
+    is_none = not each or (len(each) > 1 and None in each)
+    if is_none or any(not isinstance(one, str | torch.device | int | Device | None) for one in each):
+        raise ArgumentError(
+            f'store must be a GPU such as "cuda:1", or a list of some, perhaps with "cpu" at the end, not '
+            f"{brief(store)}."
+        )
+    return store
+
+
+def _store_devices(store: Store) -> list[Device | None]:
+    """Each of a store; None: host memory."""
+    each: list[Any] = list(store) if isinstance(store, list | tuple) else [store]
+    return [None if one is None or str(one) == "cpu" else device_of(one) for one in each]
+
+
+def _is_same(one: Device, other: Device) -> bool:
+    return one is other or (not one.is_simulated and one.torch_device == other.torch_device)
+
+
+def _store_bytes(store_budget: int | str, device: Device) -> int:
+    free_bytes = device.allocated_bytes() + device.free_bytes()
+    num_bytes = resolve_budget(
+        store_budget, free_bytes=free_bytes, total_bytes=device.total_bytes(), name="store_budget"
+    )
+    if num_bytes is None:
+        raise BudgetError('store_budget "min" means nothing: the weights take what they take. Give a size, or "auto".')
+    return num_bytes
 
 
 def checked_pairing(pairing: str) -> str:

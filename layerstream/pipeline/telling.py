@@ -12,6 +12,7 @@ from pathlib import Path
 from layerstream.budget import format_budget, format_bytes
 from layerstream.engine.streamer import Streamer
 from layerstream.errors import StreamerStateError
+from layerstream.planning.plan import Plan
 from layerstream.report import Report, entered_line, streamer_html
 
 _log = logging.getLogger("layerstream")
@@ -28,10 +29,7 @@ def tell_entered(streamer: Streamer) -> None:
 
 def report_of(streamer: Streamer) -> Report:
     """What happened since the start."""
-    stats = streamer.look()
-    plan, copied_by = streamer.plan.with_next_gib(), streamer.device.copied_by
-    pairing, packing = streamer.pairing.reasons(), streamer.packing.why_raw()
-    return Report.of(plan, stats, streamer.phase_stats, streamer.least_bytes, copied_by, pairing, packing)
+    return _report(streamer, streamer.plan.with_next_gib(), copied_by=streamer.device.copied_by)
 
 
 @contextlib.contextmanager
@@ -62,7 +60,19 @@ def line_of(streamer: Streamer, *, is_active: bool) -> str:
 
 def html_of(streamer: Streamer, line: str) -> str:
     """`line`, the plan and the report, for notebooks."""
-    stats = streamer.look()
-    pairing, packing = streamer.pairing.reasons(), streamer.packing.why_raw()
-    report = Report.of(streamer.plan, stats, streamer.phase_stats, streamer.least_bytes, "", pairing, packing)
+    report = _report(streamer, streamer.plan, copied_by="")
     return streamer_html(line, streamer.plan, report)
+
+
+def _report(streamer: Streamer, plan: Plan, copied_by: str) -> Report:
+    return Report.of(
+        plan,
+        streamer.look(),
+        streamer.phase_stats,
+        streamer.least_bytes,
+        copied_by,
+        streamer.pairing.reasons(),
+        streamer.packing.why_raw(),
+        streamer.storing.why_on_host(),
+        streamer.links,
+    )

@@ -30,6 +30,7 @@ class Costs:
         uses: how often a pass uses a unit, by unit index, where that is not once: see `uses_per_pass`.
         seldom: of the units that hardly any pass uses, those that were used at all.
         decode_gb_per_s: of bytes on the device, made of what has another form at home; None: nothing has.
+        keepers_gb_per_s: from other GPUs in whose memory units are at home, by name.
     """
 
     link_gb_per_s: float
@@ -37,6 +38,7 @@ class Costs:
     uses: Mapping[int, int] = field(default_factory=dict)
     seldom: frozenset[int] = frozenset()
     decode_gb_per_s: float | None = None
+    keepers_gb_per_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def uses_per_pass(units: Sequence[UnitSpec], counts: Mapping[int, int]) -> dict[int, int] | None:
@@ -77,6 +79,14 @@ def compute_ms(units: Sequence[UnitSpec], costs: Costs | None) -> list[float]:
     num_bytes = sum(b.num_bytes for b in known)
     ms_per_byte = sum(measured[b.index] for b in known) / num_bytes if num_bytes else _COMPUTE_MS_PER_GB / 1e9
     return [measured.get(u.index, u.num_bytes * ms_per_byte if u.is_block else 0.0) for u in units]
+
+
+def load_bytes(unit: UnitSpec, costs: Costs | None) -> float:
+    """What a load of a unit takes of the link from the host, in bytes: of one that comes over a faster link less than
+    it has."""
+    num_bytes = unit.sizes.wire
+    speed = costs.keepers_gb_per_s.get(unit.keeper) if costs is not None else None
+    return num_bytes if speed is None or costs is None else num_bytes * costs.link_gb_per_s / speed
 
 
 def decode_ms(unit: UnitSpec, costs: Costs | None) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
-from layerstream.planning.costs import LINK_GB_PER_S, Costs, compute_ms, decode_ms
+from layerstream.planning.costs import LINK_GB_PER_S, Costs, compute_ms, decode_ms, load_bytes
 from layerstream.planning.pace import LEAST_WIRES, Pace
 from layerstream.planning.phase_plan import Phase, PhasePlan
 from layerstream.planning.search import Search
@@ -273,7 +273,7 @@ def pace_of(units: Sequence[UnitSpec], costs: Costs | None, uses: Mapping[int, i
     often = [uses.get(u.index, 1) for u in units]
     each_ms = compute_ms(units, costs)
     return Pace(
-        [(n * u.sizes.wire, n * ms) for n, u, ms in zip(often, units, each_ms, strict=True)],
+        [(n * load_bytes(u, costs), n * ms) for n, u, ms in zip(often, units, each_ms, strict=True)],
         costs.link_gb_per_s if costs is not None else LINK_GB_PER_S,
         [u.block_name for u in units],
         [n * decode_ms(u, costs) for n, u in zip(often, units, strict=True)],

@@ -53,7 +53,7 @@ class Pace:
     """The times of a list of blocks, and of passes in which some of them stream.
 
     Args:
-        blocks: (bytes over the bus, compute in ms) in the order of their use.
+        blocks: (bytes over a link of this speed, compute in ms) in the order of their use.
         wholes: of each, what it is a piece of; pieces of one block follow each other. None: each is a block.
         decode_ms: of each, what it takes to unpack; 0: it is copied to its slot as it is. None: so are all.
         num_wires: buffers for what is to be unpacked.
@@ -61,7 +61,7 @@ class Pace:
 
     def __init__(
         self,
-        blocks: Sequence[tuple[int, float]],
+        blocks: Sequence[tuple[float, float]],
         link_gb_per_s: float,
         wholes: Sequence[Hashable] | None = None,
         decode_ms: Sequence[float] | None = None,

@@ -1,7 +1,10 @@
 """How a unit's bytes get from its home into a slot: a route of stages.
 
-    raw, page-locked or not        Copy
-    packed, page-locked or not     CopyAndDecode: a copy into the next wire buffer, and decoding from there
+    as they are                    Copy
+    packed                         CopyAndDecode: a copy into the next wire buffer, and decoding from there
+
+Each copies from host memory, page-locked or not, and from another GPU's; where that GPU is out of reach the copy goes
+through the host (CopyThroughHost).
 
 A route is prepared once for a home and a slot's buffer, and issued at each load: behind events, on streams of its own
 choice, giving the event after which its bytes are there. What it has prepared is forgotten when the home is exchanged.
@@ -18,6 +21,7 @@ import torch
 
 from layerstream.device.base import COPY_BYTES, Device, Event, Unpacking, engine_tensors
 from layerstream.host.home import Home, PackedHome
+from layerstream.host.keeper import Keeper
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.wires import Wire, WireRing
 
@@ -47,17 +51,29 @@ class Routes:
     """
 
     def __init__(self, device: Device, wires: WireRing, ranges: Ranges) -> None:
+        self._device = device
         self._copy = Copy(device)
-        self._copy_and_decode = CopyAndDecode(device, self._copy, wires, ranges)
+        self._through_host: dict[Keeper, CopyThroughHost] = {}
+        self._copy_and_decode = CopyAndDecode(device, self._copy_of, wires, ranges)
 
     def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
         """See `Route`."""
-        route: Route = self._copy_and_decode if isinstance(home, PackedHome) else self._copy
+        route = self._copy_and_decode if isinstance(home, PackedHome) else self._copy_of(home)
         return route.prepare(home, buffer, name)
+
+    def _copy_of(self, home: Home) -> Route:
+        keeper = home.keeper
+        if keeper is None or keeper.is_reached:
+            return self._copy
+        if keeper not in self._through_host:
+            self._through_host[keeper] = CopyThroughHost(self._device, keeper)
+        return self._through_host[keeper]
 
     def close(self) -> None:
         """Let go of buffers on the host. The device must be idle."""
         self._copy.close()
+        while self._through_host:
+            self._through_host.popitem()[1].close()
 
 
 class Copy:
@@ -85,12 +101,53 @@ class Copy:
         self._staging = None
 
 
+class CopyThroughHost:
+    """Copies from a GPU that is out of reach: in parts, to the host by its copy stream, and from there by that of the
+    device, without the host waiting for either. A few buffers take turns; each is written to anew once the part that
+    was in it is on the device."""
+
+    def __init__(self, device: Device, keeper: Keeper) -> None:
+        self._device, self._keeper = device, keeper
+        with engine_tensors():
+            buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
+        self._buffers = [b for b in buffers if b is not None]
+        self._free: list[Event] = [None] * len(self._buffers)
+        self._next = 0
+
+    def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
+        pairs = [pair[:2] for pair in home.pairs(buffer)]
+        if not self._buffers:  # the driver does the same, and has the host wait
+            return functools.partial(self._device.copy, self._device.prepare(pairs, is_locked=False))
+        return functools.partial(self._copy, pairs)
+
+    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Event]) -> Event:
+        device, keeper = self._device, self._keeper.device
+        arrived: Event = None
+        for target, source in pairs:
+            number = self._next
+            self._next = (number + 1) % len(self._buffers)
+            staging, free = self._buffers[number][: source.numel()], self._free[number]
+            try:
+                left = keeper.copy(keeper.prepare([(staging, source)]), [] if free is None else [free])
+                arrived = device.copy(device.prepare([(target, staging)]), [left, *after])
+            except BaseException:  # the first may be on its way
+                keeper.synchronize()
+                raise
+            self._free[number] = arrived
+        return device.record_copies() if arrived is None else arrived
+
+    def close(self) -> None:
+        """Let go of the buffers. The device must be idle."""
+        self._keeper.device.synchronize()
+        self._buffers, self._free = [], []
+
+
 class CopyAndDecode:
     """Copies packed bytes into the wire buffer whose turn it is, and decodes them from there into the slot."""
 
-    def __init__(self, device: Device, copy: Copy, wires: WireRing, ranges: Ranges) -> None:
+    def __init__(self, device: Device, copy_of: Callable[[Home], Route], wires: WireRing, ranges: Ranges) -> None:
         self._device = device
-        self._copy = copy
+        self._copy_of = copy_of
         self._wires = wires
         self._ranges = ranges
 
@@ -105,7 +162,7 @@ class CopyAndDecode:
             known = by_wire.get(wire)
             if known is None:
                 unpacking = self._device.prepare_unpack(wire.buffer[: home.wire_bytes], home.layout, target)
-                known = by_wire[wire] = self._copy.prepare(home, wire.buffer, name), unpacking
+                known = by_wire[wire] = self._copy_of(home).prepare(home, wire.buffer, name), unpacking
             copy, unpacking = known
             try:
                 before = [copy([wire.free]), *after]

@@ -19,14 +19,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from layerstream.device.base import Device, Event, Stream, engine_tensors
 from layerstream.errors import TransferError
-from layerstream.host.home import PackedHome
+from layerstream.host.home import Home, PackedHome
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.stats import PhaseStats, Stats
 from layerstream.transfer.profiling import Ranges
@@ -35,6 +35,7 @@ from layerstream.transfer.unit import Slot, StreamedUnit, UnitState
 from layerstream.transfer.wires import WireRing
 
 _PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
+_STAGED_PROBES = 3  # the fastest counts; the first also warms up
 
 
 class TransferEngine:
@@ -135,18 +136,46 @@ class TransferEngine:
             for buffer in buffers:
                 each.callback(self._device.free, buffer)
 
-    def measure_link(self) -> float | None:
-        """GB/s from host to device, by copying a part of some unit into an empty slot; blocks the host for 6 ms."""
-        for slot in self._slots:
-            if slot.unit is not None:
+    def measure_links(self, known: Collection[str]) -> dict[str, float]:
+        """GB/s to the device from host memory (""), and from each other GPU that has units, by its name, but for those
+        that are known: by copying some unit, or a part of it, into an empty slot; blocks the host for 6 ms each."""
+        slot = max((s for s in self._slots if s.unit is None), key=lambda s: s.buffer.numel(), default=None)
+        found: dict[str, float] = {}
+        if slot is None:
+            return found
+        for unit in self._units.values():
+            keeper = unit.home.keeper
+            name = "" if keeper is None else keeper.name
+            if name in known or name in found:
                 continue
-            for unit in self._units.values():
-                pinned = (s.source for s in unit.home.segments if s.is_pinned)
-                source = max(pinned, key=torch.Tensor.numel, default=None)
-                if source is not None:
-                    source = source[: min(_PROBE_BYTES, slot.buffer.numel())]
-                    return self._device.measure_link(slot.buffer[: source.numel()], source)
-        return None
+            speed = self._speed_from(unit.home, slot) if keeper is None or keeper.is_reached else None
+            if keeper is not None and not keeper.is_reached:
+                speed = self._speed_through_host(unit, slot)
+            if speed is not None:
+                found[name] = speed
+        return found
+
+    def _speed_from(self, home: Home, slot: Slot) -> float | None:
+        source = max((s.source for s in home.segments if s.is_pinned), key=torch.Tensor.numel, default=None)
+        if source is None or not source.numel():
+            return None
+        source = source[: min(_PROBE_BYTES, slot.buffer.numel())]
+        return self._device.measure_link(slot.buffer[: source.numel()], source)
+
+    def _speed_through_host(self, unit: StreamedUnit, slot: Slot) -> float | None:
+        """Of a route with more than one copy, which is timed as a whole."""
+        home = unit.home
+        if isinstance(home, PackedHome) or not 0 < home.wire_bytes <= slot.buffer.numel():
+            return None
+        issue = self._routes.prepare(home, slot.buffer, unit.spec.name)
+        times = []
+        for _ in range(_STAGED_PROBES):
+            start = self._device.mark_copies([self._device.record(self._device.compute_stream())])
+            self._device.synchronize_event(issue([]))
+            end = self._device.mark_copies([])
+            self._device.synchronize_event(self._device.record_copies())
+            times.append(self._device.elapsed_ms(start, end) or 0.0)
+        return home.wire_bytes / min(times) / 1e6 if min(times) else None
 
     # ---- one unit's way into a slot and out of it
 

@@ -26,7 +26,7 @@ from layerstream.hooks.outputs import without_aliases
 from layerstream.host.home import Home
 from layerstream.torch_private import use_count_of
 from layerstream.transfer.route import Issue, Routes
-from layerstream.weights.binding import UnitBinding
+from layerstream.weights.binding import BoundTensor, UnitBinding
 
 
 def kept_out_of_slots(output: Any, units: Iterable[StreamedUnit]) -> Any:
@@ -242,6 +242,11 @@ class StreamedUnit:
         self.binding.restore(self.home.value)
         self.is_present = False
 
+    def hand_back_lost(self) -> None:
+        """The same of a unit whose bytes are lost: its tensors are NaN."""
+        self.binding.restore(_nothing_of)
+        self.is_present = False
+
     def left(self) -> Slot:
         """Nothing follows that reads its slot: LOADED to ABSENT. Returns the slot."""
         slot = self.slot
@@ -258,3 +263,8 @@ class StreamedUnit:
             TransferError: names the unit and both states.
         """
         raise TransferError(f"unit `{self.spec.name}` is {self.state.name}, where it should be {wanted.name}")
+
+
+def _nothing_of(bound: BoundTensor) -> torch.Tensor:
+    value = torch.empty(bound.shape, dtype=bound.dtype, device=bound.home_device)
+    return value.fill_(float("nan") if bound.dtype.is_floating_point else 0)

@@ -71,10 +71,12 @@ class CopyQueue:
         with self._lock, engine_tensors(), self._unseen.on():
             if self._queue:
                 copy = self._queue.popleft()
+                if copy.needs is not None:
+                    copy.needs()
                 for target, source in copy.pairs:
                     target.copy_(source)
                 if copy.decode is not None:
                     copy.decode()
                 # Events that are kept must not look like somebody who looks at the slot.
-                copy.pairs, copy.decode = [], None
+                copy.pairs, copy.decode, copy.needs = [], None, None
                 copy.is_done = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 
 from layerstream.blocks import ALIGNMENT_BYTES, align
 from layerstream.codec.reference import decode, encode
-from layerstream.device.base import PackedLayout, engine_tensors
+from layerstream.device.base import Device, PackedLayout, engine_tensors
 from layerstream.device.simulated.accounting import Accounting, HappensBefore, Unseen
 from layerstream.device.simulated.copies import CopyQueue, When
 from layerstream.device.simulated.memory import SimulatedMemory
 from layerstream.device.simulated.page_locks import Registrations
-from layerstream.device.simulated.races import Buffer, Buffers, check_given_back
-from layerstream.device.simulated.streams import COPY_STREAM, SimulatedEvent, SimulatedStream, Streams
+from layerstream.device.simulated.races import Buffer, Buffers, RaceError, check_given_back
+from layerstream.device.simulated.streams import COPY_STREAM, Copy, SimulatedEvent, SimulatedStream, Streams
+from layerstream.errors import TransferError
 from layerstream.torch_private import DISPATCH_MODE_STACK
 
 _REMEMBERED_OPERATIONS = 256
@@ -35,13 +37,15 @@ class SimulatedDevice:
         is_poisoned: fill a slot with NaN while a copy into it is queued.
         link_gb_per_s: speed of the simulated bus.
         decode_gb_per_s: of decoding, in bytes of what comes of it.
+        peer_gb_per_s: of copies from another simulated device within reach.
+        reaches_peers: copies from another one go straight.
+        name: for people.
         refuses_pinning: `register` answers False, as under WSL or a memlock limit.
         is_named_apart: a module that is moved to "cpu" is moved off the device.
         seed: of the "random" order.
     """
 
     is_simulated = True
-    name = "simulated"
     copied_by = ""
     torch_device = torch.device("cpu")
 
@@ -53,6 +57,9 @@ class SimulatedDevice:
         is_poisoned: bool = False,
         link_gb_per_s: float = 50.0,
         decode_gb_per_s: float = 1500.0,
+        peer_gb_per_s: float = 400.0,
+        reaches_peers: bool = True,
+        name: str = "simulated",
         refuses_pinning: bool = False,
         is_named_apart: bool = False,
         seed: int = 0,
@@ -60,6 +67,9 @@ class SimulatedDevice:
         self.is_poisoned = is_poisoned
         self.link_gb_per_s = link_gb_per_s
         self.decode_gb_per_s = decode_gb_per_s
+        self.peer_gb_per_s = peer_gb_per_s
+        self.reaches_peers = reaches_peers
+        self.name = name
         self.refuses_pinning = refuses_pinning
         self.is_named_apart = is_named_apart
         self.operations: deque[str] = deque(maxlen=_REMEMBERED_OPERATIONS)  # the last ones, by name
@@ -73,6 +83,7 @@ class SimulatedDevice:
         self._memory = SimulatedMemory(memory_bytes, self._lock)
         self._queue = CopyQueue(copies, seed, self._unseen, self._lock)
         self._registrations = Registrations(self._lock)
+        self._peers: weakref.WeakSet[SimulatedDevice] = weakref.WeakSet()  # that copy from here, or are copied from
 
     # ---- what tests steer
 
@@ -254,6 +265,7 @@ class SimulatedDevice:
             if known is not None:
                 if not self._is_lost:
                     check_given_back(known)
+                    self._check_unread(buffer)
                 self._memory.free_buffer(self.rounded_bytes(known.num_bytes), buffer.untyped_storage())
         self._step("free")
 
@@ -274,8 +286,7 @@ class SimulatedDevice:
     def record(self, stream: Any) -> SimulatedEvent:
         self._step("record")
         stream.tick()
-        event: SimulatedEvent = stream.event()
-        return event
+        return self._event_of(stream)
 
     def wait(self, stream: Any, event: Any) -> None:
         self._step("wait")
@@ -303,6 +314,13 @@ class SimulatedDevice:
 
     # ---- copies
 
+    def reaches(self, other: Device) -> bool:
+        if not isinstance(other, SimulatedDevice):
+            return False
+        self._peers.add(other)
+        other._peers.add(self)
+        return self.reaches_peers
+
     def prepare(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -312,30 +330,33 @@ class SimulatedDevice:
         self._step("copy")
         with self._lock, engine_tensors(), self._unseen.on():
             stream = self._streams.copies
-            stream.follow(after)
+            elsewhere = [event for event in after if event.device is not self]
+            stream.follow(event for event in after if event.device is self)  # clocks are each device's own
+            stream.time_ms = max([stream.time_ms, *(event.time_ms for event in elsewhere)])
             stream.tick()
             queued = self._queue.add()
+            if elsewhere:
+                queued.needs = functools.partial(_run_until, elsewhere)
             try:
                 for number, (target, source) in enumerate(copies):
                     if number:
                         self._step("piece", progresses=False)  # what fails here leaves the pairs before on their way
-                    self._buffers.overwrite(target, stream)
-                    self._registrations.count_copy(source)
+                    self._note_copy(target, source, stream)
                     if self.is_poisoned:
                         self._poison(target)
                     queued.pairs.append((target, source))
-                    stream.time_ms += target.numel() / self.link_gb_per_s / 1e6
+                    stream.time_ms += target.numel() / self._gb_per_s_from(source) / 1e6
             except BaseException:
                 self._queue.drop_if_empty(queued)
                 raise
             self._queue.progress()
-            return stream.event(queued)
+            return self._event_of(stream, queued)
 
     def record_copies(self) -> SimulatedEvent:
         with self._lock:
             after = SimulatedStream(COPY_STREAM)
             after.follow([self._streams.copies.event(), self._streams.unpacking.event()])
-            return after.event(self._queue.last)
+            return self._event_of(after, self._queue.last)
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._step("copy_back")
@@ -345,7 +366,7 @@ class SimulatedDevice:
     def measure_link(self, target: torch.Tensor, source: torch.Tensor) -> float:
         event = self.copy([(target, source)], [self.record(self._streams.here)])
         self.synchronize_event(event)
-        return self.link_gb_per_s
+        return self._gb_per_s_from(source)
 
     # ---- packing
 
@@ -382,7 +403,7 @@ class SimulatedDevice:
                 buffer.decoded_by = queued
             stream.time_ms += layout.raw_bytes / self.decode_gb_per_s / 1e6
             self._queue.progress()
-            return stream.event(queued)
+            return self._event_of(stream, queued)
 
     def mark_unpacking(self, after: Sequence[Any]) -> float:
         with self._lock:
@@ -446,12 +467,43 @@ class SimulatedDevice:
 
     # ---- inside
 
+    def _peer_with(self, tensor: torch.Tensor) -> SimulatedDevice | None:
+        """The other device in whose memory a tensor is; None: it is in none's."""
+        return next((peer for peer in self._peers if peer._buffers.at(tensor.data_ptr()) is not None), None)
+
+    def _gb_per_s_from(self, source: torch.Tensor) -> float:
+        return self.link_gb_per_s if self._peer_with(source) is None else self.peer_gb_per_s
+
+    def _note_copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
+        """A copy is issued: from the host, from another device, or to the host."""
+        if self._buffers.at(target.data_ptr()) is None and self._buffers.at(source.data_ptr()) is not None:
+            self._buffers.access(source, stream)
+            return
+        self._buffers.overwrite(target, stream)
+        peer = self._peer_with(source)
+        if peer is None:
+            self._registrations.count_copy(source)
+        elif not self.reaches_peers:
+            raise TransferError("a copy from another device, which is not within reach")
+
+    def _check_unread(self, buffer: torch.Tensor) -> None:
+        """Raise RaceError if a copy from a buffer to another device has not run yet."""
+        start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
+        for peer in self._peers:
+            if any(start <= source.data_ptr() < end for source in peer._queue.sources()):
+                raise RaceError("memory given back with a copy from it to another device on its way")
+
     def _poison(self, target: torch.Tensor) -> None:
         """Fill what a copy is queued for with NaN; what is to be decoded from there first is decoded."""
         buffer = self._buffers.at(target.data_ptr())
         if buffer is not None and buffer.decoded_by is not None:
             self._queue.run(until=buffer.decoded_by)
         target.fill_(0xFF)
+
+    def _event_of(self, stream: SimulatedStream, copy: Copy | None = None) -> SimulatedEvent:
+        event = stream.event(copy)
+        event.device = self
+        return event
 
     def _step(self, name: str, *, progresses: bool = True) -> None:
         """One device operation: faults strike here, and under "random" some queued copies run."""
@@ -464,3 +516,10 @@ class SimulatedDevice:
             raise error
         if progresses:
             self._queue.progress()
+
+
+def _run_until(events: Sequence[SimulatedEvent]) -> None:
+    """Have other devices come as far as these events."""
+    for event in events:
+        if event.copy is not None:
+            event.device._queue.run(until=event.copy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,11 +20,16 @@ Clock = dict[int, int]  # by the number of a stream: how many of its operations 
 
 @dataclass(eq=False)
 class Copy:
-    """One copy on its way: pairs of targets and sources; or decoding, which is a call."""
+    """One copy on its way: pairs of targets and sources; or decoding, which is a call.
+
+    Attributes:
+        needs: has run what this one waits for on other devices.
+    """
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]]
     is_done: bool = False
     decode: Callable[[], object] | None = None
+    needs: Callable[[], object] | None = None
 
 
 @dataclass(eq=False)
@@ -32,11 +38,13 @@ class SimulatedEvent:
 
     Attributes:
         copy: that it follows, when it lies on the stream of copies or of decoding.
+        device: on which it is; None: it is no one's but the streams' here.
     """
 
     clock: Clock
     time_ms: float
     copy: Copy | None = None
+    device: Any = None
 
 
 @dataclass(eq=False)

@@ -1,0 +1,85 @@
+"""Another GPU, in whose memory units have their bytes at home: `offload(pipe, store="cuda:1")`.
+
+From there loads take the way between the two GPUs, NVLink or PCIe, in place of the one from host memory; where they
+cannot reach each other, every copy goes through the host (`transfer/route.py`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from layerstream.device.base import Device, engine_tensors
+
+
+class Keeper:
+    """One other GPU.
+
+    Attributes:
+        device: that GPU.
+        name: for people, such as "cuda:1".
+        budget_bytes: what the process may reserve there; None: all that is free.
+        is_reached: copies from there to the GPU that computes go straight.
+
+    Args:
+        target: the GPU that computes.
+    """
+
+    def __init__(self, device: Device, budget_bytes: int | None, target: Device) -> None:
+        self.device = device
+        self.name = device.name if device.is_simulated else str(device.torch_device)
+        self.budget_bytes = budget_bytes
+        self.is_reached = target.reaches(device)
+        self._claim: object = object()  # on the limit, which the process keeps for whoever asked
+        self._release = weakref.finalize(self, _give_back, device, self._claim)
+        self._is_held = False
+
+    def room_bytes(self) -> int:
+        """What may still be taken there within the budget."""
+        free = self.device.free_bytes()
+        if self.budget_bytes is None:
+            return free
+        return max(0, min(free, self.budget_bytes - self.device.allocated_bytes()))
+
+    def hold(self) -> None:
+        """Hold that GPU's allocator to the budget, until `close`; idempotent."""
+        if not self._is_held and self.budget_bytes is not None:
+            self.device.set_cap(self.budget_bytes, owner=self._claim)
+        self._is_held = True
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """Memory there: uint8 [num_bytes].
+
+        Raises:
+            torch.OutOfMemoryError: that GPU is full, or its budget is.
+        """
+        with engine_tensors():
+            return self.device.allocate(num_bytes)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Free what was taken. No copy from it to the other GPU may be in flight."""
+        # Copies by this GPU itself, to the host, are not known to the stream that the memory goes back to.
+        self.device.wait(self.device.compute_stream(), self.device.record_copies())
+        self.device.free(buffer)
+
+    def fill(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool) -> None:
+        """Copy (memory here, host memory) pairs, and wait for it.
+
+        Args:
+            is_locked: the host memory is page-locked.
+        """
+        device = self.device
+        after = [device.record(device.compute_stream())]
+        device.synchronize_event(device.copy(device.prepare(pairs, is_locked=is_locked), after))
+
+    def close(self) -> None:
+        """Give up the limit, and memory that nobody uses."""
+        self._is_held = False
+        self.device.set_cap(None, owner=self._claim)
+        self.device.empty_cache()
+
+
+def _give_back(device: Device, claim: object) -> None:
+    device.set_cap(None, owner=claim)

@@ -1,0 +1,495 @@
+"""Units whose bytes are in another GPU's memory: equal, restored, whatever is edited, fails or interrupts meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import layerstream
+from layerstream.device.base import Caps
+from layerstream.device.simulated import RaceError, SimulatedDevice
+from layerstream.errors import ArgumentError, BudgetError, DeviceError, StoreError, WeightsLostError
+from layerstream.host.home import PackedHome, RawHome, StoredHome
+from layerstream.standins import build_tiny, run_tiny
+from layerstream.transfer.route import CopyThroughHost
+from tests.fakes import adversary, assert_equal, assert_restored, describe, toy, twin
+from tests.packing_fakes import packs_anything
+from tests.test_packing import EDITS, Layers, Pipe, engine_of
+
+__all__ = ["packs_anything"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be reached from")
+REACH = [True, False]
+
+
+def other(**options: Any) -> SimulatedDevice:
+    """Another GPU."""
+    return adversary(name="other", **options)
+
+
+def num_stored(streaming: layerstream.LayerStreamer) -> int:
+    return sum(unit.home.keeper is not None for unit in engine_of(streaming)._units.values())
+
+
+def settle(pipe: Pipe, resident: Pipe, streaming: layerstream.LayerStreamer) -> None:
+    for _ in range(3):
+        assert_equal(pipe(), resident())
+    assert num_stored(streaming) >= 1
+
+
+# ---- whatever is stored
+
+
+@pytest.mark.parametrize("reaches", REACH)
+@pytest.mark.parametrize("copies", ["at_once", "late", "random"])
+@pytest.mark.parametrize("budget", ["min", 46_000, 60_000, "auto"])
+def test_equal_and_restored(budget: int | str, copies: Any, reaches: bool) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    before, device, keeper = describe(model), adversary(copies=copies, reaches_peers=reaches), other(copies=copies)
+    with layerstream.offload(pipe, vram_budget=budget, device=device, store=keeper) as streaming, device.checking():
+        for _ in range(4):
+            assert_equal(pipe(), resident())
+        stats = streaming.stats()
+        assert num_stored(streaming) == stats.num_stored_units == 7
+        assert stats.stored_bytes == keeper.buffer_bytes
+        assert stats.pinned_bytes == 0
+        assert not device.registered
+    assert_restored(model, before)
+    assert device.buffer_bytes == keeper.buffer_bytes == 0
+    assert_equal(pipe(), resident())
+
+
+@pytest.mark.parametrize("reaches", REACH)
+@pytest.mark.parametrize("name", ["sd3", "flux", "ovis", "longcat", "wan22", "kandinsky5", "hunyuan_video", "lumina2"])
+def test_pipelines(name: str, reaches: bool) -> None:
+    pipe: Any = build_tiny(name)
+    expected = [run_tiny(pipe, name, seed=seed) for seed in range(2)]
+    device, keeper = adversary(copies="random", reaches_peers=reaches), other(copies="random")
+    with layerstream.offload(pipe, vram_budget="min", device=device, store=keeper) as streaming, device.checking():
+        for seed in (0, 1, 0):
+            assert torch.equal(run_tiny(pipe, name, seed=seed), expected[seed])
+        assert streaming.stats().num_stored_units > 0
+    assert torch.equal(run_tiny(pipe, name, seed=1), expected[1])
+    assert not keeper.buffer_bytes
+
+
+@pytest.mark.usefixtures("packs_anything")
+@pytest.mark.parametrize("reaches", REACH)
+@pytest.mark.parametrize("copies", ["late", "random"])
+def test_packed_homes_live_there_too(copies: Any, reaches: bool) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    before, device, keeper = describe(model), adversary(copies=copies, reaches_peers=reaches), other(copies=copies)
+    options: dict[str, Any] = {"vram_budget": 80_000, "device": device, "store": keeper, "packing": "ahead"}
+    with layerstream.offload(pipe, **options) as streaming, device.checking():
+        settle(pipe, resident, streaming)
+        homes = [unit.home for unit in engine_of(streaming)._units.values()]
+        assert sum(isinstance(home, PackedHome) and home.keeper is not None for home in homes) == 6
+        assert sum(isinstance(home, StoredHome) for home in homes) == 1
+        assert streaming.stats().stored_bytes < 54_784 / 2
+        pickle.dumps(model)
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 7
+    assert_restored(model, before)
+    assert not keeper.buffer_bytes
+
+
+def test_what_they_had_on_the_host_is_let_go() -> None:
+    model = Layers(3, 512)
+    storages = [StorageWeakRef(block.weight.data.untyped_storage()) for block in model.blocks]
+    with layerstream.offload(model, vram_budget="min", device=adversary(), store=other()) as streaming:
+        engine_of(streaming).exchanges.release()
+        gc.collect()
+        assert all(storage.expired() for storage in storages)
+
+
+def test_two_gpus_one_after_the_other() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    first, second = adversary(name="first", memory_bytes=30_000), adversary(name="second", copies="random")
+    with layerstream.offload(
+        pipe, vram_budget="min", device=adversary(copies="random"), store=[first, second], store_budget="100%"
+    ) as streaming:
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 7
+        assert 0 < first.buffer_bytes <= 30_000
+        assert first.buffer_bytes + second.buffer_bytes == 54_784
+        assert set(engine_of(streaming)._ledger.planner.links) == {"first", "second"}
+    assert not first.buffer_bytes
+    assert not second.buffer_bytes
+
+
+def test_the_host_takes_the_rest_evenly() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    device, keeper = adversary(), other()
+    options: dict[str, Any] = {"vram_budget": "min", "device": device, "store_budget": 30_000}
+    with layerstream.offload(pipe, store=[keeper, "cpu"], **options) as streaming:
+        settle(pipe, resident, streaming)
+        stored = [u.spec.name for u in engine_of(streaming)._units.values() if u.home.keeper is not None]
+        assert keeper.buffer_bytes <= 30_000
+        assert device.registered
+        assert "there is no room for it" in str(streaming.report())
+        blocks = [int(name.rsplit(".", 1)[-1]) for name in stored if "blocks" in name]
+    assert len(blocks) == 3
+    assert all(after - before > 1 for before, after in itertools.pairwise(blocks)), blocks
+
+
+def test_the_other_gpu_is_held_to_its_budget() -> None:
+    model = toy()
+    pipe, keeper = Pipe(model), other()
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=keeper, store_budget=56_000):
+        pipe()
+        assert keeper.free_bytes() == 56_000 - keeper.buffer_bytes
+    assert keeper.free_bytes() > 2**40
+    assert isinstance(keeper._memory._caps, Caps)
+    assert not keeper._memory._caps._bytes
+
+
+def test_a_pipeline_that_is_dropped_gives_the_limit_back() -> None:
+    keeper = other()
+    model = toy()
+    streaming = layerstream.offload(model, vram_budget="min", device=adversary(), store=keeper, store_budget=56_000)
+    streaming.start()
+    assert keeper.free_bytes() < 56_000
+    del streaming, model
+    gc.collect()
+    assert keeper._memory.limit_bytes == keeper.memory_bytes
+
+
+# ---- plans
+
+
+def _compute(device: SimulatedDevice, *_: Any) -> None:
+    device.compute(1.0)
+
+
+def test_plans_know_each_link() -> None:
+    """Over a link eight times as fast, what the bus bound is bound by compute."""
+    found = {}
+    for store in (None, other()):
+        model = toy()
+        pipe = Pipe(model)
+        device = adversary(link_gb_per_s=0.001, peer_gb_per_s=0.1)
+        takes = functools.partial(_compute, device)
+        compute = [module.register_forward_hook(takes) for module in model.blocks]
+        with layerstream.offload(pipe, vram_budget="min", device=device, store=store) as streaming:
+            for _ in range(4):
+                pipe()
+            prediction = streaming.plan.phases[-1].prediction
+            assert prediction is not None
+            found[store is None] = prediction
+            if store is not None:
+                assert "other" in str(streaming.report())
+                assert "0.1 GB/s" in str(streaming.report())
+        for hook in compute:
+            hook.remove()
+    assert found[True].bound == "bus"
+    assert found[False].bound == "compute"
+    assert found[False].bus_ms < found[True].bus_ms / 50
+
+
+def test_the_way_through_the_host_is_measured_as_a_whole() -> None:
+    pipe = Pipe(toy())
+    device = adversary(reaches_peers=False, link_gb_per_s=2.0)
+    with layerstream.offload(pipe, vram_budget="min", device=device, store=other(link_gb_per_s=1.0)) as streaming:
+        pipe()
+        speed = engine_of(streaming)._ledger.planner.links["other"]
+    assert speed == pytest.approx(2 / 3, rel=0.01), "a part of one piece goes over one link after the other"
+
+
+def test_it_is_said_once_that_copies_go_through_the_host() -> None:
+    pipe = Pipe(toy())
+    options: dict[str, Any] = {"vram_budget": "min", "store": other(), "device": adversary(reaches_peers=False)}
+    with (
+        pytest.warns(UserWarning, match="other cannot be reached from cpu directly") as said,
+        layerstream.offload(pipe, **options) as streaming,
+    ):
+        pipe()
+        with streaming.paused():
+            pass
+        pipe()
+    assert len(said) == 1
+
+
+# ---- edits
+
+
+@pytest.mark.parametrize("budget", ["min", 60_000])
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_take_effect_and_stay(edit: Callable[[nn.Module], None], budget: int | str) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    device, keeper = adversary(), other()
+    with layerstream.offload(pipe, vram_budget=budget, device=device, store=keeper):
+        for number in range(3):
+            if number:
+                edit(model)
+                edit(resident.model)
+            with device.checking():
+                for _ in range(4):
+                    assert_equal(pipe(), resident())
+    for name, value in resident.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert_equal(pipe(), resident())
+    assert not device.registered
+    assert not keeper.buffer_bytes
+
+
+def test_a_forward_that_writes_to_its_unit() -> None:
+    model = toy(writes_buffer=True)
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()):
+        for _ in range(5):
+            assert_equal(pipe(), resident())
+    assert [float(b.count) for b in model.blocks] == [float(b.count) for b in resident.model.blocks]
+
+
+def test_weights_that_somebody_holds_stay_on_the_host() -> None:
+    model = toy()
+    kept = model.blocks[3].up.weight.data[:2]
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
+        assert_equal(pipe(), resident())
+        assert num_stored(streaming) == 6
+        assert "1 of what was to be: somebody else has its memory" in str(streaming.report())
+        kept[0] = 0.25
+        resident.model.blocks[3].up.weight.data[0] = 0.25
+        assert_equal(pipe(), resident())
+
+
+def test_what_is_looked_at_comes_back_and_goes_again() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
+        settle(pipe, resident, streaming)
+        held = model.state_dict()
+        assert_equal(pipe(), resident())
+        assert num_stored(streaming) == 0
+        del held
+        gc.collect()
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 7
+        held = model.state_dict()
+        del held
+        gc.collect()
+        settle_again = [pipe() for _ in range(3)]
+        assert len(settle_again) == 3
+        assert "it is looked at again and again" in str(streaming.report())
+
+
+def test_a_pause_brings_all_home_and_stores_it_again() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    device, keeper = adversary(), other()
+    with layerstream.offload(pipe, vram_budget="min", device=device, store=keeper) as streaming:
+        for number in range(4):
+            settle(pipe, resident, streaming)
+            with streaming.paused():
+                assert not keeper.buffer_bytes
+                for each in (model, resident.model):
+                    each.blocks[number].scale.data.zero_()
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 7
+
+
+@pytest.mark.parametrize("budget", ["min", 80_000, 2**24])
+def test_views_that_are_kept(budget: int | str) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget=budget, device=adversary(), store=other()) as streaming:
+        kept = []
+        for _ in range(3):
+            assert_equal(pipe(), resident())
+            kept.append((model.blocks[1].scale.detach(), resident.model.blocks[1].scale.detach().clone()))
+        for mine, theirs in kept:
+            assert torch.equal(mine, theirs)
+        assert num_stored(streaming) >= 6
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("reaches", REACH)
+@pytest.mark.parametrize("is_keeper", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), KeyboardInterrupt()])
+def test_a_fault_at_any_operation(error: BaseException, is_keeper: bool, reaches: bool) -> None:
+    """Of entering, storing, streaming, looking and leaving, on either GPU: all is given back."""
+    operation = 0
+    while True:
+        model = toy(num_blocks=3)
+        resident, pipe = Pipe(twin(model)), Pipe(model)
+        before, device, keeper = describe(model), adversary(reaches_peers=reaches), other()
+        faulty = keeper if is_keeper else device
+        faulty.fail_at(operation, error)
+        with (
+            contextlib.suppress(type(error), Warning),
+            layerstream.offload(pipe, vram_budget="min", device=device, store=keeper),
+        ):
+            for _ in range(3):
+                with contextlib.suppress(type(error)):
+                    assert_equal(pipe(2), resident(2))
+            pickle.dumps(model)
+            model.state_dict()
+            with contextlib.suppress(type(error)):
+                assert_equal(pipe(2), resident(2))
+        assert_restored(model, before)
+        assert not device.registered
+        assert not keeper.buffer_bytes, operation
+        assert_equal(pipe(2), resident(2))
+        if faulty.num_operations < operation:
+            return
+        operation += 1
+
+
+def test_a_gpu_that_gives_nothing_back() -> None:
+    """What it has is lost, and that is said; all else is restored."""
+    model = toy()
+    kept = model.blocks[3].up.weight.data[:2]
+    pipe, keeper, device = Pipe(model), other(), adversary()
+    before = describe(model)
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with (
+        pytest.raises(WeightsLostError, match="weights that were in the memory of other are lost: .*illegal memory"),
+        layerstream.offload(pipe, vram_budget="min", device=device, store=keeper),
+    ):
+        pipe()
+        keeper.copy_back = fail  # type: ignore[method-assign]
+    assert not device.registered
+    assert layerstream.active(pipe) is None
+    assert torch.isnan(model.blocks[0].up.weight).all()
+    assert torch.equal(model.blocks[3].up.weight[:2], kept)
+    assert [type(p) for p in model.parameters()] == [nn.Parameter for _ in model.parameters()]
+    assert describe(model).keys() == before.keys()
+
+
+def test_a_gpu_that_is_full_by_then_leaves_the_rest_on_the_host() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    keeper = other()
+    right, count = keeper.allocate, 0
+
+    def refuse(num_bytes: int) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise torch.OutOfMemoryError("none left")
+        return right(num_bytes)
+
+    keeper.allocate = refuse  # type: ignore[method-assign]
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=keeper) as streaming:
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 6
+
+
+def test_memory_that_is_given_back_while_it_is_read_is_caught() -> None:
+    device, keeper = adversary(copies="late"), other()
+    assert device.reaches(keeper)
+    source, target = keeper.allocate(512), device.allocate(512)
+    device.copy(device.prepare([(target, source)]), [])
+    with pytest.raises(RaceError, match="with a copy from it to another device on its way"):
+        keeper.free(source)
+
+
+@pytest.mark.filterwarnings("ignore:module forward hook")
+def test_a_buffer_on_the_way_through_the_host_that_is_written_too_early_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By bits: the next part comes to lie over the one before it."""
+    right = CopyThroughHost._copy
+
+    def forgetful(self: CopyThroughHost, pairs: Any, after: Any) -> Any:
+        self._free = [None] * len(self._free)
+        return right(self, pairs, after)
+
+    monkeypatch.setattr(CopyThroughHost, "_copy", forgetful)
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    device = adversary(copies="late", reaches_peers=False)
+    with (
+        pytest.raises((AssertionError, RaceError)),
+        layerstream.offload(pipe, vram_budget="min", device=device, store=other(copies="at_once")),
+    ):
+        for _ in range(4):
+            assert_equal(pipe(), resident())
+
+
+# ---- arguments
+
+
+def test_a_store_without_room_changes_nothing() -> None:
+    model = toy()
+    before, device, keeper = describe(model), adversary(), other(memory_bytes=20_000)
+    with (
+        pytest.raises(StoreError, match=r"do not fit in the memory of other: they take 53\.5 KiB") as raised,
+        layerstream.offload(model, vram_budget="min", device=device, store=keeper, store_budget="100%"),
+    ):
+        pass
+    assert (raised.value.needed_bytes, raised.value.available_bytes) == (54_784, 20_000)
+    assert 'store=["other", "cpu"]' in str(raised.value)
+    assert_restored(model, before)
+    assert keeper.num_operations == device.num_operations == 0
+    assert layerstream.active(model) is None
+
+
+def test_stores_that_mean_nothing() -> None:
+    device, keeper = adversary(), other()
+    model = toy()
+
+    def entering(**options: Any) -> None:
+        with layerstream.offload(model, vram_budget="min", device=device, **options):
+            pass
+
+    with pytest.raises(ArgumentError, match="is the GPU that the pipeline runs on"):
+        entering(store=device)
+    with pytest.raises(ArgumentError, match="names other twice"):
+        entering(store=[keeper, keeper])
+    with pytest.raises(ArgumentError, match='"cpu" comes last'):
+        entering(store=["cpu", keeper])
+    with pytest.raises(ArgumentError, match="without a store"):
+        entering(store_budget="8GiB")
+    with pytest.raises(BudgetError, match=r"store_budget .* is more than any device has"):
+        entering(store=keeper, store_budget=2**60)
+    with pytest.raises(BudgetError, match='store_budget "lots" is not a size|store_budget .lots. is not a size'):
+        entering(store=keeper, store_budget="lots")
+    with pytest.raises(BudgetError, match='store_budget "min" means nothing'):
+        entering(store=keeper, store_budget="min")
+    for wrong in ([], 1.5, [None, keeper], {"cuda:1"}):
+        with pytest.raises(ArgumentError, match="store must be a GPU"):
+            layerstream.offload(model, store=wrong)  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="does not exist"):
+            entering(store="cuda:1")
+    entering(store="cpu")
+    entering(store=["cpu"])
+
+
+def test_decorators_take_a_store() -> None:
+    keeper, device = other(), adversary()
+
+    @layerstream.offload(vram_budget="min", device=device, store=keeper, store_budget=60_000)
+    def paint(pipe: Pipe) -> int:
+        pipe()
+        return keeper.buffer_bytes
+
+    assert paint(Pipe(toy())) == 54_784
+    assert not keeper.buffer_bytes
+
+
+def test_raw_homes_are_the_others() -> None:
+    with layerstream.offload(toy(), vram_budget="min", device=adversary(), store="cpu") as streaming:
+        assert all(isinstance(unit.home, RawHome) for unit in engine_of(streaming)._units.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import itertools
 import pickle
@@ -18,11 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import layerstream
 from layerstream.device.base import Caps
 from layerstream.device.simulated import RaceError, SimulatedDevice
+from layerstream.engine import storing
 from layerstream.errors import ArgumentError, BudgetError, DeviceError, StoreError, WeightsLostError
 from layerstream.host.home import PackedHome, RawHome, StoredHome
 from layerstream.standins import build_tiny, run_tiny
+from layerstream.transfer import route
 from layerstream.transfer.route import CopyThroughHost
-from tests.fakes import adversary, assert_equal, assert_restored, describe, toy, twin
+from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, toy, twin
 from tests.packing_fakes import packs_anything
 from tests.test_packing import EDITS, Layers, Pipe, engine_of
 
@@ -98,11 +99,27 @@ def test_packed_homes_live_there_too(copies: Any, reaches: bool) -> None:
         assert sum(isinstance(home, PackedHome) and home.keeper is not None for home in homes) == 6
         assert sum(isinstance(home, StoredHome) for home in homes) == 1
         assert streaming.stats().stored_bytes < 54_784 / 2
-        pickle.dumps(model)
-        settle(pipe, resident, streaming)
-        assert num_stored(streaming) == 7
     assert_restored(model, before)
     assert not keeper.buffer_bytes
+
+
+@pytest.mark.usefixtures("packs_anything")
+@pytest.mark.parametrize("reaches", REACH)
+def test_packed_homes_are_looked_at(reaches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storing, "_MOST_BROUGHT_BACK", 10**9)
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    device, keeper = adversary(copies="random", reaches_peers=reaches), other()
+    options: dict[str, Any] = {"vram_budget": "min", "device": device, "store": keeper, "packing": "ahead"}
+    with layerstream.offload(pipe, **options) as streaming:
+        for _ in range(2):
+            settle(pipe, resident, streaming)
+            pickle.dumps(model)
+            for _ in range(4):
+                settle(pipe, resident, streaming)
+            assert num_stored(streaming) == 7
+            for each in (model, resident.model):
+                EDITS[0](each)
 
 
 def test_what_they_had_on_the_host_is_let_go() -> None:
@@ -171,19 +188,12 @@ def test_a_pipeline_that_is_dropped_gives_the_limit_back() -> None:
 # ---- plans
 
 
-def _compute(device: SimulatedDevice, *_: Any) -> None:
-    device.compute(1.0)
-
-
 def test_plans_know_each_link() -> None:
-    """Over a link eight times as fast, what the bus bound is bound by compute."""
+    """Over a link a hundred times as fast, what the bus bound is bound by compute."""
     found = {}
     for store in (None, other()):
-        model = toy()
-        pipe = Pipe(model)
         device = adversary(link_gb_per_s=0.001, peer_gb_per_s=0.1)
-        takes = functools.partial(_compute, device)
-        compute = [module.register_forward_hook(takes) for module in model.blocks]
+        pipe = Pipe(Sized(device, [8192] * 6))
         with layerstream.offload(pipe, vram_budget="min", device=device, store=store) as streaming:
             for _ in range(4):
                 pipe()
@@ -191,10 +201,7 @@ def test_plans_know_each_link() -> None:
             assert prediction is not None
             found[store is None] = prediction
             if store is not None:
-                assert "other" in str(streaming.report())
-                assert "0.1 GB/s" in str(streaming.report())
-        for hook in compute:
-            hook.remove()
+                assert "are in another GPU's memory: loads come from other at 0.1 GB/s" in str(streaming.report())
     assert found[True].bound == "bus"
     assert found[False].bound == "compute"
     assert found[False].bus_ms < found[True].bus_ms / 50
@@ -206,7 +213,7 @@ def test_the_way_through_the_host_is_measured_as_a_whole() -> None:
     with layerstream.offload(pipe, vram_budget="min", device=device, store=other(link_gb_per_s=1.0)) as streaming:
         pipe()
         speed = engine_of(streaming)._ledger.planner.links["other"]
-    assert speed == pytest.approx(2 / 3, rel=0.01), "a part of one piece goes over one link after the other"
+    assert speed == pytest.approx(1.0, rel=0.01), "the slower of the two links"
 
 
 def test_it_is_said_once_that_copies_go_through_the_host() -> None:
@@ -263,13 +270,40 @@ def test_weights_that_somebody_holds_stay_on_the_host() -> None:
     with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
         assert_equal(pipe(), resident())
         assert num_stored(streaming) == 6
-        assert "1 of what was to be: somebody else has its memory" in str(streaming.report())
+        assert "1 of what was to be: its memory is not all ours" in str(streaming.report())
         kept[0] = 0.25
         resident.model.blocks[3].up.weight.data[0] = 0.25
         assert_equal(pipe(), resident())
 
 
-def test_what_is_looked_at_comes_back_and_goes_again() -> None:
+@pytest.mark.parametrize("looks", [lambda m: pickle.dumps(m), lambda m: m.blocks[2].scale + 0])
+def test_what_is_looked_at_comes_back_and_goes_again(looks: Callable[[nn.Module], Any]) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
+        settle(pipe, resident, streaming)
+        held = looks(model)
+        assert_equal(pipe(), resident())
+        del held
+        gc.collect()
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 7
+
+
+def test_what_is_looked_at_again_and_again_stays() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
+        for _ in range(3):
+            settle(pipe, resident, streaming)
+            for each in (model, resident.model):
+                EDITS[0](each)
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 6
+        assert "1 of what was to be: it is looked at again and again" in str(streaming.report())
+
+
+def test_what_somebody_has_an_entry_of_stays_until_a_pause() -> None:
     model = toy()
     resident, pipe = Pipe(twin(model)), Pipe(model)
     with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
@@ -277,16 +311,15 @@ def test_what_is_looked_at_comes_back_and_goes_again() -> None:
         held = model.state_dict()
         assert_equal(pipe(), resident())
         assert num_stored(streaming) == 0
+        held["blocks.0.scale"].mul_(2)
+        resident.model.state_dict()["blocks.0.scale"].mul_(2)
+        assert_equal(pipe(), resident())
         del held
         gc.collect()
-        settle(pipe, resident, streaming)
+        with streaming.paused():
+            pass
         assert num_stored(streaming) == 7
-        held = model.state_dict()
-        del held
-        gc.collect()
-        settle_again = [pipe() for _ in range(3)]
-        assert len(settle_again) == 3
-        assert "it is looked at again and again" in str(streaming.report())
+        settle(pipe, resident, streaming)
 
 
 def test_a_pause_brings_all_home_and_stores_it_again() -> None:
@@ -416,6 +449,7 @@ def test_a_buffer_on_the_way_through_the_host_that_is_written_too_early_is_caugh
         self._free = [None] * len(self._free)
         return right(self, pairs, after)
 
+    monkeypatch.setattr(route, "_STAGING_BUFFERS", 1)
     monkeypatch.setattr(CopyThroughHost, "_copy", forgetful)
     model = toy()
     resident, pipe = Pipe(twin(model)), Pipe(model)

@@ -266,7 +266,8 @@ class HostLocks(Protocol):
         """A small page-locked buffer, or None if that is refused too."""
 
     def homes(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, tensors are made for weights that go back to where they came from."""
+        """Inside, tensors are made that take no memory of this device: for weights that go back to where they came
+        from, or to another device."""
 
 
 @runtime_checkable

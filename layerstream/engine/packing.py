@@ -98,6 +98,10 @@ class Packing:
         """Whether all that can be is packed on entering."""
         return self._mode == "ahead"
 
+    def is_to_be_packed(self, unit: int) -> bool:
+        """Whether the unit of this index waits for that."""
+        return unit in self._wanted
+
     def why_raw(self) -> str:
         """Why nothing is packed, or how many units stay raw that were to be packed, and why; "": none, or it is off."""
         if not self.is_on or self.why_off:

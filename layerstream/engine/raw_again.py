@@ -118,7 +118,7 @@ class RawAgain:
                 _log.debug("decoding on the host: %r", error)
         wire = home.wire
         if home.keeper is not None:
-            wire = torch.empty(wire.numel(), dtype=torch.uint8, device="cpu")
+            wire = torch.empty(home.wire_bytes, dtype=torch.uint8, device="cpu")
             _fetch(home, wire, home.wire)
         self._device.unpack_on_host(wire, home.layout, buffer)
 

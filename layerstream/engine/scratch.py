@@ -56,5 +56,8 @@ class Scratch:
     def copy(self, home: Home, buffer: torch.Tensor) -> None:
         """Copy what is at home into a device buffer as it is; compute that follows comes after it."""
         device, stream = self._device, self._device.compute_stream()
-        copies = device.prepare([pair[:2] for pair in home.pairs(buffer)], is_locked=home.is_pinned)
+        pairs, is_locked = [pair[:2] for pair in home.pairs(buffer)], home.is_pinned
+        if home.keeper is not None and not home.keeper.is_reached:
+            pairs, is_locked = [(target, home.keeper.fetched(source)) for target, source in pairs], False
+        copies = device.prepare(pairs, is_locked=is_locked)
         device.wait(stream, device.copy(copies, [device.record(stream)]))

@@ -1,8 +1,8 @@
 """Storing: units whose bytes are in another GPU's memory, and are loaded from there.
 
 On entering, and after a pause, all units go there for which there is room, blocks of denoisers before the rest; what
-they had on the host is let go of. A unit of which somebody else has the memory stays on the host. Whoever asks for a
-weight at home has its unit brought back to the host; it goes again when nobody looks any more.
+they had on the host is let go of. A unit of which somebody else has the memory then stays on the host. Whoever asks for
+a weight at home has its unit brought back to the host; it goes again when nobody looks any more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -42,6 +42,7 @@ class Storing:
     Args:
         keepers: those GPUs, in the order in which they are filled; none: it is off.
         is_all: everything must fit there; else the rest stays on the host.
+        is_to_be_packed: whether a unit, by its index, is to be packed, and goes after that.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Storing:
         keepers: Sequence[Keeper],
         *,
         is_all: bool,
+        is_to_be_packed: Callable[[int], bool],
     ) -> None:
         self._device = device
         self._attached = attached
@@ -63,6 +65,8 @@ class Storing:
         self._stats = stats
         self._keepers = keepers
         self._is_all = is_all
+        self._is_to_be_packed = is_to_be_packed
+        self._told: set[Keeper] = set()  # those that are out of reach
         self._refused: dict[int, str] = {}  # why a unit stays on the host
         self._num_brought: Counter[int] = Counter()
         self._is_due = False  # some unit may go that is not there
@@ -104,9 +108,11 @@ class Storing:
         """Components are there: store what can be."""
         if not self.is_on:
             return
+        self._refused.clear()
         for keeper in self._keepers:
             keeper.hold()
-            if not keeper.is_reached:
+            if not keeper.is_reached and keeper not in self._told:
+                self._told.add(keeper)
                 warn(
                     f"{keeper.name} cannot be reached from {self._device.torch_device} directly: loads from there go "
                     "through host memory, over both GPUs' links to it."
@@ -131,7 +137,7 @@ class Storing:
         with engine_tensors():
             for unit in self._attached.units.values():
                 if self._may_store(unit):
-                    if self._exchanges.is_looked_at(unit):
+                    if self._exchanges.is_looked_at(unit) or self._is_to_be_packed(unit.index):
                         self._is_due = True
                     else:
                         self._store(unit)

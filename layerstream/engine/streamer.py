@@ -152,6 +152,7 @@ class Streamer:
             self.stats,
             keepers,
             is_all=is_all_stored,
+            is_to_be_packed=self.packing.is_to_be_packed,
         )
         self._replay = Replay(
             device, self._transfer, self._residency, self._lanes, self._session, self._timer, self._ranges

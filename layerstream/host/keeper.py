@@ -32,6 +32,7 @@ class Keeper:
         self.name = device.name if device.is_simulated else str(device.torch_device)
         self.budget_bytes = budget_bytes
         self.is_reached = target.reaches(device)
+        self._target = target
         self._claim: object = object()  # on the limit, which the process keeps for whoever asked
         self._release = weakref.finalize(self, _give_back, device, self._claim)
         self._is_held = False
@@ -55,14 +56,19 @@ class Keeper:
         Raises:
             torch.OutOfMemoryError: that GPU is full, or its budget is.
         """
-        with engine_tensors():
+        with engine_tensors(), self._target.homes():
             return self.device.allocate(num_bytes)
 
     def give(self, buffer: torch.Tensor) -> None:
         """Free what was taken. No copy from it to the other GPU may be in flight."""
-        # Copies by this GPU itself, to the host, are not known to the stream that the memory goes back to.
-        self.device.wait(self.device.compute_stream(), self.device.record_copies())
-        self.device.free(buffer)
+        try:
+            # Copies by this GPU itself, to the host, are not known to the stream that the memory goes back to.
+            self.device.wait(self.device.compute_stream(), self.device.record_copies())
+        except BaseException:
+            self.device.synchronize()
+            raise
+        finally:
+            self.device.free(buffer)
 
     def fill(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool) -> None:
         """Copy (memory here, host memory) pairs, and wait for it.
@@ -72,7 +78,15 @@ class Keeper:
         """
         device = self.device
         after = [device.record(device.compute_stream())]
-        device.synchronize_event(device.copy(device.prepare(pairs, is_locked=is_locked), after))
+        with self._target.homes():
+            device.synchronize_event(device.copy(device.prepare(pairs, is_locked=is_locked), after))
+
+    def fetched(self, source: torch.Tensor) -> torch.Tensor:
+        """A copy on the host of what is here; waits for it."""
+        with self._target.homes():
+            target = torch.empty(source.numel(), dtype=source.dtype, device="cpu")
+            self.device.copy_back(target, source)
+        return target
 
     def close(self) -> None:
         """Give up the limit, and memory that nobody uses."""

@@ -19,6 +19,7 @@ Page locks belong to units: each holds those that its own bytes need, and they a
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections import Counter
@@ -266,14 +267,18 @@ class HostStore:
         from it may be in flight."""
         if home in self._homes:
             self._homes.remove(home)
-            page_locks_of(self._device).release(self._device, _taken_locks([home]))
-            _give_kept([home])
+            try:
+                page_locks_of(self._device).release(self._device, _taken_locks([home]))
+            finally:
+                _give_kept([home])
 
     def close(self) -> None:
         """Release the page locks, and the memory elsewhere; idempotent. No copy may be in flight."""
         self._release.detach()  # whatever happens now, happens once
-        _give_kept(self._homes)
-        page_locks_of(self._device).release_all(self._device, _taken_locks(self._homes), self._homes)
+        try:
+            _give_kept(self._homes)
+        finally:
+            page_locks_of(self._device).release_all(self._device, _taken_locks(self._homes), self._homes)
 
     def _wanted(self, locks: PageLocks) -> list[list[Range]]:
         """What each unit needs locked: its stretches; neighbours as one, where they are its alone."""
@@ -329,12 +334,13 @@ def _release_dropped(device: Device, locks: PageLocks, homes: list[Home]) -> Non
 
 
 def _give_kept(homes: Sequence[Home]) -> None:
-    """Free memory of other GPUs that homes have."""
-    for home in homes:
-        if home.keeper is not None:
-            segments, home.segments = home.segments, []
-            for segment in segments:
-                home.keeper.give(segment.source)
+    """Free memory of other GPUs that homes have: of all, also when one fails."""
+    with contextlib.ExitStack() as each:
+        for home in homes:
+            if home.keeper is not None:
+                segments, home.segments = home.segments, []
+                for segment in segments:
+                    each.callback(home.keeper.give, segment.source)
 
 
 def _taken_locks(homes: Sequence[Home]) -> list[Range]:

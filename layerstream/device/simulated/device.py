@@ -341,8 +341,8 @@ class SimulatedDevice:
                 for number, (target, source) in enumerate(copies):
                     if number:
                         self._step("piece", progresses=False)  # what fails here leaves the pairs before on their way
-                    self._note_copy(target, source, stream)
-                    if self.is_poisoned:
+                    is_to_host = self._note_copy(target, source, stream)
+                    if self.is_poisoned and not is_to_host:  # there, what waits on another device may read it still
                         self._poison(target)
                     queued.pairs.append((target, source))
                     stream.time_ms += target.numel() / self._gb_per_s_from(source) / 1e6
@@ -474,23 +474,24 @@ class SimulatedDevice:
     def _gb_per_s_from(self, source: torch.Tensor) -> float:
         return self.link_gb_per_s if self._peer_with(source) is None else self.peer_gb_per_s
 
-    def _note_copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
-        """A copy is issued: from the host, from another device, or to the host."""
+    def _note_copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> bool:
+        """A copy is issued: from the host, from another device, or to the host. Returns whether it is the last."""
         if self._buffers.at(target.data_ptr()) is None and self._buffers.at(source.data_ptr()) is not None:
             self._buffers.access(source, stream)
-            return
+            return True
         self._buffers.overwrite(target, stream)
         peer = self._peer_with(source)
         if peer is None:
             self._registrations.count_copy(source)
         elif not self.reaches_peers:
             raise TransferError("a copy from another device, which is not within reach")
+        return False
 
     def _check_unread(self, buffer: torch.Tensor) -> None:
         """Raise RaceError if a copy from a buffer to another device has not run yet."""
         start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
         for peer in self._peers:
-            if any(start <= source.data_ptr() < end for source in peer._queue.sources()):
+            if not peer._is_lost and any(start <= source.data_ptr() < end for source in peer._queue.sources()):
                 raise RaceError("memory given back with a copy from it to another device on its way")
 
     def _poison(self, target: torch.Tensor) -> None:

@@ -220,8 +220,8 @@ class Entering:
             if found == mine.to_text().encode():
                 self._page = page
                 return mine
-            if found == expected.encode():
-                expected = ""  # the store says so of a key that is gone, too
+            if found in (b"", expected.encode()):
+                expected = ""  # whoever led has left meanwhile; the second is what a store says where there is no key
                 continue
             claim = Claim.from_text(found)
             try:
@@ -296,11 +296,13 @@ def _store_of(group: dist.ProcessGroup | None) -> Any:
 
     # Private, and to be had in no other way: torch's own symmetric memory takes it from here.
     find = getattr(distributed_c10d, "_get_process_group_store", None)
-    if find is None:
+    store = find(group if group is not None else dist.group.WORLD) if find is not None else None
+    if store is None:
         raise ArgumentError(
-            "this version of torch does not show the store of a process group: the ranks of a host cannot share weights"
+            "the process group has no store that its ranks could find each other by, or this version of torch does not "
+            "show it. Initialise the group with gloo or nccl, or let each rank keep weights of its own."
         )
-    return find(group if group is not None else dist.group.WORLD)
+    return store
 
 
 def _host() -> str:

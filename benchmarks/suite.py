@@ -95,6 +95,12 @@ _PACKED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
     ("ovis", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
     ("longcat", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
 }
+# From another GPU's memory, and beside the same from the host.
+_STORED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
+    ("ovis", "denoiser"): [("stored", "min"), ("stored_apart", "min"), ("layerstream", "min")],
+    ("longcat", "denoiser"): [("stored", "min"), ("stored_apart", "min"), ("layerstream", "min")],
+    ("nextstep", "pipeline"): [("stored", "6GiB")],
+}
 # Slow ones last, where a limit of time ends.
 _PEERS = ("vllm_omni", "flextensor", "mmgp", "model_offload", "diffusers_leaf", "diffusers_block", "sequential")
 
@@ -138,9 +144,10 @@ def suites() -> dict[str, list[Entry]]:
     for (case, form), budgets in _PAIRS.items():
         resident, paired = Entry(case, form, "resident"), [Entry(case, form, "paired", budget) for budget in budgets]
         found[f"{case}-{form}-pairs"] = [resident, *paired, resident]
-    for (case, form), each in _PACKED.items():
-        resident = Entry(case, form, "resident")
-        found[f"{case}-{form}-packed"] = [resident, *(Entry(case, form, *one) for one in each), resident]
+    for kind, measured in (("packed", _PACKED), ("stored", _STORED)):
+        for (case, form), each in measured.items():
+            resident = Entry(case, form, "resident")
+            found[f"{case}-{form}-{kind}"] = [resident, *(Entry(case, form, *one) for one in each), resident]
     for form in FORMS:
         found[f"{form}s"] = [entry for case in WITH_PEERS for entry in found[f"{case}-{form}"]]
     for name, (case, form, budgets) in _OURS.items():

@@ -52,11 +52,18 @@ _PACKED: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("longcat", "pipeline"): {"6GiB": 1.05, "4GiB": 1.12},
 }
 _PACKED_PAIRED: Mapping[tuple[str, str], Mapping[str, float]] = {("qwen", "denoiser"): {"12GiB": 1.05, "8GiB": 1.10}}
+# With the weights on another GPU.
+_STORED: Mapping[tuple[str, str], Mapping[str, float]] = {
+    ("ovis", "denoiser"): {"min": 1.04},
+    ("longcat", "denoiser"): {"min": 1.04},
+    ("nextstep", "pipeline"): {"6GiB": 1.6},
+}
 _OTHERS = {  # how they are told, and what they must reach
     "paired": ("in pairs", _PAIRED),
     "packed": ("packed", _PACKED),
     "packed_auto": ("packed as needed", _PACKED),
     "packed_paired": ("packed, in pairs", _PACKED_PAIRED),
+    "stored": ("from another GPU", _STORED),
 }
 _SAID = {
     "token_ratio": "a token to a resident one's time",

@@ -32,8 +32,10 @@ NAMES = {
     "Plan",
     "Report",
     "Stats",
+    "StoreError",
     "StreamerStateError",
     "TransferError",
+    "WeightsLostError",
     "__version__",
     "active",
     "offload",
@@ -53,8 +55,10 @@ BUILTINS = {
     "HostMemoryError": MemoryError,
     "MovedWhileStreamingError": RuntimeError,
     "PipelineError": TypeError,
+    "StoreError": ValueError,
     "StreamerStateError": RuntimeError,
     "TransferError": RuntimeError,
+    "WeightsLostError": RuntimeError,
 }
 HEAVY = ("diffusers", "transformers", "accelerate", "peft", "safetensors", "torch._dynamo", "torch._inductor", "triton")
 
@@ -94,8 +98,8 @@ def test_the_version_is_the_packages() -> None:
 def test_options_are_keyword_only(function: object) -> None:
     parameters = list(inspect.signature(function).parameters.values())  # type: ignore[arg-type]
     named = [p.name for p in parameters if p.name != "self"]
-    assert named == ["pipe", "vram_budget", "device", "call_timeout", "pairing", "packing"]
-    assert [p.kind for p in parameters[-5:]] == [inspect.Parameter.KEYWORD_ONLY] * 5
+    assert named == ["pipe", "vram_budget", "device", "call_timeout", "pairing", "packing", "store", "store_budget"]
+    assert [p.kind for p in parameters[-7:]] == [inspect.Parameter.KEYWORD_ONLY] * 7
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())

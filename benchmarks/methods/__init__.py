@@ -4,7 +4,7 @@ from benchmarks.methods.base import Method, MissingPeerError, Setup
 from benchmarks.methods.diffusers_offload import BLOCK, LEAF, MODEL_OFFLOAD, SEQUENTIAL
 from benchmarks.methods.flextensor import FLEXTENSOR
 from benchmarks.methods.mmgp import MMGP
-from benchmarks.methods.ours import LAYERSTREAM, PACKED, PACKED_AUTO, PACKED_PAIRED, PAIRED
+from benchmarks.methods.ours import LAYERSTREAM, PACKED, PACKED_AUTO, PACKED_PAIRED, PAIRED, STORED, STORED_APART
 from benchmarks.methods.resident import RESIDENT
 from benchmarks.methods.vllm_omni import VLLM_OMNI
 
@@ -17,6 +17,8 @@ METHODS: dict[str, Method] = {
         PACKED,
         PACKED_AUTO,
         PACKED_PAIRED,
+        STORED,
+        STORED_APART,
         LEAF,
         BLOCK,
         MODEL_OFFLOAD,
@@ -27,6 +29,6 @@ METHODS: dict[str, Method] = {
     )
 }
 
-OURS = tuple(method.name for method in (LAYERSTREAM, PAIRED, PACKED, PACKED_AUTO, PACKED_PAIRED))
+OURS = tuple(method.name for method in (LAYERSTREAM, PAIRED, PACKED, PACKED_AUTO, PACKED_PAIRED, STORED, STORED_APART))
 
 __all__ = ["METHODS", "OURS", "Method", "MissingPeerError", "Setup"]

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import nn
 
 import layerstream
-from benchmarks.methods.base import Method, Setup
+from benchmarks.methods.base import Method, MissingPeerError, Setup
 from benchmarks.records import Record
 from benchmarks.repeats import Counters
 from layerstream.device.simulated import SimulatedDevice
+from layerstream.pipeline.options import device_of
 
 
-def _apply(setup: Setup, pairing: str = "off", packing: str = "off") -> None:
+def _apply(
+    setup: Setup, pairing: str = "off", packing: str = "off", *, is_stored: bool = False, is_reached: bool = True
+) -> None:
     # On the simulated device activations count only while somebody looks at the operators that make them.
     device = SimulatedDevice() if setup.device.type == "cpu" else setup.device
     budget = setup.vram_budget or "auto"
+    store: Any = None
+    if is_stored:
+        store = SimulatedDevice(name="other") if setup.device.type == "cpu" else _next_gpu(setup.device)
     streamer = layerstream.offload(
-        setup.work.target, vram_budget=budget, device=device, pairing=pairing, packing=packing
+        setup.work.target, vram_budget=budget, device=device, pairing=pairing, packing=packing, store=store
     )
+    if not is_reached:  # as between two cards that have no way to each other
+        setup.undo.enter_context(mock.patch.object(type(device_of(device)), "reaches", return_value=False))
     setup.undo.enter_context(streamer)
     if isinstance(device, SimulatedDevice):
         setup.undo.enter_context(device.accounting())
@@ -36,12 +46,20 @@ def _apply(setup: Setup, pairing: str = "off", packing: str = "off") -> None:
             "packed_share": round(stats.packed_bytes / stats.unpacked_bytes, 4) if stats.unpacked_bytes else None,
             "decode_gb_per_s": streamer.plan.costs.decode_gb_per_s if streamer.plan.costs is not None else None,
             "stats_pairing": streamer._last.pairing.reasons() if streamer._last is not None else {},
+            "links": streamer._last.links if streamer._last is not None else {},
             "plan": str(streamer),
             "report": str(streamer.report()),
         }
 
     setup.tell = tell
     setup.counters = _counters(streamer)
+
+
+def _next_gpu(device: torch.device) -> torch.device:
+    count = torch.cuda.device_count()
+    if count < 2:
+        raise MissingPeerError("there is one GPU here, and what is stored on another needs two")
+    return torch.device("cuda", ((device.index or 0) + 1) % count)
 
 
 def _counters(streamer: layerstream.LayerStreamer) -> Counters:
@@ -76,4 +94,9 @@ PACKED_AUTO = Method(
 PACKED = Method("packed", functools.partial(_apply, packing="ahead"), num_warm_ups=8, takes_budget=True)
 PACKED_PAIRED = Method(
     "packed_paired", functools.partial(_apply, pairing="auto", packing="ahead"), num_warm_ups=32, takes_budget=True
+)
+# With the weights in another GPU's memory; and the same through the host, as where two GPUs cannot reach each other.
+STORED = Method("stored", functools.partial(_apply, is_stored=True), num_warm_ups=8, takes_budget=True)
+STORED_APART = Method(
+    "stored_apart", functools.partial(_apply, is_stored=True, is_reached=False), num_warm_ups=8, takes_budget=True
 )

@@ -32,6 +32,7 @@ def offload(
     packing: str = ...,
     store: Store = ...,
     store_budget: int | str = ...,
+    shared_as: str | None = ...,
 ) -> LayerStreamer: ...
 @overload
 def offload(
@@ -44,6 +45,7 @@ def offload(
     packing: str = ...,
     store: Store = ...,
     store_budget: int | str = ...,
+    shared_as: str | None = ...,
 ) -> LayerStreamer: ...
 def offload(
     pipe: Any = None,
@@ -55,6 +57,7 @@ def offload(
     packing: str = "off",
     store: Store = None,
     store_budget: int | str = "auto",
+    shared_as: str | None = None,
 ) -> Any:
     """Stream a pipeline's weights from host memory, block by block, just in time.
 
@@ -83,6 +86,9 @@ def offload(
             they come over NVLink or PCIe; what they had on the host is free meanwhile. `["cuda:1", "cuda:2"]`: in the
             first, then in the next. With "cpu" at the end the host takes the rest, else all must fit.
         store_budget: what the process may reserve on each of those GPUs, as `vram_budget` is given; not "min".
+        shared_as: a name under which the ranks of this host that run the same weights share one copy of them in host
+            memory (`torchrun`, `accelerate launch`, or any `torch.distributed` process group). Default: each has its
+            own.
 
     Returns: a `LayerStreamer` (or, for a class or function, that, decorated).
 
@@ -94,11 +100,14 @@ def offload(
         CompiledWholeError: a component is compiled as a whole with `fullgraph=True`.
         HostMemoryError: the weights cannot be held in host memory.
         StoreError: the weights do not fit in `store`; with numbers.
-        ArgumentError: `store` names the device itself, or a GPU twice; or there is a `store_budget` without it.
+        ArgumentError: `store` names the device itself, or a GPU twice; there is a `store_budget` without it; or
+            `shared_as` without a process group.
+        RankError: another rank shares other weights under this name, or has ended, or does not answer.
 
     Raises, at once:
         ArgumentError: `call_timeout` is no number of seconds, `pairing` or `packing` is none of its values, `store` is
-            no device, or a decorator was given what cannot be called.
+            no device, `shared_as` no name or given with `store` or `packing`, or a decorator was given what cannot be
+            called.
     """
     is_target = isinstance(pipe, type) or inspect.isfunction(pipe)
     streamer = LayerStreamer(
@@ -110,6 +119,7 @@ def offload(
         packing=packing,
         store=store,
         store_budget=store_budget,
+        shared_as=shared_as,
     )
     return streamer(pipe) if is_target else streamer
 

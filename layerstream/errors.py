@@ -128,6 +128,20 @@ class TransferError(LayerstreamError, RuntimeError):
     """A fault inside the transfer engine. Our bug, or a device that failed: please report it."""
 
 
+class RankError(LayerstreamError, RuntimeError):
+    """Another rank of this host has ended, does not answer, or shares something else.
+
+    Attributes:
+        rank: which; None where it is not known, or where it is none.
+        is_gone: it has ended, or left. Whoever enters again leads, or finds another that does.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, is_gone: bool = False) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.is_gone = is_gone
+
+
 class WeightsLostError(TransferError):
     """Weights were in the memory of another GPU (`store`), which has failed. Raised once all others are handed back;
     the lost ones are NaN. Load the pipeline anew."""

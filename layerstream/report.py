@@ -87,6 +87,7 @@ class Report:
         packing: why nothing is packed, or how many blocks that were to be are not, and why; "": all are.
         storing: how many units stay on the host that were to be on another GPU, and why; "": none.
         links: measured speeds in GB/s from host memory ("") and from other GPUs, by name.
+        sharing: which ranks share host memory with this one; "": nothing is shared.
     """
 
     stats: Stats
@@ -98,6 +99,7 @@ class Report:
     packing: str = ""
     storing: str = ""
     links: Mapping[str, float] = field(default_factory=dict)
+    sharing: str = ""
 
     @staticmethod
     def of(
@@ -110,6 +112,7 @@ class Report:
         packing: str = "",
         storing: str = "",
         links: Mapping[str, float] | None = None,
+        sharing: str = "",
     ) -> Report:
         """The report of these counters under this plan, which does not change when they do.
 
@@ -156,11 +159,12 @@ class Report:
             packing,
             storing,
             dict(links or {}),
+            sharing,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts, for JSON: "stats", "phases", "next_gib_ms", "least_bytes", "copied_by",
-        "pairing", "packing", "storing" and "links"."""
+        "pairing", "packing", "storing", "links" and "sharing"."""
         return {
             "stats": self.stats.as_dict(),
             "phases": [asdict(phase) for phase in self.phases],
@@ -171,6 +175,7 @@ class Report:
             "packing": self.packing,
             "storing": self.storing,
             "links": dict(self.links),
+            "sharing": self.sharing,
         }
 
     def __str__(self) -> str:
@@ -206,7 +211,7 @@ class Report:
         return Page((*told, "", table, *waits, *least, *gain_lines(self.next_gib_ms)))
 
     def _stored(self) -> list[str]:
-        """Of weights that are in other GPUs' memory."""
+        """Of weights that are in other GPUs' memory, or in memory that processes share."""
         stats = self.stats
         lines = []
         if stats.num_stored_units:
@@ -215,7 +220,8 @@ class Report:
                 f"{stats.num_stored_units} blocks, pieces or bases, {format_bytes(stats.stored_bytes)}, are in another "
                 f"GPU's memory{f': loads come from {speeds}' if speeds else ''}"
             )
-        return [*lines, *([f"not on another GPU: {self.storing}"] if self.storing else [])]
+        on_host = [f"not on another GPU: {self.storing}"] if self.storing else []
+        return [*lines, *on_host, *([self.sharing] if self.sharing else [])]
 
     def _packed(self) -> list[str]:
         """Of weights that are packed."""

@@ -60,6 +60,8 @@ class Stats:
     num_packing_mismatches: int = 0  # units that did not come back as they were, and stayed raw
     num_stored_units: int = 0  # whose bytes at home are in another GPU's memory
     stored_bytes: int = 0  # of these there
+    num_shared_units: int = 0  # whose bytes at home are in memory that ranks of this host share
+    shared_bytes: int = 0  # of these
     num_slots: int = 0  # of the phase that ran last
     slot_bytes: int = 0
     num_extra_slots: int = 0  # slots made beyond the plan because more blocks were in use at once

@@ -30,6 +30,7 @@ NAMES = {
     "MovedWhileStreamingError",
     "PipelineError",
     "Plan",
+    "RankError",
     "Report",
     "Stats",
     "StoreError",
@@ -55,6 +56,7 @@ BUILTINS = {
     "HostMemoryError": MemoryError,
     "MovedWhileStreamingError": RuntimeError,
     "PipelineError": TypeError,
+    "RankError": RuntimeError,
     "StoreError": ValueError,
     "StreamerStateError": RuntimeError,
     "TransferError": RuntimeError,
@@ -98,8 +100,18 @@ def test_the_version_is_the_packages() -> None:
 def test_options_are_keyword_only(function: object) -> None:
     parameters = list(inspect.signature(function).parameters.values())  # type: ignore[arg-type]
     named = [p.name for p in parameters if p.name != "self"]
-    assert named == ["pipe", "vram_budget", "device", "call_timeout", "pairing", "packing", "store", "store_budget"]
-    assert [p.kind for p in parameters[-7:]] == [inspect.Parameter.KEYWORD_ONLY] * 7
+    assert named == [
+        "pipe",
+        "vram_budget",
+        "device",
+        "call_timeout",
+        "pairing",
+        "packing",
+        "store",
+        "store_budget",
+        "shared_as",
+    ]
+    assert [p.kind for p in parameters[-8:]] == [inspect.Parameter.KEYWORD_ONLY] * 8
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())

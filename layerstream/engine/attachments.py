@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +22,7 @@ from layerstream.errors import WeightsLostError
 from layerstream.hooks import compiled
 from layerstream.hooks.entrances import Entrance, EntranceFinder
 from layerstream.hooks.intercept import Interception, Listener
-from layerstream.host.home import RawHome
+from layerstream.host.home import RawHome, SharedHome
 from layerstream.host.store import HostStore, Stretches
 from layerstream.model.units import ComponentLayout, Division, TensorPlace, Unit, connected, part_of
 from layerstream.progress import Progress
@@ -30,6 +30,8 @@ from layerstream.saying import warn
 from layerstream.transfer.unit import StreamedUnit
 from layerstream.weights.absent import AbsentClasses, Reading, nan_scalar
 from layerstream.weights.binding import BoundTensor
+
+Share = Callable[[Sequence[ComponentLayout], Sequence[Unit], Container[Unit]], Mapping[Unit, SharedHome]]
 
 
 @dataclass(eq=False)
@@ -65,6 +67,8 @@ class Attachments:
         of_component: by the component's name.
         entrances: finds methods by which components are entered, and are not watched yet.
         records: of absent tensors, by their id.
+        share: gives units of components homes that processes share: see `HostCopy.share`.
+        make_raw: gives a unit a `RawHome`, at once.
 
     Args:
         reading: makes units present that something looks at, and keeps them so meanwhile.
@@ -81,6 +85,8 @@ class Attachments:
         self.root_of: dict[int, str] = {}
         self.of_component: dict[str, Attachment] = {}
         self.entrances = EntranceFinder()
+        self.share: Share = _share_nothing
+        self.make_raw: Callable[[StreamedUnit], object] = lambda unit: None
         self._device = device
         self._bring_home = bring_home
         self._classes = AbsentClasses(reading, number, self._stand_in)
@@ -118,8 +124,11 @@ class Attachments:
             part = division if len(group) == len(layouts) else part_of(division, group)
             attachment = Attachment(tuple(group), part, HostStore(self._device, stretches))
             self.all.append(attachment)
+            for layout in attachment.layouts:
+                self.of_component[layout.name] = attachment
             for place, stand_in in part.stand_ins:
                 getattr(place.module, place.kind)[place.name] = stand_in
+            shared = self.share(group, part.units, looked_at)
             for unit in part.units:
                 unit.spec = replace(unit.spec, index=self._indices.setdefault(unit.spec.name, len(self._indices)))
                 as_found = RawHome(self._device, [], 0)
@@ -128,7 +137,13 @@ class Attachments:
                 self.units[streamed.index] = streamed
                 if unit in looked_at:
                     held.append((streamed, looked_at[unit]))
-                streamed.home = attachment.store.add(unit.binding)
+                if unit in shared:
+                    attachment.store.share(shared[unit])
+                    streamed.home = shared[unit]
+                    attachment.store.adopt(streamed.home, unit.binding, functools.partial(self.make_raw, streamed))
+                    progress.add(unit.spec.num_bytes)  # it is page-locked, too
+                else:
+                    streamed.home = attachment.store.add(unit.binding)
                 progress.add(unit.spec.num_bytes)
                 unit.binding.prepare(streamed.index, nans, self._classes)
                 for module in unit.called:
@@ -137,8 +152,6 @@ class Attachments:
             for unit in part.units:
                 unit.binding.absent()
             self._install_hooks(attachment, listener)
-            for layout in attachment.layouts:
-                self.of_component[layout.name] = attachment
         return held
 
     def detach(
@@ -370,3 +383,9 @@ def _looked_at(division: Division) -> dict[Unit, list[BoundTensor]]:
 
 def _storage_of(bound: BoundTensor) -> tuple[torch.device, int]:
     return bound.home_device, bound.home.untyped_storage().data_ptr()
+
+
+def _share_nothing(
+    layouts: Sequence[ComponentLayout], units: Sequence[Unit], looked_at: Container[Unit]
+) -> Mapping[Unit, SharedHome]:
+    return {}

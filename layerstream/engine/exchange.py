@@ -18,7 +18,7 @@ from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
 from layerstream.errors import TransferError
 from layerstream.host.home import Home, RawHome
-from layerstream.host.memory import PageMapping
+from layerstream.host.memory import Pages
 from layerstream.host.store import HostStore
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.transfer.transfer import TransferEngine
@@ -101,7 +101,7 @@ class HomeExchanges:
         """What owns the host side of a unit."""
         return self._attached.of_component[unit.spec.component].store
 
-    def exchange(self, unit: StreamedUnit, home: Home, unpacked: PageMapping | None = None) -> None:
+    def exchange(self, unit: StreamedUnit, home: Home, unpacked: Pages | None = None) -> None:
         """A unit has this home from now on, of the same bytes. Nobody may be looking at the one before; the device may
         be reading it still.
 
@@ -156,7 +156,7 @@ class HomeExchanges:
         if home is not None:
             self.exchange(unit, home)
 
-    def _adopt(self, store: HostStore, unit: StreamedUnit, home: Home, unpacked: PageMapping | None) -> None:
+    def _adopt(self, store: HostStore, unit: StreamedUnit, home: Home, unpacked: Pages | None) -> None:
         if isinstance(home, RawHome) and unpacked is not None:
             store.adopt_unpacked(home, unit.binding, unpacked)
         else:

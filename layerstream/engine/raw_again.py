@@ -1,7 +1,8 @@
 """Makes units raw again: their bytes as they are, in host memory of their own, whatever kind of home they have.
 
 Packed bytes are decoded on the device where that can be done, and on the host where it cannot. What is in another GPU's
-memory is copied from there.
+memory is copied from there. What processes share is handed back as it is, to be copied page by page where somebody
+writes to it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.scratch import Scratch
 from layerstream.errors import WeightsLostError
-from layerstream.host.home import Home, PackedHome, RawHome
+from layerstream.host.home import Home, PackedHome, RawHome, SharedHome
+from layerstream.host.memory import Pages, fill
 from layerstream.host.pages_ahead import PagesAhead
 from layerstream.transfer.unit import StreamedUnit
 
@@ -58,7 +60,8 @@ class RawAgain:
             return
         store = self._exchanges.store_of(unit)
         with engine_tensors():
-            pages = self.pages.take(home.device_bytes)
+            is_handed_back_shared = self.is_leaving and isinstance(home, SharedHome)
+            pages: Pages = _private(home) if is_handed_back_shared else self.pages.take(home.device_bytes)
             if (following := self._next_of(unit)) is not None:
                 self.pages.prepare(following.home.device_bytes)
             raw = RawHome(self._device, home.offsets, home.device_bytes)
@@ -66,7 +69,8 @@ class RawAgain:
             is_locked = home.keeper is not None or not self.is_leaving
             buffer = store.hold(raw, pages, home.device_bytes, is_locked=is_locked)
             try:
-                self._bring(home, buffer)
+                if not is_handed_back_shared:
+                    self._bring(home, buffer)
             except BaseException:
                 store.release(raw)
                 raise
@@ -96,7 +100,7 @@ class RawAgain:
             return None
         units = self._attached.of_component[unit.spec.component].units
         following = units[units.index(unit) + 1 :]
-        return next((each for each in following if not isinstance(each.home, RawHome)), None)
+        return next((each for each in following if not isinstance(each.home, RawHome | SharedHome)), None)
 
     def _bring(self, home: Home, buffer: torch.Tensor) -> None:
         """Fill host memory (uint8 [device_bytes]) with the bytes as they are."""
@@ -104,7 +108,10 @@ class RawAgain:
             self._decode_to_host(home, buffer)
             return
         (segment,) = home.segments
-        _fetch(home, buffer[: segment.source.numel()], segment.source)
+        if home.keeper is None:
+            fill([(buffer, segment.source)])
+        else:
+            _fetch(home, buffer[: segment.source.numel()], segment.source)
 
     def _decode_to_host(self, home: PackedHome, buffer: torch.Tensor) -> None:
         """On the device, which is ten times faster; on the host where the device has no room, or has failed."""
@@ -121,6 +128,12 @@ class RawAgain:
             wire = torch.empty(home.wire_bytes, dtype=torch.uint8, device="cpu")
             _fetch(home, wire, home.wire)
         self._device.unpack_on_host(wire, home.layout, buffer)
+
+
+def _private(home: Home) -> Pages:
+    """The shared memory of a home, as this process may write to it."""
+    assert isinstance(home, SharedHome)
+    return home.pages.private().part(home.offset, home.device_bytes)
 
 
 def _fetch(home: Home, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
 from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.gate import Gate
+from layerstream.engine.host_copy import HostCopy
 from layerstream.engine.lane import Lanes
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.listener import EngineListener
@@ -37,6 +38,7 @@ from layerstream.engine.storing import Storing
 from layerstream.errors import BudgetError, StreamerStateError, WeightsLostError
 from layerstream.hooks import compiled
 from layerstream.host.keeper import Keeper
+from layerstream.host.ranks import HostRanks
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.model.units import ComponentLayout, Division, divide
 from layerstream.planning.plan import Plan
@@ -66,6 +68,7 @@ class Streamer:
         is_pairing: the two passes of a step of guidance may run side by side.
         packing: see `Packing`.
         keepers, is_all_stored: see `Storing`.
+        ranks, shared_as: see `HostCopy`.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Streamer:
         packing: str = "off",
         keepers: Sequence[Keeper] = (),
         is_all_stored: bool = False,
+        ranks: HostRanks | None = None,
+        shared_as: str = "",
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
@@ -154,6 +159,9 @@ class Streamer:
             is_all=is_all_stored,
             is_to_be_packed=self.packing.is_to_be_packed,
         )
+        self.host_copy = HostCopy(device, self.stats, ranks, shared_as)
+        self._attached.share, self._attached.make_raw = self.host_copy.share, self._raw_again.make_raw
+        self._raw_again.has_made.append(self._count_shared)
         self._replay = Replay(
             device, self._transfer, self._residency, self._lanes, self._session, self._timer, self._ranges
         )
@@ -311,6 +319,7 @@ class Streamer:
             self._attaching.load_fixed()
             self.packing.attached()
             self.storing.attached()
+            self._count_shared()
         except BaseException:
             twice_if_interrupted(self.close)
             raise
@@ -341,6 +350,7 @@ class Streamer:
             attempt(self._transfer.close, "free device memory")
             attempt(self._ledger.close, "give back the limit on device memory")
             attempt(self.storing.close, "give back memory of the other GPU")
+            attempt(self.host_copy.close, "tell other ranks that it shares nothing more")
             attempt(self.device.empty_cache, "free cached device memory")
             self.stats.exit_s = time.perf_counter() - started
             self.is_closed = True
@@ -413,6 +423,7 @@ class Streamer:
                 self._attaching.load_fixed()
                 self.packing.attached()
                 self.storing.attached()
+                self._count_shared()
                 with engine_tensors():
                     self.edits.after_pause()
             self.stats.num_relaid += len(layouts)
@@ -439,6 +450,10 @@ class Streamer:
     def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
         return self._passes.explain(error, is_for_weights=is_for_weights)
+
+    def _count_shared(self, *changed: object) -> None:
+        if self.host_copy.is_on:
+            self.host_copy.count([unit.home for unit in self._units.values()])
 
     def _find_no_gain(self, component: str, *, is_proven: bool) -> str:
         """Why two passes of a component would not be faster side by side; "": they would.

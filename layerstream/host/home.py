@@ -3,7 +3,8 @@
 A home belongs to one unit, and is the only writer of that unit's bytes at home while it streams. Homes can be exchanged
 (`exchange.py`). A `RawHome` has the bytes as they are on the device, in host memory, page-locked where that is
 possible. Of the others a unit's tensors have no memory at home: a `StoredHome` has the bytes in another GPU's memory, a
-`PackedHome` has fewer, there or on the host, from which these are decoded. Whoever asks for such a tensor at home (to
+`SharedHome` in host memory that other processes have, too, a `PackedHome` has fewer, on the host or another GPU, from
+which these are decoded. Whoever asks for such a tensor at home (to
 write to it, to save it, to have it back) makes the unit raw again.
 """
 
@@ -18,6 +19,7 @@ import torch
 from layerstream.device.base import COPY_BYTES, Device, PackedLayout
 from layerstream.host.keeper import Keeper
 from layerstream.host.memory import Range
+from layerstream.host.shared_pages import SharedPages
 from layerstream.weights.binding import BoundTensor, UnitBinding
 
 
@@ -123,6 +125,20 @@ class StoredHome(Home):
 
 
 @dataclass(eq=False)
+class SharedHome(Home):
+    """The bytes of one unit as they are, in host memory that several processes read and none writes, laid out as in a
+    slot. Its tensors have no memory at home until somebody asks for it (`BoundTensor.put_away`).
+
+    Attributes:
+        pages: the memory.
+        offset: where in it the unit begins.
+    """
+
+    pages: SharedPages = None  # type: ignore[assignment]
+    offset: int = 0
+
+
+@dataclass(eq=False)
 class PackedHome(Home):
     """The bytes of one unit in fewer: what a load copies goes to a wire buffer, and is decoded from there into the
     slot. Its tensors have no memory at home until somebody asks for it (`BoundTensor.put_away`).
@@ -141,7 +157,8 @@ class PackedHome(Home):
 
 def handed_back(bound: BoundTensor) -> torch.Tensor:
     """What a tensor is handed back with: the memory it was found in, or its values in memory of their own."""
+    found = bound.home  # first: it may have to be brought, and how it is handed back is known then
     if bound.is_exact:
-        return bound.home
+        return found
     home = torch.empty_strided(bound.shape, bound.strides, dtype=bound.dtype, device=bound.home_device)
-    return home.copy_(bound.home)
+    return home.copy_(found)

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -85,6 +86,20 @@ def merged(spans: Iterable[Range]) -> list[Range]:
 # ---- page mappings of our own
 
 
+class Pages(Protocol):
+    """Memory out of which tensors are cut.
+
+    Attributes:
+        range: where it lies.
+    """
+
+    @property
+    def range(self) -> Range: ...
+
+    def cut(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes] with a storage of its own, which begins `offset` bytes into the memory."""
+
+
 class PageMapping:
     """Private anonymous memory of exactly the pages needed, out of which tensors are cut.
 
@@ -96,7 +111,7 @@ class PageMapping:
         flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
         self._pages = mmap.mmap(-1, whole_pages((0, num_bytes))[1], **flags)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
-        self.range = start, start + len(self._pages)
+        self.range: Range = start, start + len(self._pages)
         _OWN[start] = end = _End(self.range[1])
         weakref.finalize(self._pages, _forget_mapping, start, end).atexit = False
 
@@ -113,6 +128,9 @@ class _End:
 
 
 _OWN: dict[int, _End] = {}  # page mappings that live now, by their starts
+# Mappings that share memory with other processes until they are written to, by their starts, with their ends: to lock
+# them, or to touch their pages, would copy all of them.
+SHARED_UNTIL_WRITTEN: dict[int, int] = {}
 
 
 def _forget_mapping(start: int, end: _End) -> None:
@@ -233,7 +251,7 @@ class MemoryMaps:
         """
         span = address_range(tensor)
         mapping = self._mapping(span)
-        if mapping is None:
+        if mapping is None or any(a <= span[0] < b for a, b in SHARED_UNTIL_WRITTEN.copy().items()):
             return None
         start, end, file = mapping
         if file is not None:

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from layerstream.errors import ArgumentError
-from layerstream.host.shared_pages import Address, RankError, SharedPages
+from layerstream.errors import ArgumentError, RankError
+from layerstream.host.shared_pages import Address, SharedPages
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05  # between looks at the store, each a round trip of 35 µs on one host
 _PREFIX = "layerstream/"  # of all keys

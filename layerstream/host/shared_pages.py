@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from layerstream.budget import format_bytes
-from layerstream.errors import HostMemoryError, LayerstreamError
-from layerstream.host.memory import PAGE_BYTES, whole_pages
+from layerstream.errors import HostMemoryError, RankError
+from layerstream.host.memory import PAGE_BYTES, SHARED_UNTIL_WRITTEN, whole_pages
 
 # By number: Python has these names only where it was built with a C library that does, and conda's was not.
 # Source: Linux, include/uapi/linux/memfd.h and fcntl.h.
@@ -40,20 +40,6 @@ _NEVER_RESIZED = 1 | 2 | 4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW: a page th
 _MAP_FIXED = 0x10
 # Opening what a number stands for by now may block, or take a terminal, if that is something else.
 _OPEN_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-
-
-class RankError(LayerstreamError, RuntimeError):
-    """Another rank of this host has ended, does not answer, or shares something else.
-
-    Attributes:
-        rank: which; None where it is not known, or where it is none.
-        is_gone: it has ended, or left. Whoever enters again leads, or finds another that does.
-    """
-
-    def __init__(self, message: str, *, rank: int | None = None, is_gone: bool = False) -> None:
-        super().__init__(message)
-        self.rank = rank
-        self.is_gone = is_gone
 
 
 @dataclass(frozen=True)
@@ -216,10 +202,16 @@ class PrivatePages:
     def __init__(self, pages: mmap.mmap) -> None:
         self._pages = pages
         self.range = _range_of(pages)
+        SHARED_UNTIL_WRITTEN[self.range[0]] = self.range[1]
+        weakref.finalize(pages, SHARED_UNTIL_WRITTEN.pop, self.range[0], None).atexit = False
 
     def cut(self, offset: int, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] with a storage of its own, which begins `offset` bytes into the memory."""
         return torch.frombuffer(self._pages, dtype=torch.uint8, count=num_bytes, offset=offset)
+
+    def part(self, offset: int, num_bytes: int) -> PrivatePart:
+        """A part of it, in the same way."""
+        return PrivatePart(self, offset, num_bytes)
 
     def own_bytes(self, offset: int, num_bytes: int) -> int:
         """How many bytes, in whole pages, have become this process's own: those that were written to, and all that lie
@@ -242,6 +234,24 @@ class PrivatePages:
         bits = torch.frombuffer(entries, dtype=torch.int64) if entries else torch.empty(0, dtype=torch.int64)
         is_own = ((bits >> 62) & 3 != 0) & ((bits >> 61) & 1 == 0)
         return int(is_own.sum()) * PAGE_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class PrivatePart:
+    """A part of private pages: what a unit is handed back in."""
+
+    pages: PrivatePages
+    offset: int
+    num_bytes: int
+
+    @property
+    def range(self) -> tuple[int, int]:
+        start = self.pages.range[0] + self.offset
+        return start, start + self.num_bytes
+
+    def cut(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes] with a storage of its own, which begins `offset` bytes into the part."""
+        return self.pages.cut(self.offset + offset, num_bytes)
 
 
 class _Descriptor:

@@ -31,10 +31,11 @@ from layerstream.blocks import align
 from layerstream.budget import format_bytes
 from layerstream.device.base import Device
 from layerstream.errors import HostMemoryError
-from layerstream.host.home import Home, RawHome, Segment
+from layerstream.host.home import Home, RawHome, Segment, SharedHome
 from layerstream.host.memory import (
     MemoryMaps,
     PageMapping,
+    Pages,
     Range,
     address_range,
     anonymous_bytes,
@@ -218,7 +219,7 @@ class HostStore:
             keeps_home = bound.is_exact or not bound.has_one_home
             bound.copied_to(master, keeps_home=keeps_home, is_handed_back=False)
 
-    def adopt_unpacked(self, home: RawHome, binding: UnitBinding, pages: PageMapping) -> None:
+    def adopt_unpacked(self, home: RawHome, binding: UnitBinding, pages: Pages) -> None:
         """A unit that was packed, or elsewhere, has this home in `pages`: its tensors are handed back in it,
         too, if they were found on the host; may be done again."""
         if home not in self._homes:
@@ -233,7 +234,7 @@ class HostStore:
             is_handed_back = is_large and bound.home_device.type == "cpu"
             bound.copied_to(view, keeps_home=False, is_handed_back=is_handed_back)
 
-    def hold(self, home: Home, pages: PageMapping, num_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
+    def hold(self, home: Home, pages: Pages, num_bytes: int, *, is_locked: bool = True) -> torch.Tensor:
         """Page-lock a mapping for a home that lies in it and is to be adopted, or released; where that is refused, or
         not wanted, it is copied from as it is.
 
@@ -248,6 +249,14 @@ class HostStore:
         home.ranges = [(source, 0, pages.range)]
         home.segments = [Segment(source, 0, is_pinned=lock is not None)]
         return source
+
+    def share(self, home: SharedHome) -> None:
+        """Page-lock the shared memory of a home that is to be adopted, all of it with the first; where that is refused,
+        it is copied from as it is."""
+        self._homes.append(home)  # first: what is interrupted here is released in the end
+        (lock,) = page_locks_of(self._device).acquire(self._device, [home.pages.range])
+        home.locks = [] if lock is None else [lock]
+        home.segments = [Segment(home.pages.cut(home.offset, home.device_bytes), 0, is_pinned=lock is not None)]
 
     def keep(self, home: Home, num_bytes: int) -> torch.Tensor:
         """Take memory of its keeper for a home that is to be adopted, or released.

@@ -19,6 +19,7 @@ from layerstream.engine.streamer import Streamer
 from layerstream.errors import BudgetError, StreamerStateError, brief
 from layerstream.hooks.compiled import uncompiled
 from layerstream.hooks.intercept import refuse_rivals
+from layerstream.host.ranks import HostRanks
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.model.components import components_of, layouts_of, refuse_scripted, some_components_of
 from layerstream.model.units import ComponentLayout
@@ -28,6 +29,7 @@ from layerstream.pipeline.hold import Hold
 from layerstream.pipeline.options import (
     Store,
     budget_bytes_on,
+    checked_name,
     checked_packing,
     checked_pairing,
     checked_store,
@@ -67,6 +69,7 @@ class LayerStreamer:
         packing: str = "off",
         store: Store = None,
         store_budget: int | str = "auto",
+        shared_as: str | None = None,
     ) -> None:
         self._pipe = pipe
         self._vram_budget = vram_budget
@@ -75,6 +78,7 @@ class LayerStreamer:
         self._pairing = checked_pairing(pairing)
         self._packing = checked_packing(packing)
         self._store, self._store_budget = checked_store(store), store_budget
+        self._shared_as = checked_name(shared_as, store, packing)
         self._streamer: Streamer | None = None
         self._last: Streamer | None = None  # what it did can be asked after it is closed
         self._hold = Hold(pipe)
@@ -126,6 +130,8 @@ class LayerStreamer:
             packing=self._packing,
             keepers=keepers,
             is_all_stored=is_all_stored,
+            ranks=None if self._shared_as is None else HostRanks(),
+            shared_as=self._shared_as or "",
         )
         layouts = layouts_of(self._pipe)
         _warn_if_nothing_streams(layouts, components)
@@ -291,6 +297,7 @@ class LayerStreamer:
             packing=self._packing,
             store=self._store,
             store_budget=self._store_budget,
+            shared_as=self._shared_as,
         )
         inner._num_slots = self._num_slots
         return inner

@@ -76,7 +76,7 @@ def checked_store(store: Store) -> Store:
     Raises:
         ArgumentError: it is no device, nor a list of some.
     """
-    each = store if isinstance(store, list | tuple) else [store]
+    each = _each(store)
     is_none = not each or (len(each) > 1 and None in each)
     if is_none or any(not isinstance(one, str | torch.device | int | Device | None) for one in each):
         raise ArgumentError(
@@ -86,10 +86,33 @@ def checked_store(store: Store) -> Store:
     return store
 
 
+def checked_name(shared_as: str | None, store: Store, packing: str) -> str | None:
+    """The name under which ranks share weights, as it is.
+
+    Raises:
+        ArgumentError: it is no name, or the weights would be elsewhere, or packed.
+    """
+    if shared_as is None:
+        return None
+    if not isinstance(shared_as, str) or not shared_as.strip():
+        raise ArgumentError(
+            f"shared_as must be a name that all ranks use for the same weights, or None, not {brief(shared_as)}."
+        )
+    if packing != "off" or any(each is not None and str(each) != "cpu" for each in _each(store)):
+        raise ArgumentError(
+            "shared_as is for weights as they are, in host memory: it goes with neither `packing` nor a GPU in "
+            "`store`. Leave one of them away."
+        )
+    return shared_as
+
+
+def _each(store: Store) -> list[Any]:
+    return list(store) if isinstance(store, list | tuple) else [store]
+
+
 def _store_devices(store: Store) -> list[Device | None]:
     """Each of a store; None: host memory."""
-    each: list[Any] = list(store) if isinstance(store, list | tuple) else [store]
-    return [None if one is None or str(one) == "cpu" else device_of(one) for one in each]
+    return [None if one is None or str(one) == "cpu" else device_of(one) for one in _each(store)]
 
 
 def _is_same(one: Device, other: Device) -> bool:

@@ -75,4 +75,5 @@ def _report(streamer: Streamer, plan: Plan, copied_by: str) -> Report:
         streamer.packing.why_raw(),
         streamer.storing.why_on_host(),
         streamer.links,
+        streamer.host_copy.line(),
     )

@@ -35,7 +35,7 @@ from layerstream.transfer.unit import Slot, StreamedUnit, UnitState
 from layerstream.transfer.wires import WireRing
 
 _PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
-_STAGED_PROBES = 3  # the fastest counts; the first also warms up
+_STAGED_PROBES = 4  # one behind the other, as loads are: the first part of each meets the last of the one before
 
 
 class TransferEngine:
@@ -143,14 +143,13 @@ class TransferEngine:
         found: dict[str, float] = {}
         if slot is None:
             return found
-        for unit in self._units.values():
+        for unit in sorted(self._units.values(), key=lambda unit: -unit.home.wire_bytes):
             keeper = unit.home.keeper
             name = "" if keeper is None else keeper.name
             if name in known or name in found:
                 continue
-            speed = self._speed_from(unit.home, slot) if keeper is None or keeper.is_reached else None
-            if keeper is not None and not keeper.is_reached:
-                speed = self._speed_through_host(unit, slot)
+            is_staged = keeper is not None and not keeper.is_reached
+            speed = self._speed_through_host(unit, slot) if is_staged else self._speed_from(unit.home, slot)
             if speed is not None:
                 found[name] = speed
         return found
@@ -168,14 +167,15 @@ class TransferEngine:
         if isinstance(home, PackedHome) or not 0 < home.wire_bytes <= slot.buffer.numel():
             return None
         issue = self._routes.prepare(home, slot.buffer, unit.spec.name)
-        times = []
+        device = self._device
+        device.synchronize_event(issue([device.record(device.compute_stream())]))  # to warm up
+        start = device.mark_copies([])
         for _ in range(_STAGED_PROBES):
-            start = self._device.mark_copies([self._device.record(self._device.compute_stream())])
-            self._device.synchronize_event(issue([]))
-            end = self._device.mark_copies([])
-            self._device.synchronize_event(self._device.record_copies())
-            times.append(self._device.elapsed_ms(start, end) or 0.0)
-        return home.wire_bytes / min(times) / 1e6 if min(times) else None
+            issue([])
+        end = device.mark_copies([])
+        device.synchronize_event(device.record_copies())
+        elapsed_ms = device.elapsed_ms(start, end)
+        return _STAGED_PROBES * home.wire_bytes / elapsed_ms / 1e6 if elapsed_ms else None
 
     # ---- one unit's way into a slot and out of it
 

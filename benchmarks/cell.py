@@ -146,7 +146,7 @@ def _measure(cell: Cell, work: Work, device: torch.device, record: Record) -> No
     method = METHODS[cell.method]
     memory = _Memory(device)
     with method.mode() if cell.form == "denoiser" else contextlib.nullcontext(), contextlib.ExitStack() as undo:
-        setup = Setup(work, device, cell.vram_budget, undo)
+        setup = Setup(work, device, cell.vram_budget, undo, folder=Path(cell.folder))
         gc.collect()
         gc.freeze()  # the libraries' objects: going through them takes a pass' time, at no moment in particular
         record["host_rss_before_bytes"] = rss_bytes()

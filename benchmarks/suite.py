@@ -97,9 +97,13 @@ _PACKED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
 }
 # From another GPU's memory, and beside the same from the host.
 _STORED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
-    ("ovis", "denoiser"): [("stored", "min"), ("stored_apart", "min"), ("layerstream", "min")],
-    ("longcat", "denoiser"): [("stored", "min"), ("stored_apart", "min"), ("layerstream", "min")],
+    ("ovis", "denoiser"): [("stored", "min"), ("stored", "3GiB"), ("stored_apart", "min"), ("layerstream", "min")],
+    ("longcat", "denoiser"): [("stored", "min"), ("stored", "3GiB"), ("stored_apart", "min"), ("layerstream", "min")],
     ("nextstep", "pipeline"): [("stored", "6GiB")],
+}
+# Two replicas, and one alone.
+_REPLICAS: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
+    ("ovis", "denoiser"): [("layerstream", "6GiB"), ("replicas", "6GiB")],
 }
 # Slow ones last, where a limit of time ends.
 _PEERS = ("vllm_omni", "flextensor", "mmgp", "model_offload", "diffusers_leaf", "diffusers_block", "sequential")
@@ -144,7 +148,7 @@ def suites() -> dict[str, list[Entry]]:
     for (case, form), budgets in _PAIRS.items():
         resident, paired = Entry(case, form, "resident"), [Entry(case, form, "paired", budget) for budget in budgets]
         found[f"{case}-{form}-pairs"] = [resident, *paired, resident]
-    for kind, measured in (("packed", _PACKED), ("stored", _STORED)):
+    for kind, measured in (("packed", _PACKED), ("stored", _STORED), ("replicas", _REPLICAS)):
         for (case, form), each in measured.items():
             resident = Entry(case, form, "resident")
             found[f"{case}-{form}-{kind}"] = [resident, *(Entry(case, form, *one) for one in each), resident]

@@ -107,6 +107,7 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
     yield from _bounds_of_others(records, form, spread)
     if form == "denoiser":
         yield from _bound_passes(ours, resident)
+    yield from _replicas(records, ours, spread)
     at_ten = ours.get("10GiB")
     if form == "denoiser" and at_ten is not None and at_ten["case"].startswith("ovis"):
         ratio = at_ten["ratio_to_resident"]
@@ -175,6 +176,21 @@ def _bounds_of_others(records: Sequence[Record], form: str, spread: float) -> It
         if bound is not None and ratio is not None:
             said = f"{how} under {record['vram_budget']}, to resident, at most {bound} x"
             yield _verdict(said, ratio, bound, f"{ratio:.3f} x{_rounds(record)}", spread)
+
+
+def _replicas(records: Sequence[Record], ours: Mapping[str | None, Record], spread: float) -> Iterator[str]:
+    """Of two processes with one copy in host memory, beside one alone under the same budget."""
+    both = next((r for r in records if r["method"] == "replicas"), None)
+    alone = ours.get(both["vram_budget"]) if both is not None else None
+    if both is None or alone is None or not both.get("replica_ms_per_pass"):
+        return
+    slower = max(both["ms_per_pass"], both["replica_ms_per_pass"]) / alone["ms_per_pass"]
+    told = f"{both['ms_per_pass']} and {both['replica_ms_per_pass']} ms, alone {alone['ms_per_pass']}"
+    equal = "equal" if both["replica_equal"] else "DIFFERENT"
+    yield _verdict("two replicas, each at most 1.03 x one alone", slower, 1.03, f"{told}; the other {equal}", spread)
+    held, limit = sum(both["pss_bytes"]), both["weights_bytes"] + 3 * _GIB
+    told = f"{held / 1e9:.2f} GB, the limit {limit / 1e9:.2f}"
+    yield _verdict("host memory of both at most weights + 3 GiB", held, limit, told)
 
 
 def _bound_passes(ours: Mapping[str | None, Record], resident: Sequence[float]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from benchmarks.methods.diffusers_offload import BLOCK, LEAF, MODEL_OFFLOAD, SEQ
 from benchmarks.methods.flextensor import FLEXTENSOR
 from benchmarks.methods.mmgp import MMGP
 from benchmarks.methods.ours import LAYERSTREAM, PACKED, PACKED_AUTO, PACKED_PAIRED, PAIRED, STORED, STORED_APART
+from benchmarks.methods.replicas import REPLICAS
 from benchmarks.methods.resident import RESIDENT
 from benchmarks.methods.vllm_omni import VLLM_OMNI
 
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
         PACKED_PAIRED,
         STORED,
         STORED_APART,
+        REPLICAS,
         LEAF,
         BLOCK,
         MODEL_OFFLOAD,
@@ -29,6 +31,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-OURS = tuple(method.name for method in (LAYERSTREAM, PAIRED, PACKED, PACKED_AUTO, PACKED_PAIRED, STORED, STORED_APART))
+_OURS = LAYERSTREAM, PAIRED, PACKED, PACKED_AUTO, PACKED_PAIRED, STORED, STORED_APART, REPLICAS
+OURS = tuple(method.name for method in _OURS)
 
 __all__ = ["METHODS", "OURS", "Method", "MissingPeerError", "Setup"]

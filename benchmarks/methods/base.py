@@ -6,6 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Setup:
         undo: what is pushed here runs when the measurement is over, last first.
         tell: fields of the record that only the method knows.
         counters: what it counts while it runs, for tokens and passes.
+        folder: where the case's weights are, and what the first resident measurement gave.
     """
 
     work: Work
@@ -38,6 +40,7 @@ class Setup:
     undo: contextlib.ExitStack
     tell: Callable[[], Record] = dict
     counters: Counters | None = None
+    folder: Path | None = None
 
     @property
     def budget_bytes(self) -> int:

@@ -35,24 +35,26 @@ def _apply(
     if isinstance(device, SimulatedDevice):
         setup.undo.enter_context(device.accounting())
 
-    def tell() -> Record:
-        stats = streamer.stats()
-        predicted = [p.prediction for p in streamer.plan.phases if p.prediction is not None and p.phase.is_repeated]
-        return {
-            **{f"stats_{name}": value for name, value in stats.as_dict().items()},
-            "locked_bytes": stats.pinned_bytes,  # what CUDA page-locks does not show in the system's own count
-            "predicted_ms_per_pass": round(predicted[0].ms_per_pass, 3) if predicted else None,
-            "predicted_bound": predicted[0].bound if predicted else None,
-            "packed_share": round(stats.packed_bytes / stats.unpacked_bytes, 4) if stats.unpacked_bytes else None,
-            "decode_gb_per_s": streamer.plan.costs.decode_gb_per_s if streamer.plan.costs is not None else None,
-            "stats_pairing": streamer._last.pairing.reasons() if streamer._last is not None else {},
-            "links": streamer._last.links if streamer._last is not None else {},
-            "plan": str(streamer),
-            "report": str(streamer.report()),
-        }
-
-    setup.tell = tell
+    setup.tell = functools.partial(tell_of, streamer)
     setup.counters = _counters(streamer)
+
+
+def tell_of(streamer: layerstream.LayerStreamer) -> Record:
+    """What the engine says of itself."""
+    stats = streamer.stats()
+    predicted = [p.prediction for p in streamer.plan.phases if p.prediction is not None and p.phase.is_repeated]
+    return {
+        **{f"stats_{name}": value for name, value in stats.as_dict().items()},
+        "locked_bytes": stats.pinned_bytes,  # what CUDA page-locks does not show in the system's own count
+        "predicted_ms_per_pass": round(predicted[0].ms_per_pass, 3) if predicted else None,
+        "predicted_bound": predicted[0].bound if predicted else None,
+        "packed_share": round(stats.packed_bytes / stats.unpacked_bytes, 4) if stats.unpacked_bytes else None,
+        "decode_gb_per_s": streamer.plan.costs.decode_gb_per_s if streamer.plan.costs is not None else None,
+        "stats_pairing": streamer._last.pairing.reasons() if streamer._last is not None else {},
+        "links": streamer._last.links if streamer._last is not None else {},
+        "plan": str(streamer),
+        "report": str(streamer.report()),
+    }
 
 
 def _next_gpu(device: torch.device) -> torch.device:

@@ -111,7 +111,7 @@ def test_options_are_keyword_only(function: object) -> None:
         "store_budget",
         "shared_as",
     ]
-    assert [p.kind for p in parameters[-8:]] == [inspect.Parameter.KEYWORD_ONLY] * 8
+    assert [p.kind for p in parameters[-9:]] == [inspect.Parameter.KEYWORD_ONLY] * 9
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTINS.items())

@@ -45,6 +45,7 @@ from layerstream.planning.plan import Plan
 from layerstream.saying import warn
 from layerstream.stats import PhaseStats, Stats
 from layerstream.torch_private import without_subclasses
+from layerstream.transfer.helper import Helper
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.timeline import Timeline
 from layerstream.transfer.timing import PassTimer
@@ -69,6 +70,7 @@ class Streamer:
         packing: see `Packing`.
         keepers, is_all_stored: see `Storing`.
         ranks, shared_as: see `HostCopy`.
+        helpers: other GPUs whose links to the host carry a share of loads.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Streamer:
         is_all_stored: bool = False,
         ranks: HostRanks | None = None,
         shared_as: str = "",
+        helpers: Sequence[Helper] = (),
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
@@ -99,7 +102,8 @@ class Streamer:
         self._attached = Attachments(device, self._reading, self._unit_home, self.gate.number)
         self._units = self._attached.units
         self._ranges = Ranges()
-        self._transfer = TransferEngine(device, self._units, self.stats, self._ranges)
+        self._helpers = helpers
+        self._transfer = TransferEngine(device, self._units, self.stats, self._ranges, helpers)
         self.edits = Edits(device, self._units, self._attached.records, self.stats, self._transfer.wait)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._lanes = Lanes()
@@ -313,6 +317,8 @@ class Streamer:
         self._is_opened = True
         try:
             self.packing.prepare()
+            for helper in self._helpers:
+                helper.open()
             self._attaching.attach(layouts, division, self.listener, [c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
             self._attaching.move_others()  # under the limit

@@ -35,6 +35,7 @@ from layerstream.pipeline.options import (
     checked_store,
     checked_timeout,
     device_of,
+    helpers_of,
     keepers_of,
 )
 from layerstream.pipeline.owners import ENTERING, refuse_active, touching
@@ -70,6 +71,7 @@ class LayerStreamer:
         store: Store = None,
         store_budget: int | str = "auto",
         shared_as: str | None = None,
+        links: Store = None,
     ) -> None:
         self._pipe = pipe
         self._vram_budget = vram_budget
@@ -79,6 +81,7 @@ class LayerStreamer:
         self._packing = checked_packing(packing)
         self._store, self._store_budget = checked_store(store), store_budget
         self._shared_as = checked_name(shared_as, store, packing)
+        self._links = checked_store(links, name="links")
         self._streamer: Streamer | None = None
         self._last: Streamer | None = None  # what it did can be asked after it is closed
         self._hold = Hold(pipe)
@@ -132,6 +135,7 @@ class LayerStreamer:
             is_all_stored=is_all_stored,
             ranks=None if self._shared_as is None else HostRanks(),
             shared_as=self._shared_as or "",
+            helpers=helpers_of(self._links, device),
         )
         layouts = layouts_of(self._pipe)
         _warn_if_nothing_streams(layouts, components)
@@ -298,6 +302,7 @@ class LayerStreamer:
             store=self._store,
             store_budget=self._store_budget,
             shared_as=self._shared_as,
+            links=self._links,
         )
         inner._num_slots = self._num_slots
         return inner

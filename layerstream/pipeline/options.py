@@ -13,6 +13,8 @@ from layerstream.device.base import Device
 from layerstream.device.cuda import CudaDevice, find_device
 from layerstream.errors import ArgumentError, BudgetError, DeviceError, brief
 from layerstream.host.keeper import Keeper
+from layerstream.saying import warn
+from layerstream.transfer.helper import Helper
 
 Place: TypeAlias = "torch.device | str | int | Device | None"
 Store: TypeAlias = "Place | Sequence[Place]"
@@ -70,8 +72,37 @@ def keepers_of(store: Store, store_budget: int | str, device: Device) -> tuple[l
     return [Keeper(each, _store_bytes(store_budget, each), device) for each in others], None not in found
 
 
-def checked_store(store: Store) -> Store:
+def helpers_of(links: Store, device: Device) -> list[Helper]:
+    """The GPUs whose links to the host are used, too: those within reach.
+
+    Raises:
+        ArgumentError: `links` names the device itself, the host, or a GPU twice.
+        DeviceError: a GPU does not exist.
+    """
+    each = [] if links is None else [device_of(one) for one in _each(links)]
+    for number, one in enumerate(each):
+        is_host = str(_each(links)[number]) == "cpu"
+        if is_host or _is_same(one, device) or any(_is_same(one, other) for other in each[:number]):
+            name = one.name if one.is_simulated else one.torch_device
+            raise ArgumentError(
+                f"links names {name}, which is the host, the GPU that the pipeline runs on, or named twice. Name other "
+                "GPUs, each once."
+            )
+    helpers = [Helper(one, device) for one in each]
+    for helper in helpers:
+        if not helper.is_reached:
+            warn(
+                f"{helper.name} cannot be reached from {device.torch_device} directly: its link to the host is of no "
+                "use, and is not used."
+            )
+    return [helper for helper in helpers if helper.is_reached]
+
+
+def checked_store(store: Store, *, name: str = "store") -> Store:
     """`store` as it is.
+
+    Args:
+        name: of the argument, for people.
 
     Raises:
         ArgumentError: it is no device, nor a list of some.
@@ -79,10 +110,8 @@ def checked_store(store: Store) -> Store:
     each = _each(store)
     is_none = not each or (len(each) > 1 and None in each)
     if is_none or any(not isinstance(one, str | torch.device | int | Device | None) for one in each):
-        raise ArgumentError(
-            f'store must be a GPU such as "cuda:1", or a list of some, perhaps with "cpu" at the end, not '
-            f"{brief(store)}."
-        )
+        host = ', perhaps with "cpu" at the end' if name == "store" else ""
+        raise ArgumentError(f'{name} must be a GPU such as "cuda:1", or a list of some{host}, not {brief(store)}.')
     return store
 
 

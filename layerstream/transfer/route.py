@@ -4,7 +4,8 @@
     packed                         CopyAndDecode: a copy into the next wire buffer, and decoding from there
 
 Each copies from host memory, page-locked or not, and from another GPU's; where that GPU is out of reach the copy goes
-through the host (CopyThroughHost).
+through the host (CopyThroughHost). From page-locked host memory other GPUs may carry a share, each over its own link
+(CopyByLinks).
 
 A route is prepared once for a home and a slot's buffer, and issued at each load: behind events, on streams of its own
 choice, giving the event after which its bytes are there. What it has prepared is forgotten when the home is exchanged.
@@ -22,10 +23,12 @@ import torch
 from layerstream.device.base import COPY_BYTES, Device, Event, Unpacking, engine_tensors
 from layerstream.host.home import Home, PackedHome
 from layerstream.host.keeper import Keeper
+from layerstream.transfer.helper import LINK_PART_BYTES, Helper
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.wires import Wire, WireRing
 
 _STAGING_BUFFERS = 3
+_WAY_SHARE = 0.14  # of the time that a part takes over a link to the host, over the way between two GPUs (NVLink)
 
 Issue = Callable[[Sequence[Event]], Event]  # starts what was prepared behind these events; gives the event after it
 
@@ -48,11 +51,13 @@ class Routes:
     Args:
         wires: buffers for what is packed.
         ranges: what wants to know of decoding.
+        helpers: other GPUs whose links to the host are used, too.
     """
 
-    def __init__(self, device: Device, wires: WireRing, ranges: Ranges) -> None:
+    def __init__(self, device: Device, wires: WireRing, ranges: Ranges, helpers: Sequence[Helper] = ()) -> None:
         self._device = device
         self._copy = Copy(device)
+        self._by_links = CopyByLinks(device, helpers) if helpers else None
         self._through_host: dict[Keeper, CopyThroughHost] = {}
         self._copy_and_decode = CopyAndDecode(device, self._copy_of, wires, ranges)
 
@@ -61,8 +66,14 @@ class Routes:
         route = self._copy_and_decode if isinstance(home, PackedHome) else self._copy_of(home)
         return route.prepare(home, buffer, name)
 
+    def is_staged(self, home: Home) -> bool:
+        """Whether loads of it are more than one copy after the other, and can be timed only as a whole."""
+        return self._copy_of(home) is not self._copy
+
     def _copy_of(self, home: Home) -> Route:
         keeper = home.keeper
+        if keeper is None and self._by_links is not None and home.is_pinned:
+            return self._by_links
         if keeper is None or keeper.is_reached:
             return self._copy
         if keeper not in self._through_host:
@@ -74,6 +85,8 @@ class Routes:
         self._copy.close()
         while self._through_host:
             self._through_host.popitem()[1].close()
+        if self._by_links is not None:
+            self._by_links.close()
 
 
 class Copy:
@@ -140,6 +153,57 @@ class CopyThroughHost:
         """Let go of the buffers. The device must be idle."""
         self._keeper.device.synchronize()
         self._buffers, self._free = [], []
+
+
+class CopyByLinks:
+    """Copies from page-locked host memory over several links at once: parts go straight to the device, and over the
+    links of other GPUs to buffers there, from which the device takes them over the way between the GPUs.
+
+    The device's copy stream does both in turn, so that it has less to bring over its own link than each helper: which
+    parts are whose is chosen so that all are through at about the same time.
+    """
+
+    def __init__(self, device: Device, helpers: Sequence[Helper]) -> None:
+        self._device = device
+        self._helpers = helpers
+
+    def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
+        parts = [
+            (target[at : at + LINK_PART_BYTES], source[at : at + LINK_PART_BYTES])
+            for target, source, _ in home.pairs(buffer)
+            for at in range(0, source.numel(), LINK_PART_BYTES)
+        ]
+        times = [0.0] * (1 + len(self._helpers))  # of the device's stream, and of each helper's
+        steps: list[Callable[[Sequence[Event]], Event]] = []
+        for target, source in parts:
+            size = source.numel()
+            after_own = max(times[0] + size, *times[1:])
+            number = min(range(1, len(times)), key=times.__getitem__)
+            after_its = max(times[number] + size, times[0] + size * _WAY_SHARE)
+            if after_own <= max(after_its, *times):
+                times[0] += size
+                steps.append(functools.partial(self._device.copy, self._device.prepare([(target, source)])))
+            else:
+                times[number] += size
+                times[0] += size * _WAY_SHARE
+                steps.append(functools.partial(self._helpers[number - 1].copy, target, source))
+        return functools.partial(self._issue, steps)
+
+    def _issue(self, steps: Sequence[Callable[[Sequence[Event]], Event]], after: Sequence[Event]) -> Event:
+        arrived: Event = None
+        try:
+            for step in steps:
+                arrived = step(after)
+        except BaseException:  # what was begun may be on its way
+            for helper in self._helpers:
+                helper.device.synchronize()
+            raise
+        return self._device.record_copies() if arrived is None else arrived
+
+    def close(self) -> None:
+        """Let go of the buffers. The device must be idle."""
+        for helper in self._helpers:
+            helper.close()
 
 
 class CopyAndDecode:

@@ -29,6 +29,7 @@ from layerstream.errors import TransferError
 from layerstream.host.home import Home, PackedHome
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.stats import PhaseStats, Stats
+from layerstream.transfer.helper import Helper
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.route import Routes
 from layerstream.transfer.unit import Slot, StreamedUnit, UnitState
@@ -43,16 +44,24 @@ class TransferEngine:
 
     Args:
         units: by index; the streamer adds and removes them.
+        helpers: other GPUs whose links to the host carry a share of loads.
     """
 
-    def __init__(self, device: Device, units: Mapping[int, StreamedUnit], stats: Stats, ranges: Ranges) -> None:
+    def __init__(
+        self,
+        device: Device,
+        units: Mapping[int, StreamedUnit],
+        stats: Stats,
+        ranges: Ranges,
+        helpers: Sequence[Helper] = (),
+    ) -> None:
         self.ranges = ranges
         self._device = device
         self._units = units
         self._stats = stats
         self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
         self.wires = WireRing(self._allocate, self._give_back)
-        self._routes = Routes(device, self.wires, ranges)
+        self._routes = Routes(device, self.wires, ranges, helpers)
         self.ring: list[Slot] = []
         self.slot_bytes = 0  # of each slot of the ring
         self.extra: list[Slot] = []
@@ -148,8 +157,8 @@ class TransferEngine:
             name = "" if keeper is None else keeper.name
             if name in known or name in found:
                 continue
-            is_staged = keeper is not None and not keeper.is_reached
-            speed = self._speed_through_host(unit, slot) if is_staged else self._speed_from(unit.home, slot)
+            is_staged = self._routes.is_staged(unit.home)
+            speed = self._speed_of_route(unit, slot) if is_staged else self._speed_from(unit.home, slot)
             if speed is not None:
                 found[name] = speed
         return found
@@ -161,7 +170,7 @@ class TransferEngine:
         source = source[: min(_PROBE_BYTES, slot.buffer.numel())]
         return self._device.measure_link(slot.buffer[: source.numel()], source)
 
-    def _speed_through_host(self, unit: StreamedUnit, slot: Slot) -> float | None:
+    def _speed_of_route(self, unit: StreamedUnit, slot: Slot) -> float | None:
         """Of a route with more than one copy, which is timed as a whole."""
         home = unit.home
         if isinstance(home, PackedHome) or not 0 < home.wire_bytes <= slot.buffer.numel():

@@ -342,7 +342,8 @@ class SimulatedDevice:
                     if number:
                         self._step("piece", progresses=False)  # what fails here leaves the pairs before on their way
                     is_to_host = self._note_copy(target, source, stream)
-                    if self.is_poisoned and not is_to_host:  # there, what waits on another device may read it still
+                    # What waits for another device may be read there still.
+                    if self.is_poisoned and not is_to_host and not (elsewhere and self._is_read_elsewhere(target)):
                         self._poison(target)
                     queued.pairs.append((target, source))
                     stream.time_ms += target.numel() / self._gb_per_s_from(source) / 1e6
@@ -487,12 +488,19 @@ class SimulatedDevice:
             raise TransferError("a copy from another device, which is not within reach")
         return False
 
-    def _check_unread(self, buffer: torch.Tensor) -> None:
-        """Raise RaceError if a copy from a buffer to another device has not run yet."""
+    def _is_read_elsewhere(self, buffer: torch.Tensor) -> bool:
+        """Whether a copy from a buffer to another device has not run yet."""
         start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
-        for peer in self._peers:
-            if not peer._is_lost and any(start <= source.data_ptr() < end for source in peer._queue.sources()):
-                raise RaceError("memory given back with a copy from it to another device on its way")
+        return any(
+            start <= source.data_ptr() < end
+            for peer in self._peers
+            if not peer._is_lost
+            for source in peer._queue.sources()
+        )
+
+    def _check_unread(self, buffer: torch.Tensor) -> None:
+        if self._is_read_elsewhere(buffer):
+            raise RaceError("memory given back with a copy from it to another device on its way")
 
     def _poison(self, target: torch.Tensor) -> None:
         """Fill what a copy is queued for with NaN; what is to be decoded from there first is decoded."""

@@ -101,6 +101,11 @@ _STORED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
     ("longcat", "denoiser"): [("stored", "min"), ("stored", "3GiB"), ("stored_apart", "min"), ("layerstream", "min")],
     ("nextstep", "pipeline"): [("stored", "6GiB")],
 }
+# Over two links, and beside the same over one.
+_LINKS: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
+    ("ovis", "denoiser"): [("links", "min"), ("links_packed", "min"), ("layerstream", "min")],
+    ("longcat", "denoiser"): [("links", "min"), ("links_packed", "min"), ("layerstream", "min")],
+}
 # Two replicas, and one alone.
 _REPLICAS: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
     ("ovis", "denoiser"): [("layerstream", "6GiB"), ("replicas", "6GiB")],
@@ -148,7 +153,8 @@ def suites() -> dict[str, list[Entry]]:
     for (case, form), budgets in _PAIRS.items():
         resident, paired = Entry(case, form, "resident"), [Entry(case, form, "paired", budget) for budget in budgets]
         found[f"{case}-{form}-pairs"] = [resident, *paired, resident]
-    for kind, measured in (("packed", _PACKED), ("stored", _STORED), ("replicas", _REPLICAS)):
+    kinds = {"packed": _PACKED, "stored": _STORED, "links": _LINKS, "replicas": _REPLICAS}
+    for kind, measured in kinds.items():
         for (case, form), each in measured.items():
             resident = Entry(case, form, "resident")
             found[f"{case}-{form}-{kind}"] = [resident, *(Entry(case, form, *one) for one in each), resident]

@@ -58,12 +58,15 @@ _STORED: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("longcat", "denoiser"): {"min": 1.04},
     ("nextstep", "pipeline"): {"6GiB": 1.6},
 }
+# Over two GPUs' links.
+_LINKS: Mapping[tuple[str, str], Mapping[str, float]] = {("ovis", "denoiser"): {"min": 1.25}}
 _OTHERS = {  # how they are told, and what they must reach
     "paired": ("in pairs", _PAIRED),
     "packed": ("packed", _PACKED),
     "packed_auto": ("packed as needed", _PACKED),
     "packed_paired": ("packed, in pairs", _PACKED_PAIRED),
     "stored": ("from another GPU", _STORED),
+    "links": ("over two links", _LINKS),
 }
 _SAID = {
     "token_ratio": "a token to a resident one's time",
@@ -108,6 +111,7 @@ def _of_one(records: Sequence[Record], form: str) -> Iterator[str]:
     if form == "denoiser":
         yield from _bound_passes(ours, resident)
     yield from _replicas(records, ours, spread)
+    yield from _two_links(records)
     at_ten = ours.get("10GiB")
     if form == "denoiser" and at_ten is not None and at_ten["case"].startswith("ovis"):
         ratio = at_ten["ratio_to_resident"]
@@ -176,6 +180,15 @@ def _bounds_of_others(records: Sequence[Record], form: str, spread: float) -> It
         if bound is not None and ratio is not None:
             said = f"{how} under {record['vram_budget']}, to resident, at most {bound} x"
             yield _verdict(said, ratio, bound, f"{ratio:.3f} x{_rounds(record)}", spread)
+
+
+def _two_links(records: Sequence[Record]) -> Iterator[str]:
+    """How fast loads come over two links, as the engine has measured it, beside one."""
+    both = next((r for r in records if r["method"] == "links" and (r.get("links") or {}).get("")), None)
+    if both is not None and both.get("link_gb_per_s"):
+        speed, one = both["links"][""], both["link_gb_per_s"]
+        told = f"{speed:.1f} GB/s, one link {one:.1f}"
+        yield _verdict("two links load at least 1.85 times as fast as one", -speed / one, -1.85, told)
 
 
 def _replicas(records: Sequence[Record], ours: Mapping[str | None, Record], spread: float) -> Iterator[str]:

@@ -444,7 +444,7 @@ def test_every_suite_has_resident_first_and_those_with_peers_last() -> None:
         for case, form in dict.fromkeys((entry.case, entry.form) for entry in wanted):
             methods = [entry.method for entry in wanted if (entry.case, entry.form) == (case, form)]
             assert methods[0] == "resident", name
-            is_last = case in cases.WITH_PEERS or name.endswith(("-pairs", "-packed", "-stored", "-replicas"))
+            is_last = case in cases.WITH_PEERS or name.endswith(("-pairs", "-packed", "-stored", "-links", "-replicas"))
             assert (methods[-1] == "resident") is is_last, name
             assert set(OURS).intersection(methods)
 

@@ -110,6 +110,7 @@ def test_options_are_keyword_only(function: object) -> None:
         "store",
         "store_budget",
         "shared_as",
+        "links",
     ]
     assert [p.kind for p in parameters[-9:]] == [inspect.Parameter.KEYWORD_ONLY] * 9
 

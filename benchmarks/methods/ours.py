@@ -18,16 +18,28 @@ from layerstream.pipeline.options import device_of
 
 
 def _apply(
-    setup: Setup, pairing: str = "off", packing: str = "off", *, is_stored: bool = False, is_reached: bool = True
+    setup: Setup,
+    pairing: str = "off",
+    packing: str = "off",
+    *,
+    is_stored: bool = False,
+    is_reached: bool = True,
+    has_links: bool = False,
 ) -> None:
     # On the simulated device activations count only while somebody looks at the operators that make them.
     device = SimulatedDevice() if setup.device.type == "cpu" else setup.device
     budget = setup.vram_budget or "auto"
-    store: Any = None
-    if is_stored:
-        store = SimulatedDevice(name="other") if setup.device.type == "cpu" else _next_gpu(setup.device)
+    other: Any = None
+    if is_stored or has_links:
+        other = SimulatedDevice(name="other") if setup.device.type == "cpu" else _next_gpu(setup.device)
     streamer = layerstream.offload(
-        setup.work.target, vram_budget=budget, device=device, pairing=pairing, packing=packing, store=store
+        setup.work.target,
+        vram_budget=budget,
+        device=device,
+        pairing=pairing,
+        packing=packing,
+        store=other if is_stored else None,
+        links=other if has_links else None,
     )
     if not is_reached:  # as between two cards that have no way to each other
         setup.undo.enter_context(mock.patch.object(type(device_of(device)), "reaches", return_value=False))
@@ -101,4 +113,9 @@ PACKED_PAIRED = Method(
 STORED = Method("stored", functools.partial(_apply, is_stored=True), num_warm_ups=8, takes_budget=True)
 STORED_APART = Method(
     "stored_apart", functools.partial(_apply, is_stored=True, is_reached=False), num_warm_ups=8, takes_budget=True
+)
+# With a share of each load over another GPU's link to the host.
+LINKS = Method("links", functools.partial(_apply, has_links=True), num_warm_ups=8, takes_budget=True)
+LINKS_PACKED = Method(
+    "links_packed", functools.partial(_apply, packing="ahead", has_links=True), num_warm_ups=8, takes_budget=True
 )

@@ -1,0 +1,124 @@
+"""Loads over two GPUs' links, and one host copy for two processes, on real GPUs: compared with the resident model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import layerstream
+from layerstream.host.home import SharedHome
+from layerstream.standins import TINY_PIPELINES, build_tiny, run_tiny
+from layerstream.transfer import helper, route
+from tests.fakes import assert_restored, describe, twin
+from tests.gpu.test_gpu_store import DEVICE, KEEPER, both_are_given_back, layers
+from tests.rank_processes import ranks
+
+__all__ = ["both_are_given_back"]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here"),
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*upcast_vae.*:FutureWarning"),
+]
+
+
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_families(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (helper, route):
+        monkeypatch.setattr(module, "LINK_PART_BYTES", 4096)  # so that what is tiny goes both ways
+    try:
+        pipe: Any = build_tiny(name, dtype=torch.bfloat16).to(DEVICE)
+    except ImportError as exc:
+        pytest.skip(str(exc))
+    expected = [run_tiny(pipe, name, seed=seed) for seed in range(2)]
+    pipe.to("cpu")
+    with layerstream.offload(pipe, vram_budget="min", device=DEVICE, links=KEEPER):
+        for seed in (0, 1, 0):
+            assert torch.equal(run_tiny(pipe, name, seed=seed), expected[seed])
+    pipe.to(DEVICE)
+    assert torch.equal(run_tiny(pipe, name, seed=1), expected[1])
+
+
+@pytest.mark.parametrize("packing", ["off", "ahead"])
+@pytest.mark.parametrize(("device", "carrier"), [(DEVICE, KEEPER), (KEEPER, DEVICE)])
+def test_either_way_round(device: str, carrier: str, packing: str) -> None:
+    model = layers()
+    x = torch.randn(512, 4096, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        expected = twin(model).to(device)(x)
+        before = describe(model)
+        with layerstream.offload(model, vram_budget="min", device=device, links=carrier, packing=packing) as streamer:
+            for _ in range(30):
+                assert torch.equal(model(x), expected)
+            together = streamer._streamer.links[""]  # type: ignore[union-attr]
+        assert_restored(model, before)
+        with layerstream.offload(model, vram_budget="min", device=device) as streamer:
+            model(x)
+            alone = streamer._streamer.links[""]  # type: ignore[union-attr]
+    assert together > 1.3 * alone, (together, alone)
+
+
+# ---- what a rank does
+
+here: dict[str, Any] = {}
+
+
+def enter(device: str) -> int:
+    torch.cuda.set_device(device)
+    here["model"], here["device"] = layers(), device
+    here["x"] = torch.randn(512, 4096, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        here["expected"] = twin(here["model"]).to(device)(here["x"])
+    here["before"] = describe(here["model"])
+    here["streaming"] = layerstream.offload(here["model"], vram_budget="min", device=device, shared_as="layers").start()
+    return sum(isinstance(u.home, SharedHome) for u in here["streaming"]._streamer._units.values())
+
+
+def call() -> None:
+    with torch.no_grad():
+        for _ in range(10):
+            assert torch.equal(here["model"](here["x"]), here["expected"])
+
+
+def edit_and_call() -> None:
+    with torch.no_grad():
+        here["model"].blocks[3].weight.mul_(2)
+        changed = twin(here["model"]).to(here["device"])
+        assert torch.equal(here["model"](here["x"]), changed(here["x"]))
+
+
+def leave() -> None:
+    here["streaming"].close()
+    call()
+
+
+def leave_edited() -> None:
+    here["streaming"].close()
+
+
+@pytest.mark.parametrize("devices", [(DEVICE, KEEPER), (DEVICE, DEVICE)])
+def test_two_processes_share_one_copy(devices: tuple[str, str]) -> None:
+    with ranks(2) as group:
+        for rank, device in zip(group, devices, strict=True):
+            rank.start(enter, device)
+        assert [rank.result() for rank in group] == [12, 12]
+        for rank in group:
+            rank.start(call)
+        for rank in group:
+            rank.result()
+        group[1].do(edit_and_call)
+        group[0].do(call)
+        group[0].do(leave)
+        group[1].do(leave_edited)
+
+
+def test_a_process_that_is_killed_leaves_the_other_running() -> None:
+    with ranks(2) as group:
+        for rank, device in zip(group, (DEVICE, KEEPER), strict=True):
+            assert rank.do(enter, device) == 12
+        group.pop(0).end()
+        group[0].do(call)
+        group[0].do(leave)

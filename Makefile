@@ -22,7 +22,7 @@ help:
 	@echo "make gpu-test  the tests that need a CUDA GPU"
 	@echo "make bench     the benchmark harness (ARGS='run --case ovis', 'suite NAME', 'list')"
 	@echo "make bench-plots   pictures, and the tables of README.md and benchmarks/README.md, from benchmarks/results"
-	@echo "make budget-table  the tables of docs/choosing-a-budget.md, by the planner; takes two minutes"
+	@echo "make budget-table  the tables of docs/choosing-a-budget.md and several_gpus.md, by the planner; takes two minutes"
 	@echo "make clean     remove the virtual environment and caches"
 
 # Made again when what it installs has changed. pip and setuptools come first, because the pins are theirs too.
@@ -80,6 +80,7 @@ bench-plots: $(INSTALLED)
 
 budget-table: $(INSTALLED)
 	$(BIN)/python -m benchmarks.budget_table
+	$(BIN)/python -m benchmarks.several_gpus
 
 clean:
 	rm -rf $(VENV) .wheel-venv .versions build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-*.png

@@ -259,7 +259,7 @@ def _models_table(cases: Sequence[Case]) -> list[str]:
             _least(case),
             f"{max(c.total_flops for c in case.counts.values()) / 1e12:.0f}",
         ]
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     return lines
 
 
@@ -282,7 +282,7 @@ def _card_table(cases: Sequence[Case], card: Card) -> list[str]:
         try:
             plan, is_tiled = case.fitting(card.budget_bytes, _MIDDLE, 1e3 / card.tflops)
         except BudgetError:
-            lines.append(_row([case.model.name, f"does not fit: {_least(case)} GiB are the least"]))
+            lines.append(table_row([case.model.name, f"does not fit: {_least(case)} GiB are the least"]))
             continue
         # Over a link as slow as this, nothing streams that could stay.
         most = _call(case, case.fitting(card.budget_bytes, _LEAST_GB_PER_S / 10, 1e3 / card.tflops)[0])
@@ -299,7 +299,7 @@ def _card_table(cases: Sequence[Case], card: Card) -> list[str]:
             " / ".join(f"{_ratio(case, card, 4 * card.tflops, link):.2f}" for link in LINKS_GB_PER_S),
             f"{_call(case, plan).seconds:.0f}",
         ]
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     return lines
 
 
@@ -324,7 +324,7 @@ def _token_table(cases: Sequence[Case]) -> list[str]:
                     if u.component == name and plan.placement(u.index) is Placement.STREAMED
                 ]
                 cells.append(" / ".join(f"{tokens * sum(streamed) / link / 1e9:.0f}" for link in LINKS_GB_PER_S) + " s")
-            lines.append(_row(cells))
+            lines.append(table_row(cells))
     return lines
 
 
@@ -346,7 +346,7 @@ def _check_table(cases: Sequence[Case], records: Sequence[Record]) -> list[str]:
             if not record["vram_budget_bytes"] or record["vram_budget"] == "auto" or time is None or not ratio:
                 continue
             # A denoiser alone: its budget is all for one phase.
-            own = _alone(case, "transformer")
+            own = alone(case, "transformer")
             ms_per_tflop = time / ratio / (case.counts["transformer"].total_flops / 1e12)
             plan = own.plan(record["vram_budget_bytes"], record["link_gb_per_s"], ms_per_tflop)
             cells = [
@@ -357,11 +357,11 @@ def _check_table(cases: Sequence[Case], records: Sequence[Record]) -> list[str]:
                 f"{_call(own, plan).ratio:.2f} x",
                 f"{ratio:.2f} x",
             ]
-            lines.append(_row(cells))
+            lines.append(table_row(cells))
     return lines
 
 
-def _alone(case: Case, component: str) -> Case:
+def alone(case: Case, component: str) -> Case:
     """A case of one component alone."""
     return Case(replace(case.model, build=lambda: {component: case.modules[component]}, num_tokens={}))
 
@@ -370,7 +370,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.0f}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         default="off",
         help="auto, or ahead: weights cross the bus losslessly packed, and are decoded on the device (default: off)",
     )
+    add(
+        "--store",
+        nargs="+",
+        metavar="GPU",
+        help='other GPUs in whose memory the weights are, such as "cuda:1"; "cpu" at the end: the host takes the rest '
+        "(default: host memory)",
+    )
+    add("--links", nargs="+", metavar="GPU", help="other GPUs that carry a share of each load (default: none)")
     add("--skip-resident", action="store_true", help="run streamed only; nothing is compared")
     add("--output", type=_writable, metavar="FILE", help="where to save the image (default: demo-NAME.png)")
     return parser
@@ -119,7 +127,16 @@ def _demo(options: argparse.Namespace) -> int:
         resident = demo.run_resident(pipe, call, str(device))
         if resident is None:
             print(f"resident    does not fit on {device} (out of memory); streamed only\n")
-    streamed = demo.run_streamed(pipe, call, str(device), options.vram_budget, options.pairing, options.packing)
+    streamed = demo.run_streamed(
+        pipe,
+        call,
+        str(device),
+        options.vram_budget,
+        pairing=options.pairing,
+        packing=options.packing,
+        store=options.store,
+        links=options.links,
+    )
     _print_runs(resident, streamed, is_simulated=is_simulated)
 
     is_different = resident is not None and not demo.are_identical(resident.image, streamed.image)

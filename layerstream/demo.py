@@ -155,21 +155,23 @@ def run_streamed(
     call: Mapping[str, Any],
     device: str | None,
     vram_budget: int | str | None,
-    pairing: str = "off",
-    packing: str = "off",
+    **options: Any,
 ) -> StreamedRun:
     """Run under `vram_budget`; without one, with about a third of the weights' size, or the least that works.
+
+    Args:
+        options: more of `layerstream.offload`.
 
     Raises:
         LayerstreamError: see `layerstream.offload`.
     """
     if vram_budget is not None:
-        return _run_streamed(pipe, call, device, vram_budget, pairing, packing)
+        return _run_streamed(pipe, call, device, vram_budget, options)
     third = int(BUDGET_SHARE * sum(part.num_bytes for part in describe(pipe)))
     try:
-        return _run_streamed(pipe, call, device, third, pairing, packing)
+        return _run_streamed(pipe, call, device, third, options)
     except BudgetError:  # activations, and what lies outside the blocks, take more than that
-        return _run_streamed(pipe, call, device, "min", pairing, packing)
+        return _run_streamed(pipe, call, device, "min", options)
 
 
 def are_identical(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -197,9 +199,9 @@ def save_png(image: torch.Tensor, path: Path) -> None:
 
 
 def _run_streamed(
-    pipe: Any, call: Mapping[str, Any], device: str | None, budget: int | str, pairing: str, packing: str
+    pipe: Any, call: Mapping[str, Any], device: str | None, budget: int | str, options: Mapping[str, Any]
 ) -> StreamedRun:
-    with offload(pipe, vram_budget=budget, device=device, pairing=pairing, packing=packing) as streamer:
+    with offload(pipe, vram_budget=budget, device=device, **options) as streamer:
         _run(pipe, call, num_steps=_WARM_UP_STEPS)
         before = streamer.stats().as_dict()
         image, seconds = _run(pipe, call)

@@ -13,6 +13,7 @@ import torch
 
 from layerstream import PipelineError, cli, demo
 from layerstream.arguments import budget
+from layerstream.device.simulated import SimulatedDevice
 from layerstream.standins import build_tiny
 
 # Servers do not end by themselves: tests/test_servers.py.
@@ -46,7 +47,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     for option in ("model", "dtype", "prompt", "steps", "height", "width", "seed", "device", "vram-budget", "output"):
         assert f"--{option} " in out
-    assert "--skip-resident" in out
+    assert all(option in out for option in ("--skip-resident", "--pairing", "--packing", "--store GPU", "--links GPU"))
 
 
 @pytest.mark.parametrize(
@@ -113,10 +114,43 @@ def test_without_a_budget_it_takes_a_third_of_the_weights(model: Path) -> None:
     assert demo.are_identical(resident.image, streamed.image)
 
 
+def test_other_gpus_have_the_weights_or_carry_them(model: Path) -> None:
+    pipe = demo.load_pipeline(str(model), torch.float32)
+    call = demo.make_call(pipe, is_standin=False, seed=0, num_inference_steps=2, height=32, width=32)
+    resident = demo.run_resident(pipe, call, "cpu")
+    assert resident is not None
+    stored = demo.run_streamed(pipe, call, "cpu", "min", store=SimulatedDevice(name="other"))
+    assert stored.stats.num_stored_units > 0
+    assert "are in another GPU's memory: loads come from other" in stored.report
+    carrier = SimulatedDevice(name="carrier")
+    carried = demo.run_streamed(pipe, call, "cpu", "min", links=[carrier])
+    assert carrier.num_operations
+    assert demo.are_identical(resident.image, stored.image)
+    assert demo.are_identical(resident.image, carried.image)
+
+
+def test_other_gpus_are_those_of_the_command(
+    model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_streamed, given = demo.run_streamed, []
+
+    def noted(*args: Any, **options: Any) -> demo.StreamedRun:
+        given.append((options.pop("store"), options.pop("links")))
+        return run_streamed(*args, **options)
+
+    monkeypatch.setattr(demo, "run_streamed", noted)
+    arguments = ["demo", "--model", model, *SMALL, "--skip-resident", "--output", tmp_path / "out.png"]
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments, "--store", "cuda:1", "cpu", "--links", "cuda:2")[0] == 0
+    assert given == [(None, None), (["cuda:1", "cpu"], ["cuda:2"])]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--vram-budget", "1000"], "vram_budget 1000 B is too small"),
+        (["--skip-resident", "--store", "cuda:99"], 'device "cuda:99" does not exist'),
+        (["--skip-resident", "--links", "cuda:99"], 'device "cuda:99" does not exist'),
         (["--height", "33"], "StableDiffusion3Pipeline refused the call: `height` and `width` have to be divisible"),
     ],
 )
@@ -135,8 +169,8 @@ def test_a_difference_is_exit_code_1(
 ) -> None:
     run_streamed = demo.run_streamed
 
-    def run_wrongly(*args: Any) -> demo.StreamedRun:
-        right = run_streamed(*args)
+    def run_wrongly(*args: Any, **options: Any) -> demo.StreamedRun:
+        right = run_streamed(*args, **options)
         image = right.image.clone()
         image.view(-1)[7] += 0.5
         return replace(right, image=image)
@@ -170,7 +204,7 @@ def test_without_a_resident_run_nothing_is_compared(
 def test_out_of_memory_while_streaming_says_what_to_do(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_room(*args: Any) -> None:
+    def no_room(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     monkeypatch.setattr(demo, "run_streamed", no_room)

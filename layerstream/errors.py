@@ -143,8 +143,9 @@ class RankError(LayerstreamError, RuntimeError):
 
 
 class WeightsLostError(TransferError):
-    """Weights were in the memory of another GPU (`store`), which has failed. Raised once all others are handed back;
-    the lost ones are NaN. Load the pipeline anew."""
+    """Weights could not be brought back: they were in the memory of another GPU (`store`), which has failed, or there
+    was no host memory for them by then. Raised once all others are handed back; the lost ones are NaN. Load the
+    pipeline anew."""
 
 
 class LayerstreamWarning(UserWarning):

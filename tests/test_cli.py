@@ -16,8 +16,9 @@ from layerstream.arguments import budget
 from layerstream.device.simulated import SimulatedDevice
 from layerstream.standins import build_tiny
 
-# Servers do not end by themselves: tests/test_servers.py.
-EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if "server" not in p.stem)
+# Servers do not end by themselves: tests/test_servers.py, tests/test_replicas.py.
+SERVERS = {"server_fastapi", "replicas"}
+EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if p.stem not in SERVERS)
 SMALL = ["--dtype", "float32", "--steps", "2", "--height", "32", "--width", "32", "--device", "cpu"]
 
 

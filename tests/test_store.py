@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,20 @@ import layerstream
 from layerstream.device.base import Caps
 from layerstream.device.simulated import RaceError, SimulatedDevice
 from layerstream.engine import storing
-from layerstream.errors import ArgumentError, BudgetError, DeviceError, StoreError, WeightsLostError
+from layerstream.errors import (
+    ArgumentError,
+    BudgetError,
+    DeviceError,
+    HostMemoryError,
+    StoreError,
+    WeightsLostError,
+)
 from layerstream.host.home import PackedHome, RawHome, StoredHome
+from layerstream.host.pages_ahead import PagesAhead
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.transfer import route
 from layerstream.transfer.route import CopyThroughHost
-from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, toy, twin
+from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, run, toy, twin
 from tests.packing_fakes import packs_anything
 from tests.test_packing import EDITS, Layers, Pipe, engine_of
 
@@ -379,7 +388,9 @@ def test_a_fault_at_any_operation(error: BaseException, is_keeper: bool, reaches
                 assert_equal(pipe(2), resident(2))
         assert_restored(model, before)
         assert not device.registered
+        assert not device.buffer_bytes, operation
         assert not keeper.buffer_bytes, operation
+        assert keeper.free_bytes() > 2**40
         assert_equal(pipe(2), resident(2))
         if faulty.num_operations < operation:
             return
@@ -408,6 +419,146 @@ def test_a_gpu_that_gives_nothing_back() -> None:
     assert torch.equal(model.blocks[3].up.weight[:2], kept)
     assert [type(p) for p in model.parameters()] == [nn.Parameter for _ in model.parameters()]
     assert describe(model).keys() == before.keys()
+
+
+def test_a_host_without_room_for_the_way_back_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    before, keeper = describe(model), other()
+    streaming = layerstream.offload(pipe, vram_budget="min", device=adversary(), store=keeper).start()
+    with monkeypatch.context() as patched:
+        patched.setattr(storing, "available_bytes", lambda: (1000, "said by a test"))
+        with pytest.raises(HostMemoryError, match=r"53\.5 KiB of weights are in the memory of other") as raised:
+            streaming.close()
+    assert (raised.value.needed_bytes, raised.value.available_bytes) == (54_784, 1000)
+    assert streaming.is_active
+    assert_equal(pipe(), resident())
+    streaming.close()
+    assert_restored(model, before)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_that_is_refused_on_the_way_back(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: it is asked for again. Twice: what it was for is lost, and all else is restored."""
+    model = toy()
+    pipe, keeper, device = Pipe(model), other(), adversary()
+    before = describe(model)
+    streaming = layerstream.offload(pipe, vram_budget="min", device=device, store=keeper).start()
+    pipe()
+    right, count = PagesAhead.take, 0
+
+    def refuse(self: PagesAhead, *args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if 4 <= count < 4 + times:
+            raise MemoryError("no host memory")
+        return right(self, *args, **options)
+
+    monkeypatch.setattr(PagesAhead, "take", refuse)
+    is_lost = pytest.raises(WeightsLostError, match=r"weights of .* could not be brought back: MemoryError")
+    with contextlib.nullcontext() if times == 1 else is_lost:
+        streaming.close()
+    assert not streaming.is_active
+    assert not keeper.buffer_bytes
+    assert not device.buffer_bytes
+    if times == 1:
+        assert_restored(model, before)
+    else:
+        lost = [name for name, p in model.named_parameters() if p.numel() and torch.isnan(p).all()]
+        assert lost
+        assert len({name.split(".")[1] for name in lost}) == 1
+
+
+def test_a_pickle_while_another_thread_loads_what_it_brings_back() -> None:
+    """Only waits are put in: the pickle is about to make a unit raw, while the call prepares its load."""
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    expected = resident(2)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
+        assert_equal(pipe(2), expected)
+        engine = engine_of(streaming)
+        inside, past, done = threading.Event(), threading.Event(), threading.Event()
+        unit = next(unit for unit in engine._units.values() if "blocks.3" in unit.spec.name)
+        stored = unit.home
+        right_bring, right_prepare = engine._attached._bring_home, route.Copy.prepare
+
+        def bring(looked_at: Any) -> None:
+            right_bring(looked_at)
+            if looked_at is unit:
+                past.set()
+                inside.wait(0.5)
+
+        def prepare(self: route.Copy, home: Any, *args: Any) -> Any:
+            if past.is_set() and home is stored:
+                inside.set()
+                done.wait(0.5)
+            return right_prepare(self, home, *args)
+
+        def pickles() -> None:
+            pickle.dumps(model.blocks[3])
+            done.set()
+
+        for each in engine._units.values():
+            engine._transfer.forget_loads(each)
+        thread = threading.Thread(target=pickles)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(engine._attached, "_bring_home", bring)
+            patched.setattr(route.Copy, "prepare", prepare)
+            thread.start()
+            assert past.wait(10)
+            assert_equal(pipe(2), expected)
+            thread.join()
+        assert_equal(pipe(2), expected)
+
+
+def test_two_threads_pickle_at_once() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    errors: list[BaseException] = []
+
+    def pickles() -> None:
+        try:
+            for _ in range(20):
+                pickle.dumps(model)
+        except BaseException as error:
+            errors.append(error)
+
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()):
+        threads = [threading.Thread(target=pickles) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(10):
+            assert_equal(pipe(), resident())
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+def test_a_pipeline_that_is_dropped_waits_for_what_is_read() -> None:
+    device, keeper = adversary(copies="late"), other()
+    model = toy()
+    streaming = layerstream.offload(model, vram_budget="min", device=device, store=keeper).start()
+    run(model, 1)
+    device.operations.clear()
+    del streaming, model
+    gc.collect()
+    assert "synchronize" in device.operations
+
+
+@pytest.mark.parametrize("reaches", REACH)
+def test_leaving_in_another_thread(reaches: bool) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    before, keeper = describe(model), other(copies="late")
+    device = adversary(copies="late", reaches_peers=reaches)
+    streaming = layerstream.offload(pipe, vram_budget="min", device=device, store=keeper).start()
+    assert_equal(pipe(), resident())
+    thread = threading.Thread(target=streaming.close)
+    thread.start()
+    thread.join()
+    assert_restored(model, before)
+    assert not keeper.buffer_bytes
+    assert not device.buffer_bytes
 
 
 def test_a_gpu_that_is_full_by_then_leaves_the_rest_on_the_host() -> None:
@@ -508,8 +659,9 @@ def test_stores_that_mean_nothing() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="does not exist"):
             entering(store="cuda:1")
-    entering(store="cpu")
-    entering(store=["cpu"])
+    for host in ("cpu", ["cpu"], "cpu:0", torch.device("cpu", 0)):
+        entering(store=host)
+        assert not keeper.num_operations
 
 
 def test_decorators_take_a_store() -> None:

@@ -6,7 +6,9 @@ every tensor, hook and page lock as it was found, and works from any state that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -73,11 +75,17 @@ class Attachments:
     Args:
         reading: makes units present that something looks at, and keeps them so meanwhile.
         bring_home: copies home what was written to a unit on the device.
-        number: of the streamer's gate.
+        mutex: of the streamer.
+        number: of its gate.
     """
 
     def __init__(
-        self, device: Device, reading: Reading, bring_home: Callable[[StreamedUnit], object], number: int
+        self,
+        device: Device,
+        reading: Reading,
+        bring_home: Callable[[StreamedUnit], object],
+        mutex: threading.RLock,
+        number: int,
     ) -> None:
         self.all: list[Attachment] = []
         self.units: dict[int, StreamedUnit] = {}
@@ -89,6 +97,7 @@ class Attachments:
         self.make_raw: Callable[[StreamedUnit], object] = lambda unit: None
         self._device = device
         self._bring_home = bring_home
+        self._mutex = mutex
         self._classes = AbsentClasses(reading, number, self._stand_in)
         self.records = self._classes.records
         self._uses: dict[str, list[StreamedUnit]] = {}  # units by component, and by the name of a part of one
@@ -179,12 +188,8 @@ class Attachments:
             self._device.count_whole(-attachment.whole_bytes)
             attachment.whole_bytes = 0
             for unit in attachment.units:
-                try:
-                    with self._device.homes():
-                        unit.hand_back()
-                except WeightsLostError as error:
-                    lost = lost or error
-                    unit.hand_back_lost()
+                with self._device.homes():
+                    lost = self._hand_back(unit) or lost
                 attempt(functools.partial(forget_slots, unit), "free device memory")
             for place, stand_in in attachment.division.stand_ins:
                 if getattr(place.module, place.kind).get(place.name) is stand_in:
@@ -205,6 +210,19 @@ class Attachments:
             self.units.pop(unit.index, None)
         if lost is not None:
             raise lost
+
+    def _hand_back(self, unit: StreamedUnit) -> WeightsLostError | None:
+        """Give a unit's tensors back; tried twice. Returns why they are lost, if so: the others are handed back all the
+        same."""
+        with contextlib.suppress(Exception):
+            unit.hand_back()
+            return None
+        try:
+            unit.hand_back()
+            return None
+        except Exception as error:  # of another GPU, or there is no memory
+            unit.hand_back_lost()
+            return error if isinstance(error, WeightsLostError) else _lost(unit, error)
 
     def stop_listening(self, block: nn.Module) -> None:
         """Take the hooks off a block that stays as it is for now."""
@@ -291,6 +309,10 @@ class Attachments:
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """A weight for code that only reads, such as a pickle: plain, over its bytes at home. The same one as long as
         anybody has it, so that ties stay; None: it is none of ours."""
+        with self._mutex:  # what it is over must not be put elsewhere before somebody is known to have it
+            return self._made_stand_in(tensor)
+
+    def _made_stand_in(self, tensor: torch.Tensor) -> torch.Tensor | None:
         record = self.records.get(id(tensor))
         if record is None:
             return None
@@ -389,3 +411,11 @@ def _share_nothing(
     layouts: Sequence[ComponentLayout], units: Sequence[Unit], looked_at: Container[Unit]
 ) -> Mapping[Unit, SharedHome]:
     return {}
+
+
+def _lost(unit: StreamedUnit, error: Exception) -> WeightsLostError:
+    lost = WeightsLostError(
+        f"weights of `{unit.spec.name}` could not be brought back: {error!r}. Load the pipeline anew."
+    )
+    lost.__cause__ = error
+    return lost

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -34,10 +35,19 @@ class RawAgain:
         pages: mappings for what is made raw, or packed, next.
         is_leaving: units are handed back, one after the other; what they are handed back in is not loaded from.
         has_made: hear of a unit that was made raw, and of the home that it had.
+
+    Args:
+        mutex: of the streamer: weights are looked at from any thread, and loads are made beside that.
     """
 
     def __init__(
-        self, device: Device, attached: Attachments, ledger: Ledger, scratch: Scratch, exchanges: HomeExchanges
+        self,
+        device: Device,
+        attached: Attachments,
+        ledger: Ledger,
+        scratch: Scratch,
+        exchanges: HomeExchanges,
+        mutex: threading.RLock,
     ) -> None:
         self.pages = PagesAhead()
         self.is_leaving = False
@@ -47,6 +57,7 @@ class RawAgain:
         self._ledger = ledger
         self._scratch = scratch
         self._exchanges = exchanges
+        self._mutex = mutex
         exchanges.make_raw = self.make_raw
 
     def make_raw(self, unit: StreamedUnit) -> None:
@@ -55,9 +66,12 @@ class RawAgain:
         Raises:
             WeightsLostError: they were in the memory of another GPU, which has failed.
         """
-        home = unit.home
-        if isinstance(home, RawHome):
-            return
+        with self._mutex:
+            home = unit.home
+            if not isinstance(home, RawHome):
+                self._make_raw(unit, home)
+
+    def _make_raw(self, unit: StreamedUnit, home: Home) -> None:
         store = self._exchanges.store_of(unit)
         with engine_tensors():
             is_handed_back_shared = self.is_leaving and isinstance(home, SharedHome)
@@ -78,7 +92,7 @@ class RawAgain:
             try:
                 self._exchanges.release()  # of what it had before, which the device has no more to do with, as a rule
             except Exception as error:  # of a device that has failed: weights come home all the same
-                _log.warning("page locks could not be given up: %r", error)
+                _log.warning("what `%s` had before could not be given up: %r", unit.spec.name, error)
             if not self.is_leaving:
                 self._device.empty_cache()  # activations in pieces of what this took would keep these apart
         for hear in self.has_made:

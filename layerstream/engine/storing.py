@@ -21,10 +21,10 @@ from layerstream.engine.attachments import Attachments
 from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.raw_again import RawAgain
-from layerstream.errors import StoreError
+from layerstream.errors import HostMemoryError, StoreError
 from layerstream.host.home import Home, PackedHome, StoredHome
 from layerstream.host.keeper import Keeper
-from layerstream.host.memory import trim_heap
+from layerstream.host.memory import available_bytes, trim_heap
 from layerstream.host.store import HostStore
 from layerstream.progress import Progress
 from layerstream.saying import warn
@@ -102,6 +102,24 @@ class Storing:
                 f'the rest: store=["{self._keepers[0].name}", "cpu"].',
                 needed_bytes=needed,
                 available_bytes=room,
+            )
+
+    def check_way_back(self) -> None:
+        """Before anything is handed back: see that host memory has room for what is elsewhere.
+
+        Raises:
+            HostMemoryError: with numbers.
+        """
+        needed = sum(u.home.device_bytes for u in self._attached.units.values() if u.home.keeper is not None)
+        room = available_bytes() if needed else None
+        if room is not None and needed > room[0]:
+            names = " and ".join(keeper.name for keeper in self._keepers)
+            raise HostMemoryError(
+                f"{format_bytes(needed)} of weights are in the memory of {names}, and come back to host memory, of "
+                f"which {format_bytes(room[0])} are left ({room[1]}). Free some, and leave (or close) again: until "
+                "then the pipeline streams on.",
+                needed_bytes=needed,
+                available_bytes=room[0],
             )
 
     def attached(self) -> None:

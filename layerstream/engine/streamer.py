@@ -99,7 +99,8 @@ class Streamer:
         self._describe = describe
         self._let_go = let_go
         self.device = device
-        self._attached = Attachments(device, self._reading, self._unit_home, self.gate.number)
+        self._mutex = threading.RLock()
+        self._attached = Attachments(device, self._reading, self._unit_home, self._mutex, self.gate.number)
         self._units = self._attached.units
         self._ranges = Ranges()
         self._helpers = helpers
@@ -141,7 +142,7 @@ class Streamer:
         self._timer = PassTimer(device)
         self.exchanges = HomeExchanges(device, self._attached, self._transfer, self.edits, self._session.changed)
         scratch = Scratch(device, self._ledger)
-        self._raw_again = RawAgain(device, self._attached, self._ledger, scratch, self.exchanges)
+        self._raw_again = RawAgain(device, self._attached, self._ledger, scratch, self.exchanges, self._mutex)
         self.packing = Packing(
             device,
             self._attached,
@@ -199,7 +200,6 @@ class Streamer:
             is_edited=lambda: bool(self.edits),
             forgive=self._ledger.forgive,
         )
-        self._mutex = threading.RLock()
         self.listener = EngineListener(
             device,
             self._attached,
@@ -335,10 +335,16 @@ class Streamer:
         opened has nothing to give.
 
         An interrupt while it waits for the device is raised once all is given back.
+
+        Raises:
+            HostMemoryError: weights that are in another GPU's memory do not fit in that of the host; nothing has
+                changed.
+            WeightsLostError: some could not be brought back; all else is given back.
         """
         if not self._is_opened:
             self.is_closed = True
             return
+        self.storing.check_way_back()
         started = time.perf_counter()
         with self.gate.reading_lock, self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
             attempt = functools.partial(_attempt, afterwards)

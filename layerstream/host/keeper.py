@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerstream.device.base import Device, engine_tensors
+from layerstream.device.base import Device, Stream, engine_tensors
 
 
 class Keeper:
@@ -36,6 +36,7 @@ class Keeper:
         self._claim: object = object()  # on the limit, which the process keeps for whoever asked
         self._release = weakref.finalize(self, _give_back, device, self._claim)
         self._is_held = False
+        self._streams: dict[int, Stream] = {}  # that memory goes back to, by its address
 
     def room_bytes(self) -> int:
         """What may still be taken there within the budget."""
@@ -57,17 +58,22 @@ class Keeper:
             torch.OutOfMemoryError: that GPU is full, or its budget is.
         """
         with engine_tensors(), self._target.homes():
-            return self.device.allocate(num_bytes)
+            stream = self.device.compute_stream()
+            buffer = self.device.allocate(num_bytes)
+        self._streams[buffer.data_ptr()] = stream
+        return buffer
 
     def give(self, buffer: torch.Tensor) -> None:
         """Free what was taken. No copy from it to the other GPU may be in flight."""
         try:
             # Copies by this GPU itself, to the host, are not known to the stream that the memory goes back to.
-            self.device.wait(self.device.compute_stream(), self.device.record_copies())
+            stream = self._streams.get(buffer.data_ptr()) or self.device.compute_stream()
+            self.device.wait(stream, self.device.record_copies())
         except BaseException:
             self.device.synchronize()
             raise
         finally:
+            self._streams.pop(buffer.data_ptr(), None)
             self.device.free(buffer)
 
     def fill(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool) -> None:

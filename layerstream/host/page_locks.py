@@ -93,7 +93,7 @@ class PageLocks:
 
     def _release_all(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
         try:
-            if locks:
+            if locks or kept:  # what is not locked may be another GPU's memory
                 device.synchronize()
         finally:
             self._release(device, locks)

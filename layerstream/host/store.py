@@ -32,6 +32,7 @@ from layerstream.budget import format_bytes
 from layerstream.device.base import Device
 from layerstream.errors import HostMemoryError
 from layerstream.host.home import Home, RawHome, Segment, SharedHome
+from layerstream.host.keeper import Keeper
 from layerstream.host.memory import (
     MemoryMaps,
     PageMapping,
@@ -244,7 +245,8 @@ class HostStore:
         self._homes.append(home)  # first: what is interrupted here is released in the end
         lock = None
         if is_locked:
-            (lock,) = page_locks_of(self._device).acquire(self._device, [pages.range])
+            with contextlib.suppress(Exception):  # of a device that has failed: it is copied from all the same
+                (lock,) = page_locks_of(self._device).acquire(self._device, [pages.range])
         home.locks = [] if lock is None else [lock]
         home.ranges = [(source, 0, pages.range)]
         home.segments = [Segment(source, 0, is_pinned=lock is not None)]
@@ -275,11 +277,11 @@ class HostStore:
         """Give up the page locks, or the memory elsewhere, of a home that is no unit's any more; idempotent. No copy
         from it may be in flight."""
         if home in self._homes:
-            self._homes.remove(home)
             try:
                 page_locks_of(self._device).release(self._device, _taken_locks([home]))
             finally:
                 _give_kept([home])
+            self._homes.remove(home)  # last: what is interrupted before is released by `close`
 
     def close(self) -> None:
         """Release the page locks, and the memory elsewhere; idempotent. No copy may be in flight."""
@@ -347,9 +349,14 @@ def _give_kept(homes: Sequence[Home]) -> None:
     with contextlib.ExitStack() as each:
         for home in homes:
             if home.keeper is not None:
-                segments, home.segments = home.segments, []
-                for segment in segments:
-                    each.callback(home.keeper.give, segment.source)
+                each.callback(_give_back, home.keeper, home)
+
+
+def _give_back(keeper: Keeper, home: Home) -> None:
+    """May be done again, where it was interrupted."""
+    while home.segments:
+        keeper.give(home.segments[-1].source)
+        home.segments.pop()
 
 
 def _taken_locks(homes: Sequence[Home]) -> list[Range]:

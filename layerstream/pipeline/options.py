@@ -81,8 +81,11 @@ def helpers_of(links: Store, device: Device) -> list[Helper]:
     """
     each = [] if links is None else [device_of(one) for one in _each(links)]
     for number, one in enumerate(each):
-        is_host = str(_each(links)[number]) == "cpu"
-        if is_host or _is_same(one, device) or any(_is_same(one, other) for other in each[:number]):
+        if (
+            _is_host(_each(links)[number])
+            or _is_same(one, device)
+            or any(_is_same(one, other) for other in each[:number])
+        ):
             name = one.name if one.is_simulated else one.torch_device
             raise ArgumentError(
                 f"links names {name}, which is the host, the GPU that the pipeline runs on, or named twice. Name other "
@@ -127,7 +130,7 @@ def checked_name(shared_as: str | None, store: Store, packing: str) -> str | Non
         raise ArgumentError(
             f"shared_as must be a name that all ranks use for the same weights, or None, not {brief(shared_as)}."
         )
-    if packing != "off" or any(each is not None and str(each) != "cpu" for each in _each(store)):
+    if packing != "off" or not all(map(_is_host, _each(store))):
         raise ArgumentError(
             "shared_as is for weights as they are, in host memory: it goes with neither `packing` nor a GPU in "
             "`store`. Leave one of them away."
@@ -141,7 +144,14 @@ def _each(store: Store) -> list[Any]:
 
 def _store_devices(store: Store) -> list[Device | None]:
     """Each of a store; None: host memory."""
-    return [None if one is None or str(one) == "cpu" else device_of(one) for one in _each(store)]
+    return [None if _is_host(one) else device_of(one) for one in _each(store)]
+
+
+def _is_host(place: Any) -> bool:
+    """Whether this is host memory: None, or a CPU."""
+    if isinstance(place, str | torch.device):
+        return str(place).partition(":")[0] == "cpu"
+    return place is None
 
 
 def _is_same(one: Device, other: Device) -> bool:

@@ -66,6 +66,10 @@ class Routes:
         route = self._copy_and_decode if isinstance(home, PackedHome) else self._copy_of(home)
         return route.prepare(home, buffer, name)
 
+    def prepare_copy(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
+        """What brings the bytes of `home` into `buffer` as they are at home."""
+        return self._copy_of(home).prepare(home, buffer, name)
+
     def is_staged(self, home: Home) -> bool:
         """Whether loads of it are more than one copy after the other, and can be timed only as a whole."""
         return self._copy_of(home) is not self._copy

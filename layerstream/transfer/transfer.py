@@ -137,13 +137,13 @@ class TransferEngine:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
         buffers = [slot.buffer for slot in self._slots] + self.wires.close()
         self._slots, self.ring, self.extra = {}, [], []
-        self._routes.close()
         for unit in self._units.values():
             unit.slot = unit.own_slot = None
         self.slots_bytes = self.slot_bytes = 0
         with contextlib.ExitStack() as each:  # all of them, also when one fails
             for buffer in buffers:
                 each.callback(self._device.free, buffer)
+            each.callback(self._routes.close)
 
     def measure_links(self, known: Collection[str]) -> dict[str, float]:
         """GB/s to the device from host memory (""), and from each other GPU that has units, by its name, but for those
@@ -168,16 +168,17 @@ class TransferEngine:
         if source is None or not source.numel():
             return None
         source = source[: min(_PROBE_BYTES, slot.buffer.numel())]
+        self._wait_for_all(self._device.compute_stream(), slot.after)
         return self._device.measure_link(slot.buffer[: source.numel()], source)
 
     def _speed_of_route(self, unit: StreamedUnit, slot: Slot) -> float | None:
         """Of a route with more than one copy, which is timed as a whole."""
         home = unit.home
-        if isinstance(home, PackedHome) or not 0 < home.wire_bytes <= slot.buffer.numel():
+        if not 0 < home.wire_bytes <= slot.buffer.numel():
             return None
-        issue = self._routes.prepare(home, slot.buffer, unit.spec.name)
+        issue = self._routes.prepare_copy(home, slot.buffer, unit.spec.name)
         device = self._device
-        device.synchronize_event(issue([device.record(device.compute_stream())]))  # to warm up
+        device.synchronize_event(issue([*slot.after, device.record(device.compute_stream())]))  # to warm up
         start = device.mark_copies([])
         for _ in range(_STAGED_PROBES):
             issue([])

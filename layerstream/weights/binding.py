@@ -49,18 +49,16 @@ class BoundTensor:
     @property
     def home(self) -> torch.Tensor:
         """A plain tensor over the bytes as they were found, or over the host store's copy of them."""
-        if self._home is None:
+        while (home := self._home) is None:  # another thread may bring it, or let it go again, at any time
             self._brought()
-        assert self._home is not None
-        return self._home
+        return home
 
     @property
     def master(self) -> torch.Tensor:
         """The host bytes that copies to the device come from; `home` itself unless both are kept."""
-        if self._master is None:
+        while (master := self._master) is None:
             self._brought()
-        assert self._master is not None
-        return self._master
+        return master
 
     @property
     def has_one_home(self) -> bool:
@@ -68,22 +66,18 @@ class BoundTensor:
         return self._home is self._master
 
     def put_away(self, bring: Callable[[], object]) -> None:
-        """Its bytes are let go of here; `bring` makes them anew, and calls `copied_to`."""
+        """Its bytes are let go of here; `bring` makes them anew, and calls `copied_to`, unless another thread has."""
+        self._bring = bring  # first: whoever finds no bytes asks it
         self._home = self._master = None
-        self._bring = bring
 
     def hand_back_instead(self, home: torch.Tensor) -> None:
         """Hand back this in place of what was found."""
         self._home, self.is_exact = home, True
 
     def _brought(self) -> None:
-        bring, self._bring = self._bring, None
-        assert bring is not None
-        try:
+        bring = self._bring
+        if bring is not None:
             bring()
-        except BaseException:
-            self._bring = bring
-            raise
 
     @property
     def requires_grad(self) -> bool:
@@ -110,6 +104,8 @@ class BoundTensor:
         self._master = master
         if not keeps_home:
             self._home, self.is_exact = master, is_handed_back
+        if self._home is not None:
+            self._bring = None
 
 
 @dataclass(eq=False)

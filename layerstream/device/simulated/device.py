@@ -25,6 +25,7 @@ from layerstream.errors import TransferError
 from layerstream.torch_private import DISPATCH_MODE_STACK
 
 _REMEMBERED_OPERATIONS = 256
+_LOCK = threading.RLock()  # of all of them: a copy from one to another touches both
 DISPATCH_MODES: Callable[[], Sequence[Any]] = DISPATCH_MODE_STACK.find() or list
 
 
@@ -76,7 +77,7 @@ class SimulatedDevice:
         self.num_operations = 0
         self._fault: tuple[int, BaseException] | None = None
         self._is_lost = False  # a fault struck while the host waited for the device
-        self._lock = threading.RLock()
+        self._lock = _LOCK
         self._unseen = Unseen()
         self._streams = Streams(self._lock)
         self._buffers = Buffers()

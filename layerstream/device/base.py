@@ -174,7 +174,8 @@ class Streams(Protocol):
 
 
 class CopyEngine(Protocol):
-    """Copies between host and device, and from other devices. They run on one copy stream, beside compute."""
+    """Copies between host and device, and from other devices. They run on one copy stream, beside compute, but for
+    what is asked to run beside them."""
 
     @property
     def copied_by(self) -> str:
@@ -200,6 +201,9 @@ class CopyEngine(Protocol):
             after: events of this device, or of another.
         Returns: the event after the last piece.
         """
+
+    def copy_beside(self, copies: Copies, after: Sequence[Event]) -> Event:
+        """The same on another copy stream: from another device, while other copies keep the link to the host busy."""
 
     def record_copies(self) -> Event:
         """An event after all copies and decoding issued so far, those of a call that failed half-way included."""

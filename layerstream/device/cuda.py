@@ -85,16 +85,17 @@ class _CopyStreams:
             if turn.num_bytes > self._left_bytes:
                 self._next_turn()
             self._left_bytes -= turn.num_bytes
-            self._issue(turn)
+            self.issue(turn, self.now)
 
-    def _issue(self, turn: _Turn) -> None:
+    def issue(self, turn: _Turn, stream: torch.cuda.Stream) -> None:
+        """Queue copies on a stream of this GPU."""
         batched = self._batched
         if batched is not None and turn.is_locked and not torch.cuda.is_current_stream_capturing():
             with self._is_current():
-                if batched(turn.targets, turn.sources, turn.sizes, self.now.cuda_stream):
+                if batched(turn.targets, turn.sources, turn.sizes, stream.cuda_stream):
                     return
             self._batched = None
-        with torch.cuda.stream(self.now):
+        with torch.cuda.stream(stream):
             for target, source in turn.pairs:
                 target.copy_(source, non_blocking=True)
 
@@ -132,6 +133,7 @@ class CudaDevice:
         self.torch_device = torch_device
         self.name = torch.cuda.get_device_name(torch_device)
         self._copies = _CopyStreams(torch_device)
+        self._beside: torch.cuda.Stream | None = None  # for copies beside others, once there are any
         self._packing = CudaPacking(torch_device)
         self._cudart: Any = torch.cuda.cudart()
 
@@ -284,7 +286,17 @@ class CudaDevice:
         self._copies.copy(copies)
         return self.record(self._copies.now)
 
+    def copy_beside(self, copies: list[_Turn], after: Sequence[Event]) -> torch.cuda.Event:
+        stream = self._beside = self._beside or torch.cuda.Stream(self.torch_device)
+        for event in after:
+            stream.wait_event(event)
+        for turn in copies:
+            self._copies.issue(turn, stream)
+        return self.record(stream)
+
     def record_copies(self) -> torch.cuda.Event:
+        if self._beside is not None:
+            self._copies.now.wait_event(self.record(self._beside))
         return self._packing.behind(self.record(self._copies.now))
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -62,7 +62,7 @@ class Helper:
         buffer = self._buffers[number][: source.numel()]
         with self._target.homes():
             here = self.device.copy(self.device.prepare([(buffer, source)]), [self._free[number]])
-        arrived = self._target.copy(self._target.prepare([(target, buffer)]), [here, *after])
+        arrived = self._target.copy_beside(self._target.prepare([(target, buffer)]), [here, *after])
         self._free[number] = arrived
         return arrived
 

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from layerstream.device.base import COPY_BYTES, Device, Event, Unpacking, engine_tensors
+from layerstream.device.base import COPY_BYTES, Copies, Device, Event, Unpacking, engine_tensors
 from layerstream.host.home import Home, PackedHome
 from layerstream.host.keeper import Keeper
 from layerstream.transfer.helper import LINK_PART_BYTES, Helper
@@ -28,7 +28,6 @@ from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.wires import Wire, WireRing
 
 _STAGING_BUFFERS = 3
-_WAY_SHARE = 0.14  # of the time that a part takes over a link to the host, over the way between two GPUs (NVLink)
 
 Issue = Callable[[Sequence[Event]], Event]  # starts what was prepared behind these events; gives the event after it
 
@@ -163,8 +162,9 @@ class CopyByLinks:
     """Copies from page-locked host memory over several links at once: parts go straight to the device, and over the
     links of other GPUs to buffers there, from which the device takes them over the way between the GPUs.
 
-    The device's copy stream does both in turn, so that it has less to bring over its own link than each helper: which
-    parts are whose is chosen so that all are through at about the same time.
+    Each link gets an equal share, part by part in turn. What comes from the helpers has a copy stream of its own: on
+    one stream, the device's own link stood still for each of these, and two links brought 74 GB/s in place of one's 53
+    (two H200s).
     """
 
     def __init__(self, device: Device, helpers: Sequence[Helper]) -> None:
@@ -177,32 +177,30 @@ class CopyByLinks:
             for target, source, _ in home.pairs(buffer)
             for at in range(0, source.numel(), LINK_PART_BYTES)
         ]
-        times = [0.0] * (1 + len(self._helpers))  # of the device's stream, and of each helper's
-        steps: list[Callable[[Sequence[Event]], Event]] = []
+        loads = [0] * (1 + len(self._helpers))  # bytes over the device's own link, and over each helper's
+        own: list[tuple[torch.Tensor, torch.Tensor]] = []
+        by_helper: list[Issue] = []
         for target, source in parts:
-            size = source.numel()
-            after_own = max(times[0] + size, *times[1:])
-            number = min(range(1, len(times)), key=times.__getitem__)
-            after_its = max(times[number] + size, times[0] + size * _WAY_SHARE)
-            if after_own <= max(after_its, *times):
-                times[0] += size
-                steps.append(functools.partial(self._device.copy, self._device.prepare([(target, source)])))
+            number = min(range(len(loads)), key=loads.__getitem__)
+            loads[number] += source.numel()
+            if number:
+                by_helper.append(functools.partial(self._helpers[number - 1].copy, target, source))
             else:
-                times[number] += size
-                times[0] += size * _WAY_SHARE
-                steps.append(functools.partial(self._helpers[number - 1].copy, target, source))
-        return functools.partial(self._issue, steps)
+                own.append((target, source))
+        return functools.partial(self._issue, self._device.prepare(own), by_helper)
 
-    def _issue(self, steps: Sequence[Callable[[Sequence[Event]], Event]], after: Sequence[Event]) -> Event:
-        arrived: Event = None
+    def _issue(self, own: Copies, by_helper: Sequence[Issue], after: Sequence[Event]) -> Event:
+        arrived = self._device.copy(own, after)
+        if not by_helper:
+            return arrived
         try:
-            for step in steps:
-                arrived = step(after)
+            for issue in by_helper:
+                issue(after)
+            return self._device.copy_beside(self._device.prepare([]), [arrived])
         except BaseException:  # what was begun may be on its way
             for helper in self._helpers:
                 helper.device.synchronize()
             raise
-        return self._device.record_copies() if arrived is None else arrived
 
     def close(self) -> None:
         """Let go of the buffers. The device must be idle."""

@@ -180,9 +180,8 @@ class TransferEngine:
         device = self._device
         device.synchronize_event(issue([*slot.after, device.record(device.compute_stream())]))  # to warm up
         start = device.mark_copies([])
-        for _ in range(_STAGED_PROBES):
-            issue([])
-        end = device.mark_copies([])
+        arrived = [issue([]) for _ in range(_STAGED_PROBES)]
+        end = device.mark_copies(arrived)
         device.synchronize_event(device.record_copies())
         elapsed_ms = device.elapsed_ms(start, end)
         return _STAGED_PROBES * home.wire_bytes / elapsed_ms / 1e6 if elapsed_ms else None

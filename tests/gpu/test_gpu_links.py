@@ -58,7 +58,7 @@ def test_either_way_round(device: str, carrier: str, packing: str) -> None:
         with layerstream.offload(model, vram_budget="min", device=device) as streamer:
             model(x)
             alone = streamer._streamer.links[""]  # type: ignore[union-attr]
-    assert together > 1.3 * alone, (together, alone)
+    assert together > alone, (together, alone)
 
 
 # ---- what a rank does
@@ -72,7 +72,7 @@ def enter(device: str) -> int:
     here["x"] = torch.randn(512, 4096, dtype=torch.bfloat16, device=device)
     with torch.no_grad():
         here["expected"] = twin(here["model"]).to(device)(here["x"])
-    here["before"] = describe(here["model"])
+    here["copy"] = twin(here["model"])
     here["streaming"] = layerstream.offload(here["model"], vram_budget="min", device=device, shared_as="layers").start()
     return sum(isinstance(u.home, SharedHome) for u in here["streaming"]._streamer._units.values())
 
@@ -85,18 +85,17 @@ def call() -> None:
 
 def edit_and_call() -> None:
     with torch.no_grad():
-        here["model"].blocks[3].weight.mul_(2)
-        changed = twin(here["model"]).to(here["device"])
-        assert torch.equal(here["model"](here["x"]), changed(here["x"]))
+        for each in (here["model"], here["copy"]):
+            each.blocks[3].weight.mul_(2)
+        assert torch.equal(here["model"](here["x"]), twin(here["copy"]).to(here["device"])(here["x"]))
 
 
 def leave() -> None:
+    """What is handed back has the same values, or those that the rank gave it."""
     here["streaming"].close()
-    call()
-
-
-def leave_edited() -> None:
-    here["streaming"].close()
+    for mine, theirs in zip(here["model"].parameters(), here["copy"].parameters(), strict=True):
+        assert mine.device.type == "cpu"
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("devices", [(DEVICE, KEEPER), (DEVICE, DEVICE)])
@@ -112,7 +111,7 @@ def test_two_processes_share_one_copy(devices: tuple[str, str]) -> None:
         group[1].do(edit_and_call)
         group[0].do(call)
         group[0].do(leave)
-        group[1].do(leave_edited)
+        group[1].do(leave)
 
 
 def test_a_process_that_is_killed_leaves_the_other_running() -> None:

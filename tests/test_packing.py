@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from layerstream.engine import packing
 from layerstream.engine.streamer import Streamer
 from layerstream.errors import ArgumentError, BudgetError
 from layerstream.host.home import PackedHome, RawHome
+from layerstream.host.pages_ahead import PagesAhead
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.transfer import wires
 from tests.fakes import OneModel, Sized, adversary, assert_equal, assert_restored, describe, elsewhere, run, toy, twin
@@ -190,6 +192,26 @@ def test_a_unit_that_is_looked_at_again_and_again_stays_raw(
                     each.blocks[1].scale.mul_(1.5)
         assert num_packed(streaming) == 5
         assert "1 of what was to be: it is looked at again and again" in str(streaming.report())
+
+
+@pytest.mark.usefixtures("packs_anything")
+@pytest.mark.parametrize("mode", MODES)
+def test_pages_for_the_next_unit_are_there_before_its_turn(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    right = PagesAhead.prepare
+
+    def prepare(self: PagesAhead, num_bytes: int) -> None:
+        prepared.append(num_bytes)
+        right(self, num_bytes)
+
+    monkeypatch.setattr(PagesAhead, "prepare", prepare)
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), packing=mode) as streaming:
+        settle(pipe, resident, streaming)
+        assert num_packed(streaming) == 6
+        assert len(prepared) == 5, "all but the first"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("layerstream-pages")]
 
 
 @pytest.mark.usefixtures("packs_anything")

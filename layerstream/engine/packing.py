@@ -163,6 +163,8 @@ class Packing:
             self._began_s = self._began_s or time.perf_counter()
             self._is_asked = True
             self._wanted.remove(index)
+            # Pages for the next one are touched by another thread while calls run, which is most of what packing takes.
+            self._follows = next((self._attached.units.get(each) for each in self._wanted), None)
             self._exchanges.ask(index, self._make_at_rest)
 
     def _is_looked_at(self, index: int) -> bool:
@@ -249,6 +251,7 @@ class Packing:
         """These units are let go of."""
         gone = {unit.index for unit in units}
         self._wanted = deque(index for index in self._wanted if index not in gone)
+        self._follows = None
         self._is_asked = False
         self._considered = None
         self._has_changed = True

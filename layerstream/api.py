@@ -104,7 +104,7 @@ def offload(
         AlreadyOffloadedError: offloaded already, by layerstream, accelerate, diffusers or a device_map.
         CompiledWholeError: a component is compiled as a whole with `fullgraph=True`.
         HostMemoryError: the weights cannot be held in host memory.
-        StoreError: the weights do not fit in `store`; with numbers.
+        StoreError: the weights do not fit in `store`, or a GPU of `links` has no room for its part; with numbers.
         ArgumentError: `store` names the device itself, or a GPU twice; there is a `store_budget` without it; or
             `shared_as` without a process group; or `links` names the device itself, or a GPU twice.
         RankError: another rank shares other weights under this name, or has ended, or does not answer.

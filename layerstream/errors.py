@@ -62,7 +62,7 @@ class HostMemoryError(LayerstreamError, MemoryError):
 
 
 class StoreError(LayerstreamError, ValueError):
-    """The weights cannot be kept in the memory of the GPUs that were asked for.
+    """The weights cannot be kept in the memory of the GPUs that were asked for, or do not come over their links.
 
     Attributes:
         needed_bytes: what they take there.

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from layerstream.budget import format_bytes
 from layerstream.device.base import Device, Event, engine_tensors
+from layerstream.errors import StoreError
 
 LINK_PART_BYTES = 2**24  # that a link carries at once: its full speed, and so little that the links keep in step
 _NUM_BUFFERS = 6
@@ -42,13 +44,23 @@ class Helper:
         """Take the buffers; idempotent.
 
         Raises:
-            torch.OutOfMemoryError: that GPU has no room for them.
+            StoreError: that GPU has no room for them; it has given up those that it had.
         """
-        with engine_tensors(), self._target.homes():
-            while len(self._buffers) < _NUM_BUFFERS:
-                # Memory that the allocator hands out may still be read by what was issued there.
-                self._free.append(self.device.record(self.device.compute_stream()))
-                self._buffers.append(self.device.allocate(LINK_PART_BYTES))
+        try:
+            with engine_tensors(), self._target.homes():
+                while len(self._buffers) < _NUM_BUFFERS:
+                    # Memory that the allocator hands out may still be read by what was issued there.
+                    self._free.append(self.device.record(self.device.compute_stream()))
+                    self._buffers.append(self.device.allocate(LINK_PART_BYTES))
+        except torch.OutOfMemoryError as error:
+            self.close()
+            needed, room = _NUM_BUFFERS * LINK_PART_BYTES, self.device.free_bytes()
+            raise StoreError(
+                f"{self.name} has no room for what comes over its link: {format_bytes(needed)}, of which "
+                f"{format_bytes(room)} are free. Free memory there, or leave it out of `links`.",
+                needed_bytes=needed,
+                available_bytes=room,
+            ) from error
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event]) -> Event:
         """Bring a part of at most `LINK_PART_BYTES` here, and from here to the GPU that computes; does not block.

@@ -42,7 +42,7 @@ class Pipe(OneModel):
 
 def ask_for_all(engine: Streamer, make: Callable[..., Any] = elsewhere) -> None:
     for unit in list(engine._units):
-        engine.exchanges.ask(unit, make)
+        engine.homes.exchanges.ask(unit, make)
 
 
 def homes(engine: Streamer) -> dict[int, RawHome]:
@@ -64,9 +64,9 @@ def test_every_home_is_exchanged_in_the_middle_of_calls(budget: int | str, write
         old = homes(engine)
         ask_for_all(engine)
         assert_equal(pipe(), resident())
-        assert 0 < engine.exchanges.num_wanted < len(old), "one at a time, as passes end"
+        assert 0 < engine.homes.exchanges.num_wanted < len(old), "one at a time, as passes end"
         assert_equal(pipe(2 * len(old)), resident(2 * len(old)))
-        assert not engine.exchanges.num_wanted
+        assert not engine.homes.exchanges.num_wanted
         now = homes(engine)
         assert all(now[index] is not home and now[index].is_pinned for index, home in old.items())
         assert [home.locks for home in old.values()] == [[]] * len(old)
@@ -90,13 +90,13 @@ def test_an_old_home_is_locked_until_its_last_load_is_over() -> None:
         loaded = next(unit for unit in engine._units.values() if unit.state.name == "LOADED")
         assert not device.is_done(loaded.last_load)
         old = loaded.home
-        engine.exchanges.ask(loaded.index, elsewhere)
-        engine.exchanges.at_rest()
+        engine.homes.exchanges.ask(loaded.index, elsewhere)
+        engine.homes.exchanges.at_rest()
         assert loaded.home is not old
-        engine.exchanges.at_rest()
+        engine.homes.exchanges.at_rest()
         assert old.locks, "the device still reads from there"
         device.synchronize()
-        engine.exchanges.at_rest()
+        engine.homes.exchanges.at_rest()
         assert not old.locks
 
 
@@ -111,7 +111,7 @@ def test_edits_after_an_exchange_are_kept_and_handed_back() -> None:
         pipe()
         ask_for_all(engine)
         pipe(20)
-        assert not engine.exchanges.num_wanted
+        assert not engine.homes.exchanges.num_wanted
         for each in (model, resident.model):
             with torch.no_grad():
                 each.blocks[2].scale.add_(1)
@@ -139,11 +139,11 @@ def test_what_somebody_has_of_a_home_keeps_it(looks: Callable[[nn.Module], Any])
         ask_for_all(engine)
         assert_equal(pipe(20), resident(20))
         is_entries = isinstance(held, dict)
-        assert (engine.exchanges.num_wanted == len(engine._units)) == is_entries
+        assert (engine.homes.exchanges.num_wanted == len(engine._units)) == is_entries
         del held
         gc.collect()
         assert_equal(pipe(20), resident(20))
-        assert not engine.exchanges.num_wanted
+        assert not engine.homes.exchanges.num_wanted
 
 
 @pytest.mark.parametrize("made", ["raises", "refuses"])
@@ -164,7 +164,7 @@ def test_a_home_that_cannot_be_made_leaves_the_unit_as_it_is(made: str) -> None:
         ask_for_all(engine, make)
         assert_equal(pipe(20), resident(20))
         assert homes(engine) == old
-        assert not engine.exchanges.num_wanted
+        assert not engine.homes.exchanges.num_wanted
     assert_restored(model, before)
     assert not device.registered
 
@@ -225,11 +225,11 @@ def test_exchanges_outlive_neither_their_units_nor_the_streamer() -> None:
         engine = streaming._streamer
         assert engine is not None
         pipe()
-        engine.exchanges.ask(max(engine._units) + 1, elsewhere)
+        engine.homes.exchanges.ask(max(engine._units) + 1, elsewhere)
         ask_for_all(engine)
         pipe(1)
         with streaming.paused():
             pass
         pipe(1)
-    assert not engine.exchanges.num_wanted
+    assert not engine.homes.exchanges.num_wanted
     assert not device.registered

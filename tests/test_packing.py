@@ -155,7 +155,7 @@ def test_raw_bytes_are_let_go() -> None:
     storages = [StorageWeakRef(block.weight.data.untyped_storage()) for block in model.blocks]
     device = adversary()
     with layerstream.offload(model, vram_budget="min", device=device, packing="ahead") as streaming:
-        engine_of(streaming).exchanges.release()
+        engine_of(streaming).homes.exchanges.release()
         gc.collect()
         assert all(storage.expired() for storage in storages)
         assert sum(device.registered.values()) < model.blocks[0].weight.nbytes
@@ -573,7 +573,7 @@ def test_views_that_are_kept_after_many_homes(budget: int | str, is_packed: bool
         engine = engine_of(streaming)
         for number in range(6):
             for index in engine._units if not is_packed else ():
-                engine.exchanges.ask(index, elsewhere)
+                engine.homes.exchanges.ask(index, elsewhere)
             assert_equal(pipe(8), resident(8))
             kept = [each.blocks[n].up.weight.data for each in (model, resident.model) for n in (0, 2, 5)]
             with streaming.paused() if number % 2 else contextlib.nullcontext():

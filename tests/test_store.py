@@ -135,7 +135,7 @@ def test_what_they_had_on_the_host_is_let_go() -> None:
     model = Layers(3, 512)
     storages = [StorageWeakRef(block.weight.data.untyped_storage()) for block in model.blocks]
     with layerstream.offload(model, vram_budget="min", device=adversary(), store=other()) as streaming:
-        engine_of(streaming).exchanges.release()
+        engine_of(streaming).homes.exchanges.release()
         gc.collect()
         assert all(storage.expired() for storage in storages)
 

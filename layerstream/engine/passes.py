@@ -18,17 +18,15 @@ from layerstream.calls import require_grad, shapes_of
 from layerstream.device.base import Device, engine_tensors
 from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
-from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.gate import Gate, Ticket
+from layerstream.engine.homes import Homes
 from layerstream.engine.lane import Lane, Lanes
 from layerstream.engine.ledger import Ledger
-from layerstream.engine.packing import Packing
 from layerstream.engine.phase_changes import PhaseChanges
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import LOOK_AHEAD_AT_END, Residency
 from layerstream.engine.session import Session
 from layerstream.engine.snapshots import Given, tensors_of
-from layerstream.engine.storing import Storing
 from layerstream.errors import BudgetError, StreamerStateError
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.phases import BESIDE, READ, CallKind
@@ -65,9 +63,7 @@ class Passes:
         session: Session,
         gate: Gate,
         timer: PassTimer,
-        exchanges: HomeExchanges,
-        packing: Packing,
-        storing: Storing,
+        homes: Homes,
         replay: Replay,
         ranges: Ranges,
         find_replaced: Callable[[], str | None],
@@ -85,9 +81,7 @@ class Passes:
         self._session = session
         self._gate = gate
         self._timer = timer
-        self._exchanges = exchanges
-        self._packing = packing
-        self._storing = storing
+        self._homes = homes
         self._replay = replay
         self._ranges = ranges
         self._find_replaced = find_replaced
@@ -244,9 +238,7 @@ class Passes:
             if self._edits:
                 with engine_tensors():
                     self._edits.pass_ended()
-            self._packing.at_rest()
-            self._exchanges.at_rest()
-            self._storing.at_rest()
+            self._homes.at_rest()
             self._residency.prefetch([], LOOK_AHEAD_AT_END)
             self._residency.guard()
 

@@ -18,34 +18,26 @@ from layerstream.device.base import Device, engine_tensors
 from layerstream.engine.attaching import Attaching
 from layerstream.engine.attachments import Attachments
 from layerstream.engine.edits import Edits
-from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.gate import Gate
-from layerstream.engine.host_copy import HostCopy
+from layerstream.engine.homes import Elsewhere, Homes
 from layerstream.engine.lane import Lanes
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.listener import EngineListener
-from layerstream.engine.packing import Packing
 from layerstream.engine.pairing import Pairing
 from layerstream.engine.passes import Passes
 from layerstream.engine.phase_changes import PhaseChanges
-from layerstream.engine.raw_again import RawAgain
 from layerstream.engine.replay import Replay
 from layerstream.engine.residency import Residency
-from layerstream.engine.scratch import Scratch
 from layerstream.engine.session import Session
 from layerstream.engine.standstill import standstill
-from layerstream.engine.storing import Storing
 from layerstream.errors import BudgetError, StreamerStateError, WeightsLostError
 from layerstream.hooks import compiled
-from layerstream.host.keeper import Keeper
-from layerstream.host.ranks import HostRanks
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.model.units import ComponentLayout, Division, divide
 from layerstream.planning.plan import Plan
 from layerstream.saying import warn
 from layerstream.stats import PhaseStats, Stats
 from layerstream.torch_private import without_subclasses
-from layerstream.transfer.helper import Helper
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.timeline import Timeline
 from layerstream.transfer.timing import PassTimer
@@ -54,6 +46,7 @@ from layerstream.transfer.unit import StreamedUnit
 from layerstream.weights.absent import keep_out_of_graphs
 
 Describe = Callable[[], Sequence[ComponentLayout]]
+_NOWHERE = Elsewhere()
 
 
 class Streamer:
@@ -68,9 +61,7 @@ class Streamer:
         let_go: lets go of components that the pipeline has no longer; called between two calls.
         is_pairing: the two passes of a step of guidance may run side by side.
         packing: see `Packing`.
-        keepers, is_all_stored: see `Storing`.
-        ranks, shared_as: see `HostCopy`.
-        helpers: other GPUs whose links to the host carry a share of loads.
+        elsewhere: other GPUs and ranks that take part.
     """
 
     def __init__(
@@ -85,11 +76,7 @@ class Streamer:
         let_go: Callable[[], None] = lambda: None,
         is_pairing: bool = False,
         packing: str = "off",
-        keepers: Sequence[Keeper] = (),
-        is_all_stored: bool = False,
-        ranks: HostRanks | None = None,
-        shared_as: str = "",
-        helpers: Sequence[Helper] = (),
+        elsewhere: Elsewhere = _NOWHERE,
     ) -> None:
         self.stats = Stats(budget_bytes=budget_bytes or 0)
         self.gate = Gate(call_timeout)
@@ -103,8 +90,7 @@ class Streamer:
         self._attached = Attachments(device, self._reading, self._unit_home, self._mutex, self.gate.number)
         self._units = self._attached.units
         self._ranges = Ranges()
-        self._helpers = helpers
-        self._transfer = TransferEngine(device, self._units, self.stats, self._ranges, helpers)
+        self._transfer = TransferEngine(device, self._units, self.stats, self._ranges, elsewhere.helpers)
         self.edits = Edits(device, self._units, self._attached.records, self.stats, self._transfer.wait)
         self._ledger = Ledger(device, self.stats, budget_bytes, num_slots)
         self._lanes = Lanes()
@@ -140,33 +126,18 @@ class Streamer:
             self._attaching.count_placements,
         )
         self._timer = PassTimer(device)
-        self.exchanges = HomeExchanges(device, self._attached, self._transfer, self.edits, self._session.changed)
-        scratch = Scratch(device, self._ledger)
-        self._raw_again = RawAgain(device, self._attached, self._ledger, scratch, self.exchanges, self._mutex)
-        self.packing = Packing(
+        self.homes = Homes(
             device,
             self._attached,
+            self._transfer,
+            self.edits,
             self._ledger,
-            scratch,
-            self.exchanges,
-            self._raw_again,
+            self._session,
             self.stats,
+            self._mutex,
             packing,
+            elsewhere,
         )
-        self.storing = Storing(
-            device,
-            self._attached,
-            self._ledger,
-            self.exchanges,
-            self._raw_again,
-            self.stats,
-            keepers,
-            is_all=is_all_stored,
-            is_to_be_packed=self.packing.is_to_be_packed,
-        )
-        self.host_copy = HostCopy(device, self.stats, ranks, shared_as)
-        self._attached.share, self._attached.make_raw = self.host_copy.share, self._raw_again.make_raw
-        self._raw_again.has_made.append(self._count_shared)
         self._replay = Replay(
             device, self._transfer, self._residency, self._lanes, self._session, self._timer, self._ranges
         )
@@ -182,9 +153,7 @@ class Streamer:
             self._session,
             self.gate,
             self._timer,
-            self.exchanges,
-            self.packing,
-            self.storing,
+            self.homes,
             self._replay,
             self._ranges,
             find_replaced,
@@ -295,7 +264,7 @@ class Streamer:
         division = divide(layouts)
         _refuse_compiled_wholes(layouts)
         self._attaching.check_budget(layouts, division)
-        self.storing.check(unit.spec for unit in division.units)
+        self.homes.check(unit.spec for unit in division.units)
         keep_out_of_graphs(compiled.compile_safe)
         with self.gate.entered("entering"), self._standstill(layouts, division):
             self._open(layouts, division)
@@ -316,16 +285,12 @@ class Streamer:
     def _open(self, layouts: Sequence[ComponentLayout], division: Division) -> None:
         self._is_opened = True
         try:
-            self.packing.prepare()
-            for helper in self._helpers:
-                helper.open()
+            self.homes.prepare()
             self._attaching.attach(layouts, division, self.listener, [c.name for c in layouts], changed=())
             self._ledger.open(self._transfer.weights_bytes)
             self._attaching.move_others()  # under the limit
             self._attaching.load_fixed()
-            self.packing.attached()
-            self.storing.attached()
-            self._count_shared()
+            self.homes.attached()
         except BaseException:
             twice_if_interrupted(self.close)
             raise
@@ -344,13 +309,13 @@ class Streamer:
         if not self._is_opened:
             self.is_closed = True
             return
-        self.storing.check_way_back()
+        self.homes.check_way_back()
         started = time.perf_counter()
         with self.gate.reading_lock, self._mutex, engine_tensors(), contextlib.ExitStack() as afterwards:
             attempt = functools.partial(_attempt, afterwards)
             attempt(self._ledger.end_interval, "read the device's memory counters")
             self._passes.drop_times()
-            with self._raw_again.leaving():
+            with self.homes.leaving():
                 try:
                     self._attaching.detach(self._attached.all, attempt, goes_on=False)
                 except WeightsLostError as error:  # raised once all else is given back
@@ -358,11 +323,9 @@ class Streamer:
             self._replay.stop()
             self.pairing.close()
             self._lanes.main.caller = None  # an interrupted call's frame, which holds what it was given
-            self.exchanges.forget()
             attempt(self._transfer.close, "free device memory")
             attempt(self._ledger.close, "give back the limit on device memory")
-            attempt(self.storing.close, "give back memory of the other GPU")
-            attempt(self.host_copy.close, "tell other ranks that it shares nothing more")
+            attempt(self.homes.close, "give back what was asked of other GPUs and ranks")
             attempt(self.device.empty_cache, "free cached device memory")
             self.stats.exit_s = time.perf_counter() - started
             self.is_closed = True
@@ -404,9 +367,9 @@ class Streamer:
                     self._passes.drop_times()  # perhaps of units that will be others
                     self.pairing.forget()
                     self.edits.pause_begins()
-                    with self._raw_again.leaving():
+                    with self.homes.leaving():
                         self._attaching.detach(taken, functools.partial(_attempt, afterwards), goes_on=True)
-                    self.packing.forget([unit for a in taken for unit in a.units])
+                    self.homes.forget([unit for a in taken for unit in a.units])
                     self.edits.before_pause()
             except BaseException:
                 twice_if_interrupted(self.close)
@@ -433,9 +396,7 @@ class Streamer:
                 self._attaching.attach(layouts, division, self.listener, names_now, changed=names)
                 self._attaching.move_others()
                 self._attaching.load_fixed()
-                self.packing.attached()
-                self.storing.attached()
-                self._count_shared()
+                self.homes.attached()
                 with engine_tensors():
                     self.edits.after_pause()
             self.stats.num_relaid += len(layouts)
@@ -462,10 +423,6 @@ class Streamer:
     def explain(self, error: BaseException, *, is_for_weights: bool = False) -> BudgetError:
         """What an out-of-memory error under the budget means, with numbers and what to do."""
         return self._passes.explain(error, is_for_weights=is_for_weights)
-
-    def _count_shared(self, *changed: object) -> None:
-        if self.host_copy.is_on:
-            self.host_copy.count([unit.home for unit in self._units.values()])
 
     def _find_no_gain(self, component: str, *, is_proven: bool) -> str:
         """Why two passes of a component would not be faster side by side; "": they would.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from layerstream.device.base import Device
+from layerstream.engine.homes import Elsewhere
 from layerstream.engine.streamer import Streamer
 from layerstream.errors import BudgetError, StreamerStateError, brief
 from layerstream.hooks.compiled import uncompiled
@@ -120,7 +121,6 @@ class LayerStreamer:
         components = _components_to_stream(self._pipe)
         device = device_of(self._device)
         budget = budget_bytes_on(self._vram_budget, device)
-        keepers, is_all_stored = keepers_of(self._store, self._store_budget, device)
         streamer = Streamer(
             functools.partial(layouts_of, self._pipe),
             device,
@@ -131,11 +131,7 @@ class LayerStreamer:
             let_go=functools.partial(self._hold.let_go_of_dropped, self),
             is_pairing=self._pairing == "auto",
             packing=self._packing,
-            keepers=keepers,
-            is_all_stored=is_all_stored,
-            ranks=None if self._shared_as is None else HostRanks(),
-            shared_as=self._shared_as or "",
-            helpers=helpers_of(self._links, device),
+            elsewhere=self._elsewhere(device),
         )
         layouts = layouts_of(self._pipe)
         _warn_if_nothing_streams(layouts, components)
@@ -150,6 +146,17 @@ class LayerStreamer:
             twice_if_interrupted(self.close)
             raise
         tell_entered(streamer)
+
+    def _elsewhere(self, device: Device) -> Elsewhere:
+        """Other GPUs and ranks that take part.
+
+        Raises:
+            ArgumentError, DeviceError, BudgetError: see `offload`.
+        """
+        keepers, is_all_stored = keepers_of(self._store, self._store_budget, device)
+        ranks = None if self._shared_as is None else HostRanks()
+        helpers = helpers_of(self._links, device)
+        return Elsewhere(keepers, is_all_stored, ranks, self._shared_as or "", helpers)
 
     def close(self) -> None:
         """Stop streaming and restore the pipeline. Closing twice, or before starting, does nothing.

@@ -72,8 +72,8 @@ def _report(streamer: Streamer, plan: Plan, copied_by: str) -> Report:
         streamer.least_bytes,
         copied_by,
         streamer.pairing.reasons(),
-        streamer.packing.why_raw(),
-        streamer.storing.why_on_host(),
+        streamer.homes.packing.why_raw(),
+        streamer.homes.storing.why_on_host(),
         streamer.links,
-        streamer.host_copy.line(),
+        streamer.homes.host_copy.line(),
     )

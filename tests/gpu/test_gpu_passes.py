@@ -96,10 +96,10 @@ def test_homes_are_exchanged_while_it_streams() -> None:
             assert_equal([model(x)], expected)
         old = [unit.home for unit in engine._units.values()]
         for index in list(engine._units):
-            engine.exchanges.ask(index, elsewhere)
+            engine.homes.exchanges.ask(index, elsewhere)
         for _ in range(len(old) + 4):
             assert_equal([model(x)], expected)
-        assert not engine.exchanges.num_wanted
+        assert not engine.homes.exchanges.num_wanted
         assert not any(home.locks for home in old)
         for _ in range(4):
             assert_equal([model(x)], expected)

@@ -71,8 +71,8 @@ _OURS: Mapping[str, tuple[str, Form, Sequence[str]]] = {
 _PAIRS: Mapping[tuple[str, Form], Sequence[str]] = {
     ("ovis", "denoiser"): ("min", "5GiB", "6GiB"),
     ("longcat", "denoiser"): ("min", "4GiB", "5GiB"),
-    ("ovis", "pipeline"): ("6GiB",),
-    ("longcat", "pipeline"): ("6GiB",),
+    ("ovis", "pipeline"): ("4GiB", "6GiB"),
+    ("longcat", "pipeline"): ("4GiB", "6GiB"),
     ("qwen", "denoiser"): ("12GiB",),
     ("wan22", "denoiser"): ("8GiB",),
 }

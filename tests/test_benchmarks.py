@@ -210,7 +210,7 @@ def test_only_steps_of_an_expert_beside_another_are_at_the_switch() -> None:
         (["suite", "ovis-quick", "--methods", "mmgp", *TINY], "measures none of mmgp"),
         (["suite", "ovis-quick", "--without", "layerstream", *TINY], "measures none of resident, paired"),
         (["suite", "ovis-quick", "--without", "mmgp", "--methods", "mmgp"], "not allowed with argument --without"),
-        (["suite", "ovis-quick", "--budgets", "3GiB", *TINY], "no suite has 3GiB"),
+        (["suite", "ovis-quick", "--budgets", "99GiB", *TINY], "no suite has 99GiB"),
         (["suite", "ovis-quick", "--budgets", "auto", *TINY], "measures none of auto"),
         (["plots", "--results", "no/such/folder"], "no results"),
     ],

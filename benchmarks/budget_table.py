@@ -27,6 +27,7 @@ from layerstream.arguments import Parser
 from layerstream.blocks import Placement, UnitSpec
 from layerstream.errors import BudgetError
 from layerstream.planning.costs import Costs
+from layerstream.planning.packed_choice import worth_packing
 from layerstream.planning.plan import Plan, make_plan
 
 PAGE = Path("docs/choosing-a-budget.md")
@@ -44,6 +45,7 @@ _CONVOLUTIONS = 2
 _ENCODER_BYTES = 2**29  # 120 to 456 MiB measured
 _HIDDEN = 1.02  # times resident, within which copies count as hidden
 _LEAST_GB_PER_S, _MOST_GB_PER_S = 1.0, 200.0
+_DECODE_SHARE = 0.45  # of what memory moves: 2.18 TB/s of 4.8 measured on an H200
 _TILE = 32  # latents to a side, of the VAEs that decode in tiles
 
 
@@ -53,11 +55,18 @@ class Card:
 
     Attributes:
         tflops: 10^12 operations a second that passes reach, about 70 % of what is published for dense bfloat16.
+        memory_gb_per_s: of its own memory, as published.
     """
 
     memory_gib: int
     tflops: float
+    memory_gb_per_s: float
     like: str
+
+    @property
+    def decode_gb_per_s(self) -> float:
+        """Of packed weights, in bytes that come of it."""
+        return _DECODE_SHARE * self.memory_gb_per_s
 
     @property
     def budget_bytes(self) -> int:
@@ -65,10 +74,10 @@ class Card:
 
 
 CARDS = (
-    Card(8, 25, "RTX 4060, 5060"),
-    Card(12, 40, "RTX 4070, 5070"),
-    Card(16, 70, "RTX 4080, 5080"),
-    Card(24, 115, "RTX 4090"),
+    Card(8, 25, 272, "RTX 4060, 5060"),
+    Card(12, 40, 504, "RTX 4070, 5070"),
+    Card(16, 70, 717, "RTX 4080, 5080"),
+    Card(24, 115, 1008, "RTX 4090"),
 )
 
 
@@ -96,6 +105,8 @@ class Case:
         self.modules = model.build()
         first = layerstream.plan(self.modules, vram_budget="min", device="cpu")
         self.units: Sequence[UnitSpec] = first.units
+        packed = layerstream.plan(self.modules, vram_budget="min", device="cpu", packing="ahead").units
+        self._packed = {unit.index: unit for unit in packed if unit.packed is not None}
         self._phases = [each.phase for each in first.phases]
         self.counts = {name: self._counted(name) for name in model.num_passes}
 
@@ -166,6 +177,27 @@ class Case:
             if self._tiled_bytes is None:
                 raise
             return self.plan(budget_bytes, link_gb_per_s, ms_per_tflop, is_tiled=True), True
+
+    def packed_ratio(self, card: Card, tflops: float, link_gb_per_s: float) -> float:
+        """Of passes to resident ones, where as many blocks are packed as pay (`packing="auto"`)."""
+        raw, is_tiled = self.fitting(card.budget_bytes, link_gb_per_s, 1e3 / tflops)
+        before = _call(self, raw)
+        assert raw.costs is not None
+        costs = replace(raw.costs, decode_gb_per_s=card.decode_gb_per_s)
+        units = list(self.units)
+        for each in replace(raw, costs=costs).phases:
+            if each.phase.is_repeated:
+                for index in worth_packing(replace(raw, costs=costs), each, self._packed.keys()):
+                    units[[unit.index for unit in units].index(index)] = self._packed[index]
+        phases = [replace(p, reserve_bytes=self._reserve(p.name, is_tiled=is_tiled)) for p in self._phases]
+        try:
+            plan = make_plan(units, phases, card.budget_bytes, costs=costs, granularity=_SEGMENT_BYTES)
+        except BudgetError:  # no room for wire buffers
+            return before.ratio
+        # To resident passes, which decode nothing.
+        spent = sum(n * plan.phase_of(name).prediction.ms_per_pass for name, n in self.model.num_passes.items())  # type: ignore[union-attr]
+        computed = sum(n * raw.phase_of(name).prediction.compute_ms for name, n in self.model.num_passes.items())  # type: ignore[union-attr]
+        return min(before.ratio, spent / computed)
 
     @cached_property
     def _tflop(self) -> Mapping[int, float]:
@@ -275,8 +307,9 @@ def _card_table(cases: Sequence[Case], card: Card) -> list[str]:
         f"Budget {card.budget_bytes / _GIB:.0f} GiB; {card.tflops:.0f} TFLOP/s (about {card.like}).",
         "",
         "| model | a pass computes, s | must stream a pass, GB | copies hide from, GB/s "
-        f"| x resident at {links} GB/s | bound by | a quarter of the compute | a call at {_MIDDLE} GB/s, s |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| x resident at {links} GB/s | packed | bound by | a quarter of the compute | packed "
+        f"| a call at {_MIDDLE} GB/s, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in cases:
         try:
@@ -287,6 +320,7 @@ def _card_table(cases: Sequence[Case], card: Card) -> list[str]:
         # Over a link as slow as this, nothing streams that could stay.
         most = _call(case, case.fitting(card.budget_bytes, _LEAST_GB_PER_S / 10, 1e3 / card.tflops)[0])
         ratios = [_ratio(case, card, card.tflops, link) for link in LINKS_GB_PER_S]
+        quick = [_ratio(case, card, 4 * card.tflops, link) for link in LINKS_GB_PER_S]
         slow = [link for link, ratio in zip(LINKS_GB_PER_S, ratios, strict=True) if ratio > _HIDDEN]
         from_ = _hides_from(case, card)
         cells = [
@@ -295,12 +329,21 @@ def _card_table(cases: Sequence[Case], card: Card) -> list[str]:
             f"{most.streamed_bytes / 1e9:.1f}",
             "" if not most.streamed_bytes else "none" if from_ is None else f"{from_:.0f}",
             " / ".join(f"{ratio:.2f}" for ratio in ratios),
+            _packed(case, card, card.tflops, ratios),
             f"bus at {' and '.join(map(str, slow))} GB/s" if slow else "compute",
-            " / ".join(f"{_ratio(case, card, 4 * card.tflops, link):.2f}" for link in LINKS_GB_PER_S),
+            " / ".join(f"{ratio:.2f}" for ratio in quick),
+            _packed(case, card, 4 * card.tflops, quick),
             f"{_call(case, plan).seconds:.0f}",
         ]
         lines.append(table_row(cells))
     return lines
+
+
+def _packed(case: Case, card: Card, tflops: float, ratios: Sequence[float]) -> str:
+    """The same with what pays packed; "": nothing does, since copies are hidden."""
+    if max(ratios) <= _HIDDEN:
+        return ""
+    return " / ".join(f"{case.packed_ratio(card, tflops, link):.2f}" for link in LINKS_GB_PER_S)
 
 
 def _ratio(case: Case, card: Card, tflops: float, link_gb_per_s: float) -> float:

@@ -17,6 +17,7 @@ from benchmarks.budget_table import Card, Case
 from benchmarks.counting import OUTSIDE, count
 from benchmarks.true_size import Model, models
 from layerstream.errors import BudgetError
+from layerstream.planning.packed_choice import as_packed
 
 ROOT = Path(__file__).parent.parent
 WIDTH, NUM_TOKENS, NUM_BLOCKS = 4096, 1024, 16
@@ -110,9 +111,22 @@ def test_passes_take_what_they_compute_or_what_they_copy(case: Case) -> None:
     assert compute.seconds == pytest.approx(20 * compute.pass_s, rel=0.02)
 
 
+def test_what_pays_is_packed_and_told_beside(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = _card(case.plan(None, 25, 1.0).needed_bytes + 4 * BLOCK_BYTES, monkeypatch)
+    monkeypatch.setattr(case, "_packed", {unit.index: as_packed(unit) for unit in case.units if unit.is_block})
+    tflop = NUM_BLOCKS * BLOCK_FLOPS / 1e12
+    of_bus = tflop * 1e3 / (NUM_BLOCKS * BLOCK_BYTES / 25e6 / 100)  # copies take a hundred times as long as compute
+    raw, packed = budget_table._ratio(case, card, of_bus, 25), case.packed_ratio(card, of_bus, 25)
+    assert 0.6 < packed / raw < 0.85
+    assert budget_table._packed(case, card, of_bus, [raw]).split(" / ")[1] == f"{packed:.2f}"
+    of_compute = tflop * 1e3 / (NUM_BLOCKS * BLOCK_BYTES / 25e6 * 100)
+    assert case.packed_ratio(card, of_compute, 25) == pytest.approx(1, abs=0.02)
+    assert budget_table._packed(case, card, of_compute, [1.0]) == ""
+
+
 def _card(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Card:
     """A card with a budget of so many bytes."""
-    card = Card(memory_gib=4, tflops=20.0, like="none")
+    card = Card(memory_gib=4, tflops=20.0, memory_gb_per_s=400.0, like="none")
     monkeypatch.setattr(budget_table, "_TAKEN_BYTES", 4 * 2**30 - num_bytes)
     assert card.budget_bytes == num_bytes
     return card

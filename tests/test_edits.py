@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import pickle
@@ -22,7 +23,7 @@ from layerstream.engine import attaching
 from layerstream.engine import edits as module_of_edits
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.weights.absent import is_absent
-from tests.fakes import Toy, adversary, assert_equal, run, toy, toy_input, twin
+from tests.fakes import OneModel, Toy, adversary, assert_equal, run, toy, toy_input, twin
 
 BUDGETS: dict[str, int | str] = {"streamed": "min", "everything fits": 10**8, "some stay": 60_000}
 Edit = Callable[[Toy], object]
@@ -1206,3 +1207,27 @@ def test_weights_of_a_block_that_are_tied_by_their_memory_are_read_as_one(budget
                 for weight in each.parameters():
                     weight.data.mul_(1.5)
     assert_equal(run(model, 2), run(resident, 2))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda m: m.blocks[0].scale.data,
+        lambda m: m.blocks[0].scale.data.add_(0.5),
+        lambda m: m.blocks[0].up.weight.data.mul_(2),
+    ],
+)
+def test_a_write_to_what_was_held_before_while_its_unit_is_looked_at(look: Any) -> None:
+    """The entry shares its count with the weight: a write there looks like one on the device, whose bytes are older."""
+    model = toy()
+    resident, pipe = OneModel(twin(model)), OneModel(model)
+    held = [each.model.state_dict()["blocks.0.conv.bias"] for each in (pipe, resident)]
+    with layerstream.offload(pipe, vram_budget="min", device=adversary()), torch.no_grad():
+        for each, entry in zip((pipe, resident), held, strict=True):
+            look(each.model)
+            entry.add_(1)
+        copy.deepcopy(model)  # brings the unit of which somebody has the entry home, since another needs its room
+        assert_equal(run(model, 2), run(resident.model, 2))
+    for name, value in resident.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(held[0], held[1])

@@ -217,7 +217,7 @@ def test_page_mappings_are_collected_while_maps_are_read() -> None:
 def test_a_mapping_in_the_place_of_one_that_goes_is_known() -> None:
     mappings = [PageMapping(4096)]
     start, end = mappings[0].range
-    successor = memory._End(end)
+    successor = memory.End(end)
     memory._OWN[start] = successor  # another thread has mapped the place before the finaliser ran
     mappings.clear()
     gc.collect()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 import re
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +250,7 @@ def test_a_leader_that_leaves_first_takes_nothing_along() -> None:
 def test_ranks_with_other_weights_are_told() -> None:
     with ranks(2) as group:
         group[0].do(enter, "toy", 0)
-        with pytest.raises(RankError, match=r"none of its 7 units in `model` has the same weights"):
+        with pytest.raises(RankError, match=r"none of its 7 units has the same weights"):
             group[1].do(enter, "toy", 1)
         assert group[1].do(enter, "other", 1) == 7
         at_once(group, call)
@@ -258,6 +262,125 @@ def test_ranks_with_other_shapes_are_told() -> None:
         with pytest.raises(RankError, match="enters 'toy/model' with 32 units of"):
             group[1].do(enter, "toy", 0, 64)
         group[0].do(call)
+
+
+def enter_tampered() -> int:
+    """As `enter`, with a weight that other ranks have not."""
+    torch.manual_seed(0)
+    model = toy()
+    for number, parameter in enumerate(model.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    model.blocks[2].scale.data.add_(1)
+    here["resident"], here["pipe"] = Pipe(twin(model)), Pipe(model)
+    here["device"] = adversary(copies="random")
+    here["streaming"] = layerstream.offload(
+        here["pipe"], vram_budget="min", device=here["device"], shared_as="toy"
+    ).start()
+    return num_shared()
+
+
+def test_a_rank_with_some_other_weights_shares_the_rest() -> None:
+    with ranks(2) as group:
+        assert group[0].do(enter) == 7
+        assert group[1].do(enter_tampered) == 6
+        at_once(group, call)
+        in_turn(group, leave)
+
+
+def enter_two(seed: int) -> tuple[int, str]:
+    """A component that is alike in all ranks, and, in a pause, one that is not."""
+    here["pipe"], here["resident"] = None, None
+    torch.manual_seed(0)
+    parts = {"first": toy()}
+    holder = type("Holder", (), {})()
+    holder.components = parts
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        streaming = layerstream.offload(holder, vram_budget="min", device=adversary(), shared_as="two").start()
+        torch.manual_seed(seed)
+        with streaming.paused():
+            parts["second"] = Layers(2 + seed, 16)
+        with torch.no_grad():
+            parts["second"](torch.randn(1, 16))
+        count, told = streaming.stats().num_shared_units, str(streaming.report())
+    here["kept"] = streaming
+    return count, told
+
+
+def test_a_component_that_comes_later_and_differs_is_a_ranks_own() -> None:
+    with ranks(2) as group:
+        first, _ = group[0].do(enter_two, 1)
+        second, _ = group[1].do(enter_two, 2)
+        assert (first, second) == (10, 7)
+
+
+def enter_empty() -> int:
+    class Nothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(0, 4))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no blocks
+        streaming = layerstream.offload(Nothing(), vram_budget="min", device=adversary(), shared_as="nothing").start()
+    with contextlib.closing(streaming):
+        return streaming.stats().num_shared_units
+
+
+def test_weights_without_bytes() -> None:
+    with ranks(1) as group:
+        assert group[0].do(enter_empty) == 0
+
+
+def shmem() -> int:
+    text = Path("/proc/meminfo").read_text()
+    return int(re.search(r"^Shmem: +(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]
+
+
+def enter_held(width: int) -> int:
+    """All but one unit is held by somebody."""
+    model = Layers(32, width)
+    here["held"] = [block.weight.data[:1] for block in list(model.blocks)[1:]]
+    here["streaming"] = layerstream.offload(model, vram_budget="min", device=adversary(), shared_as="held").start()
+    return here["streaming"].stats().num_shared_units
+
+
+def test_what_cannot_be_shared_takes_no_shared_memory() -> None:
+    before = shmem()
+    with ranks(2) as group:
+        torch.manual_seed(0)
+        assert group[0].do(enter_held, 1024) == 1
+        with contextlib.suppress(RankError):  # other random weights: what counts is what it takes
+            group[1].do(enter_held, 1024)
+        assert shmem() - before < 64 * MIB
+
+
+def silent_store() -> float:
+    """Enter where the store's keeper has stopped."""
+    started = time.monotonic()
+    try:
+        enter()
+    except RankError:
+        return time.monotonic() - started
+    return -1.0
+
+
+def answers_within(seconds: float) -> None:
+    module = importlib.import_module("layerstream.host.ranks")
+    module._ANSWER_S = seconds
+
+
+def test_a_torn_file_store_is_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with ranks(2, str(path)) as group:
+        assert group[0].do(enter) == 7
+        in_turn(group, answers_within, 1.0)
+        with path.open("ab") as file:
+            file.write((20).to_bytes(8, "little"))  # what a rank writes first, that is killed then
+        assert 0 < group[1].do(silent_store) < 30
+        group[0].do(call)
+        assert "shared as 'toy'" in group[0].do(report)
+        group[0].do(leave)
 
 
 def test_without_a_process_group() -> None:

@@ -68,6 +68,8 @@ class Edits:
     def lend(self, units: Iterable[StreamedUnit]) -> None:
         """Code outside looks at these units while no call runs."""
         for unit in units:
+            if not unit.is_lent and self._is_watched(unit):
+                self._remember_home(unit)
             unit.is_lent = self._has_lent = True
 
     @property
@@ -167,7 +169,9 @@ class Edits:
         binding = unit.binding
         found = binding.written()
         suspects = binding.tensors if unit.is_lent else binding.uncounted()
-        return [*found, *(b for b in suspects if b not in found and differ(b.tensor.data, b.master))]
+        newer = [*found, *(b for b in suspects if b not in found and differ(b.tensor.data, b.master))]
+        # What somebody has since before streaming shares its count with the weight: a write there looks like one here.
+        return [bound for bound in newer if not (unit.is_lent and self._is_newer_at_home(bound))]
 
     def settle_of(self, units: Collection[StreamedUnit]) -> set[StreamedUnit]:
         """The same as `settle` of these units alone, which somebody is about to read between two calls."""
@@ -210,6 +214,8 @@ class Edits:
     def came_home(self, bounds: Sequence[BoundTensor]) -> None:
         """What was written on the device is home now; views that are kept see it, as of a resident weight."""
         for bound in bounds:
+            if id(bound.tensor) in self._homes:
+                self._homes[id(bound.tensor)] = bound.master.clone()
             for kept in self._kept:
                 if kept.tensor is bound.tensor and fits(kept.view, bound):
                     kept.view.copy_(bound.master)
@@ -261,6 +267,7 @@ class Edits:
         """Nothing that somebody has of these weights, by their ids, is theirs any more."""
         if not gone:
             return
+        self._homes = {weight: home for weight, home in self._homes.items() if weight not in gone}
         self._kept = [kept for kept in self._kept if id(kept.tensor) not in gone]
         self._entries = [each for each in self._entries if id(each.tensor) not in gone]
         for held in self._held.values():
@@ -270,7 +277,8 @@ class Edits:
     def _remember_homes(self) -> None:
         """Copies of what is at home now of weights that somebody has there, where somebody else has kept views of what
         is on the device: what differs when the next call begins was written by either."""
-        self._homes = {}
+        lent = {id(bound.tensor) for unit in self.lent for bound in unit.binding.tensors}
+        self._homes = {weight: home for weight, home in self._homes.items() if weight in lent}
         units = {self.units.get(index) for index in self._held}
         units |= {self._unit_of_id(id(each.tensor)) for each in self._entries}
         aliased = [
@@ -285,7 +293,25 @@ class Edits:
         watched |= {id(each.tensor) for each in self._entries}
         homes = {id(b.tensor): b.master for unit in aliased for b in unit.binding.tensors if id(b.tensor) in watched}
         if sum(home.nbytes for home in homes.values()) <= _SMALL_BYTES:
-            self._homes = {weight: home.clone() for weight, home in homes.items()}
+            self._homes |= {weight: home.clone() for weight, home in homes.items()}
+
+    def _is_watched(self, unit: StreamedUnit) -> bool:
+        """Whether somebody has memory of the unit at home."""
+        return unit.index in self._held or any(self._unit_of_id(id(each.tensor)) is unit for each in self._entries)
+
+    def _remember_home(self, unit: StreamedUnit) -> None:
+        """The same of a unit that is lent: what differs later was written at home, and not on the device."""
+        if sum(bound.num_bytes for bound in unit.binding.tensors) <= _SMALL_BYTES:
+            self._homes |= {id(bound.tensor): bound.master.clone() for bound in unit.binding.tensors}
+
+    def _is_newer_at_home(self, bound: BoundTensor) -> bool:
+        """Whether a weight was written at home since its unit was lent, as far as that was remembered."""
+        before = self._homes.get(id(bound.tensor))
+        if before is None:
+            return False
+        return not same_bytes(before, bound.master) or (
+            not bound.has_one_home and fits(bound.home, bound) and differ_in_value(bound.home, before)
+        )
 
     def _tell_of_large_ones(self) -> None:
         num_bytes = sum(k.view.nbytes for k in self._kept) + sum(e.entry.nbytes for e in self._entries)

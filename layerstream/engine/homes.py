@@ -112,6 +112,7 @@ class Homes:
         """Components are there: give their units the homes that they are to have at once."""
         self.packing.attached()
         self.storing.attached()
+        self.host_copy.entered()
         self._count_shared()
 
     def at_rest(self) -> None:

@@ -37,30 +37,27 @@ _WHERE = "where"  # the key under which a leader says where its memory is
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where each unit of some components lies in shared memory.
+class _Contents:
+    """What some components are made of, which leader and followers must agree on.
 
     Attributes:
-        offsets: of the units, by name.
         forms: of their tensors, by the name of the unit.
     """
 
-    offsets: Mapping[str, int]
     forms: Mapping[str, str]
     num_bytes: int
 
     @classmethod
-    def of(cls, units: Sequence[Unit]) -> _Layout:
-        offsets, forms, end = {}, {}, 0
-        for unit in units:
-            offsets[unit.spec.name] = end
-            forms[unit.spec.name] = repr([(b.name, b.dtype, b.shape, b.strides) for b in unit.binding.tensors])
-            end += _ends(unit.binding)[-1]
-        return cls(offsets, forms, end)
+    def of(cls, units: Sequence[Unit]) -> _Contents:
+        forms = {
+            unit.spec.name: repr([(b.name, b.dtype, b.shape, b.strides) for b in unit.binding.tensors])
+            for unit in units
+        }
+        return cls(forms, sum(_ends(unit.binding)[-1] for unit in units))
 
     def __str__(self) -> str:
         digest = hashlib.sha256(json.dumps(dict(self.forms), sort_keys=True).encode()).hexdigest()[:12]
-        return f"{len(self.offsets)} units of {format_bytes(self.num_bytes)} (names, shapes and dtypes {digest})"
+        return f"{len(self.forms)} units of {format_bytes(self.num_bytes)} (names, shapes and dtypes {digest})"
 
 
 @dataclass
@@ -68,12 +65,13 @@ class _Part:
     """Shared memory of some components, as this rank has it.
 
     Attributes:
-        known: names of the units that are in it.
+        forms: of all units, as they were when it was entered.
+        offsets: of the units that are in it, by name.
     """
 
-    layout: _Layout
+    forms: Mapping[str, str]
     pages: SharedPages
-    known: frozenset[str]
+    offsets: Mapping[str, int]
     entering: Entering = field(repr=False)
 
 
@@ -90,7 +88,9 @@ class HostCopy:
         self._stats = stats
         self._ranks = ranks
         self._name = name
-        self._parts: dict[str, _Part] = {}
+        self._parts: dict[str, _Part | None] = {}  # by components; None: nothing of them is shared
+        self._num_compared = self._num_equal = 0  # units of what others lead with, while it is entered
+        self._has_entered = False
 
     @property
     def is_on(self) -> bool:
@@ -99,13 +99,17 @@ class HostCopy:
 
     def line(self) -> str:
         """With whom, in words; "": nothing is shared."""
-        if not self._parts or not self._stats.num_shared_units:
+        if not self._stats.num_shared_units:
             return ""
-        with_whom = set().union(*(part.entering.ranks() for part in self._parts.values()))
-        return (
+        told = (
             f"{self._stats.num_shared_units} blocks, pieces or bases, {format_bytes(self._stats.shared_bytes)}, are in "
-            f"host memory that is shared as {self._name!r}; by rank {', '.join(map(str, sorted(with_whom)))} so far"
+            f"host memory that is shared as {self._name!r}"
         )
+        try:
+            with_whom = set().union(*(part.entering.ranks() for part in self._parts.values() if part is not None))
+        except RankError:  # of a store that answers no more, without which all goes on
+            return told
+        return f"{told}; by rank {', '.join(map(str, sorted(with_whom)))} so far"
 
     def share(
         self, layouts: Sequence[ComponentLayout], units: Sequence[Unit], looked_at: Container[Unit]
@@ -123,28 +127,40 @@ class HostCopy:
         if self._ranks is None or not units:
             return {}
         place = "+".join(layout.name for layout in layouts)
-        of_units = _Layout.of(units)
-        part = self._parts.get(place)
-        is_new = part is None
+        contents = _Contents.of(units)
+        if place not in self._parts and not contents.num_bytes:
+            self._parts[place] = None
         may_be = [unit for unit in units if unit not in looked_at and _may_be_shared(unit.binding)]
+        if place not in self._parts:
+            self._parts[place] = self._entered(place, contents, may_be)
+        part = self._parts[place]
         if part is None:
-            part = self._parts[place] = self._enter(place, of_units, may_be)
-        forms = part.layout.forms  # what was cast since, or taken apart, has others
-        compared = [
+            return {}
+        compared = [  # what was cast since, or taken apart, has other forms
             unit
             for unit in may_be
-            if unit.spec.name in part.known and forms[unit.spec.name] == of_units.forms[unit.spec.name]
+            if unit.spec.name in part.offsets and part.forms[unit.spec.name] == contents.forms[unit.spec.name]
         ]
         with self._device.homes():
             found = [unit for unit in compared if _is_equal(unit, part)]
-        if is_new and compared and not found and not part.entering.is_leader:
-            raise RankError(
-                f"rank {self._ranks.rank} shares {self._name!r} with rank {part.entering.leader}, and none of its "
-                f"{len(compared)} units in `{place}` has the same weights. Load the same checkpoint in all ranks, or "
-                "give pipelines that differ other names.",
-                rank=part.entering.leader,
-            )
+        if not part.entering.is_leader:
+            self._num_compared += len(compared)
+            self._num_equal += len(found)
         return {unit: _home(self._device, unit, part) for unit in found}
+
+    def entered(self) -> None:
+        """All components are there, as streaming begins.
+
+        Raises:
+            RankError: others lead with weights of which this rank has none.
+        """
+        is_first, self._has_entered = not self._has_entered, True
+        if self._ranks is not None and is_first and self._num_compared and not self._num_equal:
+            raise RankError(
+                f"rank {self._ranks.rank} shares {self._name!r} with others, and none of its {self._num_compared} "
+                "units has the same weights. Load the same checkpoint in all ranks, or give pipelines that differ "
+                "other names."
+            )
 
     def count(self, homes: Sequence[object]) -> None:
         """Components have come or gone: these are the homes of all units."""
@@ -155,51 +171,76 @@ class HostCopy:
     def close(self) -> None:
         """This rank shares nothing more; what others have of it stays theirs."""
         while self._parts:
-            self._parts.popitem()[1].entering.close()
+            part = self._parts.popitem()[1]
+            if part is not None:
+                part.entering.close()
+        self._has_entered = False
+        self._num_compared = self._num_equal = 0
 
     # ---- inside
 
-    def _enter(self, place: str, layout: _Layout, may_be: Sequence[Unit]) -> _Part:
+    def _entered(self, place: str, contents: _Contents, may_be: Sequence[Unit]) -> _Part | None:
+        """What there is of these components; of those that come when it streams already, as far as others agree."""
+        try:
+            return self._enter(place, contents, may_be)
+        except RankError as error:
+            if not self._has_entered:
+                raise
+            warn(f"`{place}` is in memory of its own: {error}")
+            return None
+
+    def _enter(self, place: str, contents: _Contents, may_be: Sequence[Unit]) -> _Part | None:
         assert self._ranks is not None
-        entering = self._ranks.enter(f"{self._name}/{place}", str(layout))
+        entering = self._ranks.enter(f"{self._name}/{place}", str(contents))
         with contextlib.ExitStack() as undo:
             undo.callback(entering.close)
             if entering.refused is not None:
                 warn(f"rank {self._ranks.rank} has a copy of `{place}` of its own: {entering.refused}")
             while True:
                 try:
-                    part = _lead(entering, layout, may_be) if entering.is_leader else _follow(entering, layout)
+                    part = _lead(entering, contents, may_be) if entering.is_leader else _follow(entering, contents)
                     break
                 except RankError as error:
                     if not error.is_gone or entering.is_leader:
                         raise
                     entering.elect()
-            undo.pop_all()
+            if part is not None:
+                undo.pop_all()
         return part
 
 
-def _lead(entering: Entering, layout: _Layout, units: Sequence[Unit]) -> _Part:
+def _lead(entering: Entering, contents: _Contents, units: Sequence[Unit]) -> _Part | None:
+    """What others follow: the units whose memory may be let go of."""
+    offsets, end = {}, 0
+    for unit in units:
+        offsets[unit.spec.name] = end
+        end += _ends(unit.binding)[-1]
     room = available_bytes()
-    if room is not None and layout.num_bytes > room[0]:
+    if room is not None and end > room[0]:
         raise HostMemoryError(
-            f"the weights do not fit in host memory a second time: {format_bytes(layout.num_bytes)} are copied to "
-            f"memory that ranks share, before what was loaded is let go of, and {format_bytes(room[0])} are left "
-            f"({room[1]}). Load them from safetensors files, whose pages the system can give up, or free memory.",
-            needed_bytes=layout.num_bytes,
+            f"the weights do not fit in host memory a second time: {format_bytes(end)} are copied to memory that ranks "
+            f"share, before what was loaded is let go of, and {format_bytes(room[0])} are left ({room[1]}). Load them "
+            "from safetensors files, whose pages the system can give up, or free memory.",
+            needed_bytes=end,
             available_bytes=room[0],
         )
-    pages = SharedPages.make(layout.num_bytes)
-    fill([pair for unit in units for pair in _pairs(unit, layout, pages)])
-    known = [unit.spec.name for unit in units]
-    entering.publish(_WHERE, json.dumps([pages.address.to_bytes().decode(), known]).encode())
-    return _Part(layout, pages, frozenset(known), entering)
+    if not end:
+        entering.publish(_WHERE, b"null")
+        return None
+    pages = SharedPages.make(end)
+    fill([pair for unit in units for pair in _pairs(unit, offsets, pages)])
+    entering.publish(_WHERE, json.dumps([pages.address.to_bytes().decode(), offsets]).encode())
+    return _Part(contents.forms, pages, offsets, entering)
 
 
-def _follow(entering: Entering, layout: _Layout) -> _Part:
-    address, known = json.loads(entering.fetch(_WHERE, _TIMEOUT_S))
+def _follow(entering: Entering, contents: _Contents) -> _Part | None:
+    found = json.loads(entering.fetch(_WHERE, _TIMEOUT_S))
+    if found is None:
+        return None
+    address, offsets = found
     pages = SharedPages.open(Address.from_bytes(address.encode()))
     touch([pages.range])  # by several threads: to page-lock it would take the same faults in one
-    return _Part(layout, pages, frozenset(known), entering)
+    return _Part(contents.forms, pages, offsets, entering)
 
 
 def _ends(binding: UnitBinding) -> list[int]:
@@ -210,9 +251,9 @@ def _ends(binding: UnitBinding) -> list[int]:
     return ends
 
 
-def _pairs(unit: Unit, layout: _Layout, pages: SharedPages) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(unit: Unit, offsets: Mapping[str, int], pages: SharedPages) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Each tensor's bytes in shared memory, and where this rank has found them."""
-    start = layout.offsets[unit.spec.name]
+    start = offsets[unit.spec.name]
     each = zip(unit.binding.tensors, _ends(unit.binding), strict=False)
     return [
         (pages.cut(start + offset, bound.num_bytes), bytes_of(bound.home)) for bound, offset in each if bound.num_bytes
@@ -221,12 +262,12 @@ def _pairs(unit: Unit, layout: _Layout, pages: SharedPages) -> list[tuple[torch.
 
 def _is_equal(unit: Unit, part: _Part) -> bool:
     """Whether a unit has the same bytes in shared memory."""
-    return all(torch.equal(shared, own) for shared, own in _pairs(unit, part.layout, part.pages))
+    return all(torch.equal(shared, own) for shared, own in _pairs(unit, part.offsets, part.pages))
 
 
 def _home(device: Device, unit: Unit, part: _Part) -> SharedHome:
     *offsets, end = _ends(unit.binding)
-    return SharedHome(device, offsets, end, pages=part.pages, offset=part.layout.offsets[unit.spec.name])
+    return SharedHome(device, offsets, end, pages=part.pages, offset=part.offsets[unit.spec.name])
 
 
 def _may_be_shared(binding: UnitBinding) -> bool:

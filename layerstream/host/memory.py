@@ -112,8 +112,8 @@ class PageMapping:
         self._pages = mmap.mmap(-1, whole_pages((0, num_bytes))[1], **flags)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self.range: Range = start, start + len(self._pages)
-        _OWN[start] = end = _End(self.range[1])
-        weakref.finalize(self._pages, _forget_mapping, start, end).atexit = False
+        _OWN[start] = end = End(self.range[1])
+        weakref.finalize(self._pages, forget_mapping, _OWN, start, end).atexit = False
 
     def cut(self, offset: int, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] with a storage of its own, which begins `offset` bytes into the mapping."""
@@ -121,22 +121,28 @@ class PageMapping:
 
 
 @dataclass(frozen=True, eq=False)
-class _End:
+class End:
     """Where a page mapping ends; one object for each, although two may lie at one place, one after the other."""
 
     address: int
 
 
-_OWN: dict[int, _End] = {}  # page mappings that live now, by their starts
+_OWN: dict[int, End] = {}  # page mappings that live now, by their starts
 # Mappings that share memory with other processes until they are written to, by their starts, with their ends: to lock
 # them, or to touch their pages, would copy all of them.
-SHARED_UNTIL_WRITTEN: dict[int, int] = {}
+SHARED_UNTIL_WRITTEN: dict[int, End] = {}
 
 
-def _forget_mapping(start: int, end: _End) -> None:
+def forget_mapping(known: dict[int, End], start: int, end: End) -> None:
+    """A mapping is gone."""
     # The memory goes before its finaliser runs: another thread may have mapped the same place by then.
-    if _OWN.get(start) is end:
-        del _OWN[start]
+    if known.get(start) is end:
+        del known[start]
+
+
+def is_shared_until_written(address: int) -> bool:
+    """Whether memory is in a mapping that shares it with other processes until it is written to."""
+    return any(start <= address < end.address for start, end in SHARED_UNTIL_WRITTEN.copy().items())
 
 
 def fill(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -251,7 +257,7 @@ class MemoryMaps:
         """
         span = address_range(tensor)
         mapping = self._mapping(span)
-        if mapping is None or any(a <= span[0] < b for a, b in SHARED_UNTIL_WRITTEN.copy().items()):
+        if mapping is None or is_shared_until_written(span[0]):
             return None
         start, end, file = mapping
         if file is not None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from layerstream.errors import ArgumentError, RankError
 from layerstream.host.shared_pages import Address, SharedPages
 
+_ANSWER_S = 20.0  # that a store may take
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05  # between looks at the store, each a round trip of 35 µs on one host
 _PREFIX = "layerstream/"  # of all keys
 _NOTHING = "layerstream: nothing here"
@@ -199,15 +202,14 @@ class Entering:
         """
         if self._page is None:
             return
+        self._page.close_fd()  # first: that this rank has left is seen by it, whether the store answers or not
         try:
             self._store.replace(self._place, self._claim.to_text(), "")
             followers = [self._key(f"follower {n}") for n in range(1, self._store.add(self._key("followers"), 0) + 1)]
             for key in [*self._published, *followers, self._key("followers")]:
                 self._store.delete(key)
         except RankError:
-            pass  # its keys went with it
-        finally:
-            self._page.close_fd()
+            pass  # its keys went with it, or it does not answer
         self._page = None  # last: whoever is interrupted runs this again
 
     def _elect(self) -> Claim:
@@ -254,11 +256,15 @@ class Entering:
 
 
 class _Store:
-    """A group's store, by what never waits: a wait inside it would hold up the store's other users in this process,
-    and could not be interrupted."""
+    """A group's store, by what never waits: a wait inside it would hold up the store's other users in this process.
+
+    Where the one who keeps it has stopped, or has been killed in the middle of a write to a file, torch waits all the
+    same, and cannot be interrupted: it is asked in another thread, and given up.
+    """
 
     def __init__(self, store: Any) -> None:
         self._store = store
+        self._is_silent = False
 
     def set(self, key: str, payload: bytes) -> None:
         self._ask(lambda store: store.set(_PREFIX + key, payload))
@@ -282,13 +288,32 @@ class _Store:
         self._ask(lambda store: store.delete_key(_PREFIX + key))
 
     def _ask(self, question: Callable[[Any], _Result]) -> _Result:
-        try:
-            return question(self._store)
-        except RuntimeError as exc:
-            raise RankError(
-                f"the store of the process group does not answer ({exc}). The process that keeps it has ended: rank 0, "
-                "or torchrun. Ranks that stream go on; to share weights again, start all of them anew."
-            ) from exc
+        answers: queue.SimpleQueue[tuple[_Result | None, Exception | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(self._store), None))
+            except Exception as exc:
+                answers.put((None, exc))
+
+        error: Exception | None = None
+        if not self._is_silent:
+            threading.Thread(target=ask, name="layerstream-store", daemon=True).start()
+            try:
+                answer, error = answers.get(timeout=_ANSWER_S)
+            except queue.Empty:
+                self._is_silent = True
+        if self._is_silent:
+            error = RuntimeError(f"nothing within {_ANSWER_S:.0f} s")
+        if error is None:
+            return answer  # type: ignore[return-value]
+        if not isinstance(error, RuntimeError):
+            raise error
+        raise RankError(
+            f"the store of the process group does not answer ({error}). The process that keeps it has ended: rank 0, "
+            "or torchrun; or one was killed while it wrote to a file store. Ranks that stream go on; to share weights "
+            "again, start all of them anew, with another file."
+        ) from error
 
 
 def _store_of(group: dist.ProcessGroup | None) -> Any:

@@ -28,7 +28,7 @@ import torch
 
 from layerstream.budget import format_bytes
 from layerstream.errors import HostMemoryError, RankError
-from layerstream.host.memory import PAGE_BYTES, SHARED_UNTIL_WRITTEN, whole_pages
+from layerstream.host.memory import PAGE_BYTES, SHARED_UNTIL_WRITTEN, End, forget_mapping, whole_pages
 
 # By number: Python has these names only where it was built with a C library that does, and conda's was not.
 # Source: Linux, include/uapi/linux/memfd.h and fcntl.h.
@@ -202,8 +202,8 @@ class PrivatePages:
     def __init__(self, pages: mmap.mmap) -> None:
         self._pages = pages
         self.range = _range_of(pages)
-        SHARED_UNTIL_WRITTEN[self.range[0]] = self.range[1]
-        weakref.finalize(pages, SHARED_UNTIL_WRITTEN.pop, self.range[0], None).atexit = False
+        SHARED_UNTIL_WRITTEN[self.range[0]] = end = End(self.range[1])
+        weakref.finalize(pages, forget_mapping, SHARED_UNTIL_WRITTEN, self.range[0], end).atexit = False
 
     def cut(self, offset: int, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] with a storage of its own, which begins `offset` bytes into the memory."""

@@ -43,6 +43,7 @@ from layerstream.host.memory import (
     available_bytes,
     bytes_of,
     fill,
+    is_shared_until_written,
     merged,
     over,
     touch,
@@ -80,7 +81,9 @@ class Stretches:
                 needed += bound.num_bytes
             elif bound.is_dense and bound.num_bytes:
                 stretch = maps.stretch(bound.home)
-                if stretch is not None:
+                if is_shared_until_written(bound.home.data_ptr()):
+                    needed += bound.num_bytes  # gathered, and what others have is not given up
+                elif stretch is not None:
                     found.setdefault(stretch, []).append(bound)
         for stretch, inside in found.items():
             spans = [address_range(bound.home) for bound in inside]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
+import threading
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from layerstream.device import cuda
 from layerstream.device.allocator import GrowingSegments
 
 
@@ -84,3 +90,36 @@ def test_an_allocator_that_refuses_goes_on_as_it_was() -> None:
     with growing.off():
         assert not growing.is_on
     growing.remove("a")
+
+
+@pytest.mark.parametrize(
+    ("current", "has_peers", "may_grow"), [(0, False, True), (1, False, False), (0, True, False), (1, True, False)]
+)
+def test_memory_grows_only_where_one_gpu_is_in_use(
+    current: int, has_peers: bool, may_grow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another GPU current torch unmaps what queued kernels use; and so it is once two GPUs work together."""
+    device = object.__new__(cuda.CudaDevice)
+    device.torch_device = torch.device("cuda", 0)
+    peers = threading.Event()
+    if has_peers:
+        peers.set()
+    grown: list[object] = []
+    monkeypatch.setattr(cuda, "_HAS_PEERS", peers)
+    monkeypatch.setattr(cuda, "_GROWING", SimpleNamespace(add=grown.append, remove=grown.remove))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    device.grow_segments("owner", is_on=True)
+    assert bool(grown) is may_grow
+
+
+def test_another_gpu_is_waited_for_before_its_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = object.__new__(cuda.CudaDevice)
+    device.torch_device = torch.device("cuda", 0)
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 2 - index)
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    device.empty_cache()
+    assert done == [1, "emptied"]

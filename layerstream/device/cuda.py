@@ -114,6 +114,7 @@ class _CopyStreams:
 
 
 _NOTHING = contextlib.nullcontext()
+_HAS_PEERS = threading.Event()  # set: copies between two GPUs were asked for in this process
 _CAPS: dict[int, Caps] = {}  # of the process, by GPU
 _THREAD = threading.local()
 _GROWING = GrowingSegments()
@@ -178,7 +179,7 @@ class CudaDevice:
         return max(int(total) - int(free) - self.reserved_bytes(), 0)
 
     def set_cap(self, num_bytes: int | None, owner: Hashable = None) -> None:
-        index = torch.cuda.current_device() if self.torch_device.index is None else self.torch_device.index
+        index = self._index
         caps = _CAPS.setdefault(index, Caps())
         caps.set(num_bytes, owner, functools.partial(self._apply_cap, caps))
 
@@ -198,10 +199,23 @@ class CudaDevice:
         torch.cuda.set_per_process_memory_fraction(_fraction(least, total), self.torch_device)
 
     def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
-        if is_on:
-            _GROWING.add(owner)
-        else:
+        if not is_on:
             _GROWING.remove(owner)
+        elif self._may_grow():
+            _GROWING.add(owner)
+
+    def _may_grow(self) -> bool:
+        """Whether torch keeps such memory safe.
+
+        Before it unmaps what has grown, it waits for the default stream of the current GPU, on whichever GPU that is
+        (PyTorch issue 196258): where another one is current, `empty_cache` unmaps what queued kernels use.
+        """
+        return not _HAS_PEERS.is_set() and torch.cuda.current_device() == self._index
+
+    @property
+    def _index(self) -> int:
+        index = self.torch_device.index
+        return torch.cuda.current_device() if index is None else index
 
     def page_bytes(self) -> int:
         return PAGE_BYTES if _GROWING.is_on else 0
@@ -267,6 +281,7 @@ class CudaDevice:
         return bool(event.query())
 
     def reaches(self, other: Device) -> bool:
+        _HAS_PEERS.set()
         if not isinstance(other, CudaDevice) or not torch.cuda.can_device_access_peer(
             self.torch_device, other.torch_device
         ):
@@ -389,7 +404,12 @@ class CudaDevice:
         event.synchronize()
 
     def empty_cache(self) -> None:
-        torch.cuda.empty_cache()
+        # That is of all GPUs; what waits for which is told at `_may_grow`.
+        with torch.cuda.device(self._index):
+            for index in range(torch.cuda.device_count()):
+                if index != self._index and torch.cuda.memory_reserved(index):
+                    torch.cuda.synchronize(index)
+            torch.cuda.empty_cache()
 
 
 def _fraction_now(device: torch.device) -> float:

@@ -30,6 +30,7 @@ from layerstream.errors import (
 from layerstream.host.home import PackedHome, RawHome, StoredHome
 from layerstream.host.pages_ahead import PagesAhead
 from layerstream.standins import build_tiny, run_tiny
+from layerstream.standins.repository import autoregressive_call, build_autoregressive, run_autoregressive
 from layerstream.transfer import route
 from layerstream.transfer.route import CopyThroughHost
 from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, run, toy, twin
@@ -91,6 +92,19 @@ def test_pipelines(name: str, reaches: bool) -> None:
             assert torch.equal(run_tiny(pipe, name, seed=seed), expected[seed])
         assert streaming.stats().num_stored_units > 0
     assert torch.equal(run_tiny(pipe, name, seed=1), expected[1])
+    assert not keeper.buffer_bytes
+
+
+@pytest.mark.parametrize("name", ["nextstep_b", "mammoth"])
+def test_token_loops(name: str) -> None:
+    pipe = build_autoregressive(name, scale="tiny", dtype=torch.float32)
+    call = autoregressive_call(name, "tiny")
+    expected = run_autoregressive(pipe, name, scale="tiny", seed=0, **call)
+    device, keeper = adversary(copies="random"), other(copies="random")
+    with layerstream.offload(pipe, vram_budget="min", device=device, store=keeper) as streaming, device.checking():
+        for _ in range(2):
+            assert torch.equal(run_autoregressive(pipe, name, scale="tiny", seed=0, **call), expected)
+        assert streaming.stats().num_stored_units >= 12
     assert not keeper.buffer_bytes
 
 

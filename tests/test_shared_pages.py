@@ -319,7 +319,7 @@ def test_ranks_may_enter_in_any_order_and_as_often_as_they_like(two: list[Rank])
 @pytest.mark.parametrize("is_deleted", [False, True])
 def test_a_leader_that_leaves_while_another_rank_looks_at_it(is_deleted: bool) -> None:
     store = dist.HashStore()
-    leader = Entering(_Store(store), 0, 2, "pipe", "3 units")
+    leader = Entering(_Store(store), 0, "pipe", "3 units")
 
     class Racing:
         """A store in which the leader leaves as soon as its place was looked at."""
@@ -332,7 +332,7 @@ def test_a_leader_that_leaves_while_another_rank_looks_at_it(is_deleted: bool) -
             return found
 
     assert leader.is_leader
-    assert Entering(_Store(Racing()), 1, 2, "pipe", "3 units").is_leader
+    assert Entering(_Store(Racing()), 1, "pipe", "3 units").is_leader
     assert not leader.is_leader
 
 

@@ -34,8 +34,7 @@ _SECONDS = 240.0  # for the other to load its weights and warm up
 
 
 def _apply(setup: Setup) -> None:
-    is_simulated = setup.device.type == "cpu"
-    if not is_simulated and torch.cuda.device_count() < _NUM_RANKS:
+    if setup.device.type == "cuda" and torch.cuda.device_count() < _NUM_RANKS:
         raise MissingPeerError("there is one GPU here, and two replicas need two")
     assert setup.folder is not None
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -51,8 +50,6 @@ def _apply(setup: Setup) -> None:
     _join(server.port, 0)
     setup.undo.callback(dist.destroy_process_group)
     streamer = setup.undo.enter_context(_offloaded(work.target, setup.vram_budget, setup.device))
-    if is_simulated:
-        setup.undo.enter_context(SimulatedDevice().accounting())
     mine.send("share")
     if not mine.poll(_SECONDS):
         raise TimeoutError(f"the other replica was not ready after {_SECONDS:.0f} s")

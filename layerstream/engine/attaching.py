@@ -100,7 +100,7 @@ class Attaching:
         self._ledger.components(
             [(c.name, c.is_repeated) for c in layouts], specs, whole, changed, self._residency.order
         )
-        self._stats.pinned_bytes = sum(unit.home.locked_bytes for a in self._attached.all for unit in a.units)
+        self._stats.pinned_bytes = self._attached.locked_bytes
         self._stats.pin_s = sum(a.store.pin_s for a in self._attached.all)
         self.count_placements()
 

@@ -371,6 +371,11 @@ class Attachments:
         """Of what was brought to the device whole."""
         return sum(attachment.whole_bytes for attachment in self.all)
 
+    @property
+    def locked_bytes(self) -> int:
+        """Of host memory that is page-locked for units."""
+        return sum(unit.home.locked_bytes for attachment in self.all for unit in attachment.units)
+
     def _bring_home_replaced(self, attachment: Attachment) -> None:
         """A tensor that code put in place of one of ours was made on the device; it belongs where that one was."""
         homes = {id(b.tensor): b.home_device for unit in attachment.division.units for b in unit.binding.tensors}

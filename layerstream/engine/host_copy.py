@@ -128,11 +128,9 @@ class HostCopy:
             return {}
         place = "+".join(layout.name for layout in layouts)
         contents = _Contents.of(units)
-        if place not in self._parts and not contents.num_bytes:
-            self._parts[place] = None
         may_be = [unit for unit in units if unit not in looked_at and _may_be_shared(unit.binding)]
         if place not in self._parts:
-            self._parts[place] = self._entered(place, contents, may_be)
+            self._parts[place] = self._entered(place, contents, may_be) if contents.num_bytes else None
         part = self._parts[place]
         if part is None:
             return {}

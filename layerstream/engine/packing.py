@@ -207,9 +207,8 @@ class Packing:
         self._count()
 
     def _count(self) -> None:
-        units = self._attached.units.values()
-        self._stats.pinned_bytes = sum(unit.home.locked_bytes for unit in units)
-        packed = [unit for unit in units if isinstance(unit.home, PackedHome)]
+        self._stats.pinned_bytes = self._attached.locked_bytes
+        packed = [unit for unit in self._attached.units.values() if isinstance(unit.home, PackedHome)]
         self._stats.num_packed_units = len(packed)
         self._stats.packed_bytes = sum(unit.home.wire_bytes for unit in packed)
         self._stats.unpacked_bytes = sum(unit.home.device_bytes for unit in packed)

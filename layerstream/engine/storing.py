@@ -236,6 +236,6 @@ class Storing:
         units = self._attached.units
         stored = {index: unit.home.keeper.name for index, unit in units.items() if unit.home.keeper is not None}
         self._ledger.planner.keep(stored)
-        self._stats.pinned_bytes = sum(unit.home.locked_bytes for unit in units.values())
+        self._stats.pinned_bytes = self._attached.locked_bytes
         self._stats.num_stored_units = len(stored)
         self._stats.stored_bytes = sum(units[index].home.wire_bytes for index in stored)

@@ -69,7 +69,7 @@ class HostRanks:
     """The ranks of a process group, to those of them that are on one host.
 
     Attributes:
-        rank, num_ranks: this process in the group, and how many there are, on all hosts.
+        rank: of this process in the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -86,7 +86,7 @@ class HostRanks:
                 "initialised. Start the processes with `torchrun` or `accelerate launch`, and call "
                 "`torch.distributed.init_process_group()` before streaming begins."
             )
-        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
         if self.rank < 0:
             raise ArgumentError("this process is no rank of the group that it should share weights with")
         self._store = _Store(_store_of(group))
@@ -101,7 +101,7 @@ class HostRanks:
         Raises:
             RankError: the leader enters with other contents, or the store does not answer.
         """
-        return Entering(self._store, self.rank, self.num_ranks, name, contents)
+        return Entering(self._store, self.rank, name, contents)
 
 
 class Entering:
@@ -114,9 +114,9 @@ class Entering:
             does not.
     """
 
-    def __init__(self, store: _Store, rank: int, num_ranks: int, name: str, contents: str) -> None:
+    def __init__(self, store: _Store, rank: int, name: str, contents: str) -> None:
         self._store = store
-        self._rank, self._num_ranks = rank, num_ranks
+        self._rank = rank
         self._name, self._contents = name, contents
         self._published: list[str] = []
         self._num_fetched = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -524,6 +524,30 @@ def test_room_to_grow_is_no_reason_to_refuse() -> None:
         assert device.num_ooms() == 0
 
 
+@pytest.mark.parametrize("takes", [lambda length: 1_300 * length, lambda length: 10 * length**2])
+@pytest.mark.parametrize("others", [0, 4_000])
+def test_what_a_loop_takes_may_grow_with_the_square_of_its_tokens(takes: Any, others: int) -> None:
+    """Attention without a cache; beside a tensor that does not grow: of both, the tokens are few."""
+    device = SimulatedDevice()
+
+    class Attending(Sized):
+        def forward(self, x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    net = Attending(device, [10 * KIB] * 20, takes=lambda x: takes(x.shape[1]))
+    beside = x(1, others)
+    with streamed(device, {"net": net}, BASE + 2 * 10 * KIB + takes(160)) as streamer:
+        for _ in range(3):
+            net(x(1, 100), beside)
+        assert num_resident(streamer) > 4  # else all the room there is would be free anyway
+        for length in range(101, 160):
+            net(x(1, length), beside)
+        assert device.num_ooms() == 0
+
+
+# A batch of six after one of five looks like the next token of a loop. The plan for five had no room for a sixth,
+# because `encoder` stays beside it.
+@example([("encoder", 1, 2, 0), ("vae", 5, 2, 0), ("vae", 6, 1, 0)], 0)
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
@@ -787,8 +811,8 @@ def test_a_token_loop_reads_and_plans_now_and_then() -> None:
         device.asked.clear()
         for token in inputs:
             net(token)
-        # From 100 to 500 in quarters: 7.2. Each is measured, planned for, and perhaps timed.
-        assert streamer._last.stats.num_plans <= 10
+        # From 100 to 500 in steps of which two make a quarter: 14.4. Each is measured, and planned for.
+        assert streamer._last.stats.num_plans <= 16
         assert all(count <= 80 for count in device.asked.values()), device.asked
         device.asked.clear()
         for token in inputs:  # the same again

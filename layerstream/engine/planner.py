@@ -56,7 +56,8 @@ class Planner:
         self._uses = _Uses()
         self._plan: Plan | None = None
         self._planned_costs: Costs | None = None
-        self._planned_with: set[CallKind] = set()  # those that the present plan was found to do for
+        # The kinds that the present plan was found to do for, each with whether room for its growth was looked for.
+        self._planned_with: set[tuple[CallKind, bool]] = set()
         self._has_new_times = False  # not planned with yet
         self._planned_brief: frozenset[str] = frozenset()  # of `PhaseTracker.brief`
         self._refused: set[tuple[str, ...]] = set()  # components that cannot share a phase within the budget
@@ -136,7 +137,7 @@ class Planner:
 
     def serves(self, kind: CallKind) -> bool:
         """Whether the present plan was found to do for such a call."""
-        return self._plan is not None and kind in self._planned_with
+        return self._plan is not None and (kind, kind.is_growing) in self._planned_with
 
     @property
     def is_due(self) -> bool:
@@ -181,7 +182,7 @@ class Planner:
                 self._plan = self._make_for(kind, phases, costs, outside_bytes)
             self._planned_costs, self._has_other_sizes = costs, False
         is_new = self._plan is not before
-        self._planned_with = {*(() if is_new else self._planned_with), kind}
+        self._planned_with = {*(() if is_new else self._planned_with), (kind, kind.is_growing)}
         return is_new
 
     def _make_for(self, kind: CallKind, phases: Sequence[Phase], costs: Costs | None, outside_bytes: int) -> Plan:

@@ -6,7 +6,7 @@ that take turns (a ControlNet and its UNet, two networks for guidance) are one p
 What a phase takes beside the weights, its *reserve*, is measured, not guessed, and remembered by *key*: component,
 entry point, shapes and dtypes of what is passed. A key that was never measured gets all the room there is. Shapes that
 are no larger than measured ones borrow their reserve until they were measured themselves; shapes that grow token by
-token stay one key, which is measured again when they have grown by a quarter.
+token stay one key, which is measured again before what it takes can have grown by a quarter.
 
 That a component runs many times a call is known of denoisers, and learned of others: a language model that writes a
 prompt anew, or draws an image token by token, runs in a *loop*.
@@ -27,7 +27,9 @@ Shapes = tuple[tuple[Hashable, tuple[int, ...]], ...]  # (dtype, shape) of every
 READ = "(weights)"
 # In the shapes of a call beside which another one runs, before those of the other.
 BESIDE = "beside"
+# What is kept for a loop is so much more than it took. Attention without a cache takes the square of its tokens.
 GROWTH = 1.25
+_LONGER = GROWTH**0.5
 # A turn this long (in passes) or longer is a phase of its own; components that alternate faster share one.
 _MOST_PASSES_PER_TURN = 4
 # A text encoder runs once or twice in a turn. What runs more often than this in one is in a loop.
@@ -60,10 +62,6 @@ class Key:
         return self.entry == READ and not self.shapes
 
     @property
-    def num_elements(self) -> int:
-        return sum(_product(shape) for _, shape in self.shapes)
-
-    @property
     def may_pad(self) -> bool:
         """Whether a mask, or ids that one is made of, may be passed: what it takes then depends on the prompt."""
         return not all("float" in str(dtype) for dtype, _ in self.shapes)
@@ -79,21 +77,26 @@ class Key:
 
     def is_covered_by(self, other: Key) -> bool:
         """Alike, and no tensor is larger in any dimension."""
-        return self.is_alike(other) and all(
-            a <= b
-            for mine, its in zip(self.shapes, other.shapes, strict=True)
-            for a, b in zip(mine[1], its[1], strict=True)
-        )
+        return self.is_alike(other) and all(mine <= its for mine, its in self._sizes_beside(other))
 
     def is_a_token_after(self, other: Key) -> bool:
-        """Alike, one longer in some dimensions, and little larger: the next step of a token loop, no second image."""
-        steps = [
-            a - b
-            for mine, its in zip(self.shapes, other.shapes, strict=False)
-            for a, b in zip(mine[1], its[1], strict=False)
+        """Alike, one longer in some dimensions, and little longer: the next step of a token loop, no second image."""
+        if not self.is_alike(other):
+            return False
+        steps = {mine - its for mine, its in self._sizes_beside(other)}
+        return steps <= {0, 1} and 1 in steps and self.growth_since(other) <= GROWTH
+
+    def growth_since(self, other: Key) -> float:
+        """How many times as long the dimension is that has grown most, of one that is alike."""
+        return max((mine / max(its, 1) for mine, its in self._sizes_beside(other)), default=1.0)
+
+    def _sizes_beside(self, other: Key) -> list[tuple[int, int]]:
+        """Each dimension's size, and its size there."""
+        return [
+            sizes
+            for (_, mine), (_, its) in zip(self.shapes, other.shapes, strict=True)
+            for sizes in zip(mine, its, strict=True)
         ]
-        is_a_step = self.is_alike(other) and set(steps) <= {0, 1} and 1 in steps
-        return is_a_step and self.num_elements <= GROWTH * other.num_elements
 
 
 @dataclass(eq=False)
@@ -382,7 +385,7 @@ class PhaseTracker:
             return known
         last = self._kinds.get(last_key) if last_key is not None else None
         if last is not None and last_key is not None and key.is_a_token_after(last_key):
-            if last.over_bytes is not None and key.num_elements > GROWTH * last.key.num_elements:
+            if last.over_bytes is not None and key.growth_since(last.key) > _LONGER:
                 # Measured anew, with what was kept so far and a quarter more meanwhile: evicting everything every
                 # few hundred tokens would cost more than the loop does.
                 last = CallKind(
@@ -408,10 +411,3 @@ class PhaseTracker:
             self._kinds.pop(next(iter(self._kinds)))
         self._kinds[key] = kind
         return kind
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -92,8 +92,18 @@ _PACKED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {
     ("glm", "pipeline"): [("packed", "12GiB")],
     ("mammoth", "pipeline"): [("packed", "12GiB")],
     ("sd35m", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
-    ("ovis", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
-    ("longcat", "pipeline"): [("packed", "4GiB"), ("packed", "6GiB")],
+    ("ovis", "pipeline"): [
+        ("packed_paired", "6GiB"),
+        ("packed_paired", "4GiB"),
+        ("packed", "6GiB"),
+        ("packed", "4GiB"),
+    ],
+    ("longcat", "pipeline"): [
+        ("packed_paired", "6GiB"),
+        ("packed_paired", "4GiB"),
+        ("packed", "6GiB"),
+        ("packed", "4GiB"),
+    ],
 }
 # From another GPU's memory, and beside the same from the host.
 _STORED: Mapping[tuple[str, Form], Sequence[tuple[str, str]]] = {

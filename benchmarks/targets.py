@@ -51,7 +51,11 @@ _PACKED: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("ovis", "pipeline"): {"6GiB": 1.04, "4GiB": 1.12},
     ("longcat", "pipeline"): {"6GiB": 1.05, "4GiB": 1.12},
 }
-_PACKED_PAIRED: Mapping[tuple[str, str], Mapping[str, float]] = {("qwen", "denoiser"): {"12GiB": 1.05, "8GiB": 1.10}}
+_PACKED_PAIRED: Mapping[tuple[str, str], Mapping[str, float]] = {
+    ("qwen", "denoiser"): {"12GiB": 1.05, "8GiB": 1.10},
+    ("ovis", "pipeline"): {"6GiB": 1.04, "4GiB": 1.12},
+    ("longcat", "pipeline"): {"6GiB": 1.05, "4GiB": 1.12},
+}
 # With the weights on another GPU.
 _STORED: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("ovis", "denoiser"): {"min": 1.04},

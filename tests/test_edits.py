@@ -858,6 +858,30 @@ def test_what_an_interrupted_call_has_written_stays_although_it_is_held(budget: 
     assert_equal(run(model), run(resident))
 
 
+@pytest.mark.parametrize("budget", ["min", 60_000])
+@pytest.mark.parametrize("copies", ["at_once", "late"])
+def test_a_state_dict_that_is_dropped_is_compared_no_more(copies: Any, budget: int | str) -> None:
+    """Loads that are prepared after it was given look at the same memory."""
+    model = toy()
+    resident = twin(model)
+    with layerstream.offload(model, vram_budget=budget, device=adversary(copies=copies)) as streaming:
+        state = model.state_dict()
+        for _ in range(3):
+            assert_equal(run(model, 2), run(resident, 2))
+        assert streaming._streamer is not None
+        edits = streaming._streamer.edits
+        assert edits._entries
+        array = state["blocks.2.up.weight"].numpy()
+        del state
+        gc.collect()
+        assert_equal(run(model, 2), run(resident, 2))
+        assert len(edits._entries) == 1, "of which somebody has an array"
+        del array
+        gc.collect()
+        assert_equal(run(model, 2), run(resident, 2))
+        assert not edits._entries
+
+
 def test_a_state_dict_from_before_costs_no_loads() -> None:
     loads = []
     for is_held in (True, False):

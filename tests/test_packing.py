@@ -309,6 +309,54 @@ def test_a_pause_brings_all_home_and_packs_it_again(mode: str) -> None:
         assert num_packed(streaming) == 6
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [1024, 64])
+@pytest.mark.parametrize("num_given", [1, 4])
+def test_a_state_dict_that_is_dropped_costs_no_packing(
+    num_given: int, width: int, mode: str, packs_anything: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its entries are memory at home, raw: what somebody has is packed again once nobody has it."""
+    monkeypatch.setattr(packing, "_MOST_UNPACKED", 2)
+    model, x = Layers(4, width), torch.randn(1, width)
+    resident = twin(model)
+    with torch.no_grad(), layerstream.offload(model, vram_budget="min", device=adversary(), packing=mode) as streaming:
+
+        def calls() -> None:
+            for _ in range(8):
+                assert torch.equal(model(x), resident(x))
+
+        calls()
+        most = num_packed(streaming)
+        assert most >= 3
+        given = [each.state_dict() for _ in range(num_given) for each in (model, resident)]
+        calls()
+        assert num_packed(streaming) == 0
+        assert "of what was to be: somebody else has its memory" in str(streaming.report())
+        for each in given:
+            each["blocks.2.weight"].mul_(0.5)
+        calls()
+        given.clear()
+        del each
+        gc.collect()
+        calls()
+        calls()
+        assert num_packed(streaming) >= most
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pauses_are_no_touches(mode: str, packs_anything: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_MOST_UNPACKED", 2)
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    with layerstream.offload(pipe, vram_budget="min", device=adversary(), packing=mode) as streaming:
+        for _ in range(4):
+            settle(pipe, resident, streaming)
+            with streaming.paused():
+                pass
+        settle(pipe, resident, streaming)
+        assert num_packed(streaming) == 6
+
+
 # ---- what goes wrong
 
 

@@ -103,10 +103,13 @@ class Edits:
         """`weight.data = other`: memory that these weights had before is no longer theirs."""
         self._untie({id(bound.tensor) for bound in bounds})
 
-    def has_entry(self, bound: BoundTensor) -> bool:
-        """Whether somebody has the weight's memory at home as an entry of a `state_dict`, or has had it before."""
-        is_entry = any(each.tensor is bound.tensor and each.is_held() for each in self._entries)
-        return is_entry or any(bound in held.bounds for held in self._held.values())
+    def has_entries(self, bounds: Collection[BoundTensor]) -> bool:
+        """Whether somebody has memory at home of one of these weights as an entry of a `state_dict`, is being given it,
+        or has had it before."""
+        weights = {id(bound.tensor) for bound in bounds}
+        is_entry = any(id(each.tensor) in weights and each.is_held() for each in self._entries)
+        is_held = any(id(bound.tensor) in weights for held in self._held.values() for bound in held.bounds)
+        return is_entry or is_held or not weights.isdisjoint(self._given)
 
     def holds(self, unit: StreamedUnit) -> bool:
         """Whether somebody has memory in which weights of the unit were found."""

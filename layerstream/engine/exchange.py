@@ -23,6 +23,7 @@ from layerstream.host.store import HostStore
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.transfer.transfer import TransferEngine
 from layerstream.transfer.unit import StreamedUnit
+from layerstream.weights.references import is_held
 
 _log = logging.getLogger("layerstream.exchange")
 
@@ -115,10 +116,13 @@ class HomeExchanges:
 
     def is_looked_at(self, unit: StreamedUnit) -> bool:
         """Whether somebody has been given the unit's memory at home: an entry of a `state_dict`, or what a pickle was
-        made of."""
-        return unit.is_lent or any(
-            self._edits.has_entry(bound) or (bound.stand_in is not None and bound.stand_in() is not None)
-            for bound in unit.binding.tensors
+        made of; or has what its weights were found in."""
+        bounds = unit.binding.tensors
+        return (
+            unit.is_lent
+            or any(bound.stand_in is not None and bound.stand_in() is not None for bound in bounds)
+            or any(not bound.has_one_home and is_held(bound.home, num_own=1) for bound in bounds)
+            or self._edits.has_entries(bounds)
         )
 
     def why_at_home(self, unit: StreamedUnit) -> str:
@@ -126,7 +130,8 @@ class HomeExchanges:
         binding = unit.binding
         if not isinstance(unit.home, RawHome):  # it has none
             return "somebody else has its memory" if self.is_looked_at(unit) else ""
-        if not all(bound.has_one_home for bound in binding.tensors):
+        # What a weight was found in is needed beside what loads read, where handing it back keeps its strides.
+        if any(not b.has_one_home and (not b.is_dense or b.home.is_shared()) for b in binding.tensors):
             return "its memory is not all ours"
         places = [at for bound, at in zip(binding.tensors, unit.home.offsets, strict=True) if bound.num_bytes]
         if len(set(places)) < len(places):

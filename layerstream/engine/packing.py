@@ -107,6 +107,9 @@ class Packing:
         if not self.is_on or self.why_off:
             return self.why_off if self.is_on else ""
         counts = Counter(why for index, why in self._refused.items() if index in self._attached.units)
+        num_looked_at = sum(map(self._is_looked_at, self._wanted))
+        if num_looked_at:
+            counts["somebody else has its memory"] += num_looked_at
         return "; ".join(f"{count} of what was to be: {why}" for why, count in counts.most_common())
 
     # ---- when
@@ -123,10 +126,13 @@ class Packing:
         """Components are there: pack their blocks now, if that is wanted."""
         if not self.is_ahead or self.why_off:
             return
-        units = [unit for unit in self._attached.units.values() if self._may_pack(unit)]
-        if not self._ledger.planner.has_room_to_pack(self._sizes(unit.index for unit in units)):
-            self._refuse([unit.index for unit in units], _NO_ROOM)
+        every = [unit for unit in self._attached.units.values() if self._may_pack(unit)]
+        if not self._ledger.planner.has_room_to_pack(self._sizes(unit.index for unit in every)):
+            self._refuse([unit.index for unit in every], _NO_ROOM)
             return
+        looked_at = {unit.index for unit in every if self._exchanges.is_looked_at(unit)}
+        self._wanted.extend(looked_at)  # packed at rest, when nobody looks any more
+        units = [unit for unit in every if unit.index not in looked_at]
         progress = Progress(sum(unit.home.device_bytes for unit in units), "layerstream packs the weights")
         try:
             with engine_tensors():
@@ -203,7 +209,7 @@ class Packing:
     def _tell_planner(self) -> None:
         """Plans are made with what is packed, and with what is to be, from now on."""
         self._has_changed = False
-        self._ledger.planner.pack(self._sizes(self._wanted))
+        self._ledger.planner.pack(self._sizes(index for index in self._wanted if not self._is_looked_at(index)))
         self._count()
 
     def _count(self) -> None:
@@ -241,15 +247,20 @@ class Packing:
     def _was_made_raw(self, unit: StreamedUnit, before: Home) -> None:
         if not isinstance(before, PackedHome):
             return
-        count = self._num_unpacked[unit.index] = self._num_unpacked.get(unit.index, 0) + 1
-        if count >= _MOST_UNPACKED and not self._raw_again.is_leaving:
-            self._refuse([unit.index], "it is looked at again and again")
         self._has_changed, self._considered = True, None
+        if self._raw_again.is_leaving:
+            return
+        count = self._num_unpacked[unit.index] = self._num_unpacked.get(unit.index, 0) + 1
+        if count >= _MOST_UNPACKED:
+            self._refuse([unit.index], "it is looked at again and again")
 
     def forget(self, units: Sequence[StreamedUnit]) -> None:
-        """These units are let go of."""
+        """These units are let go of. Why they stayed raw may be over when they come back."""
         gone = {unit.index for unit in units}
         self._wanted = deque(index for index in self._wanted if index not in gone)
+        for index in gone:
+            self._refused.pop(index, None)
+            self._num_unpacked.pop(index, None)
         self._follows = None
         self._is_asked = False
         self._considered = None

@@ -420,7 +420,7 @@ class Residency:
         """Whether the memory of a weight at home is not its alone."""
         at = bound.master.data_ptr()
         is_tied = any(b is not bound and b.master.data_ptr() == at for b in unit.binding.tensors)
-        return is_tied or self._edits.has_entry(bound)
+        return is_tied or self._edits.has_entries([bound])
 
     def take_in(self, unit: StreamedUnit) -> bool:
         """Bring home what the weights of an absent unit were given meanwhile; returns whether it can go on so."""

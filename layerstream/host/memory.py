@@ -61,6 +61,16 @@ def over(flat: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], strides: 
     return torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), start, shape, strides)
 
 
+def in_storage_of_its_own(flat: torch.Tensor) -> torch.Tensor:
+    """The same bytes (uint8, dense) as memory of another storage, which keeps them alive. Who else looks at a storage
+    is told by counting its tensors, and what loads keep cut from this one does not count there."""
+    if not flat.numel():
+        return flat
+    held = (ctypes.c_char * flat.numel()).from_address(flat.data_ptr())
+    held.owner = flat  # type: ignore[attr-defined]
+    return torch.frombuffer(held, dtype=torch.uint8)
+
+
 def address_range(tensor: torch.Tensor) -> Range:
     """Where a dense tensor's bytes lie."""
     start = tensor.data_ptr()

@@ -43,6 +43,7 @@ from layerstream.host.memory import (
     available_bytes,
     bytes_of,
     fill,
+    in_storage_of_its_own,
     is_shared_until_written,
     merged,
     over,
@@ -193,7 +194,7 @@ class HostStore:
             for source, offset, _ in home.ranges:
                 start, end = address_range(source)
                 is_pinned = any(lock[0] <= start and end <= lock[1] for lock in home.locks)
-                home.segments.append(Segment(source, offset, is_pinned))
+                home.segments.append(Segment(in_storage_of_its_own(source), offset, is_pinned))
                 if is_pinned:
                     self.pinned_bytes += source.numel()
                 else:

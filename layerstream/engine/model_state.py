@@ -7,21 +7,23 @@ before. Weights are others' to watch over (`edits.py`). What nobody can look int
 
 from __future__ import annotations
 
+import logging
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from operator import is_
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerstream.engine.snapshots import MOST_BYTES, copy_of
+from layerstream.engine.snapshots import MOST_BYTES, copy_of, put_back
 from layerstream.hooks.compiled import describe_compiled
-from layerstream.hooks.intercept import is_our_hook, is_our_wrapper
+from layerstream.hooks.intercept import is_our_hook, without_our_wrappers
 from layerstream.torch_private import GLOBAL_HOOKS, GLOBAL_PRE_HOOKS, without_subclasses
 
 _HOOK_DICTS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -30,8 +32,27 @@ _ABOUT_HOOKS = (
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 _PLAIN = (int, float, bool, str, bytes, complex)
-_NOT_LOOKED_INTO = (*_PLAIN, type, BuiltinFunctionType, ModuleType, type(None), torch.dtype, torch.device, torch.Size)
+_NOT_LOOKED_INTO = (
+    *_PLAIN, type, BuiltinFunctionType, ModuleType, type(None), torch.dtype, torch.device, torch.Size,
+    logging.Logger, logging.LoggerAdapter,
+)  # fmt: skip
 _OPAQUE = ("ndarray", "RandomState", "Generator", "PCG64")  # of numpy, which need not be imported to know them
+# Classes of these keep nothing that a pass writes to, and their functions use no globals that one does.
+_LIBRARIES = (
+    "builtins",
+    "torch",
+    "functools",
+    "typing",
+    "enum",
+    "abc",
+    "weakref",
+    "collections",
+    "numpy",
+    "layerstream",
+)
+_WITH_MODELS = (*_LIBRARIES, "diffusers", "transformers", "accelerate", "peft", "huggingface_hub")
+# Of every class: what has no part in what its methods do, or changes by being asked for.
+_OF_CLASSES = ("__dict__", "__weakref__", "__doc__", "__annotations__", "__abstractmethods__", "_abc_impl", "__slots__")
 _DEPTH = 8  # of containers and objects below a module's attributes
 
 _global_hooks = [found for each in (GLOBAL_HOOKS, GLOBAL_PRE_HOOKS) if (found := each.find()) is not None]
@@ -49,15 +70,15 @@ class ModelState:
         self._hooks: list[tuple[str, dict[Any, Any]]] = []
         self._dicts, self._keys, self._others = _Holders(dict.values), _Holders(iter), _Holders(iter)
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._num_bytes = 0  # of these
+        self._paths: list[str] = []  # of these
+        self._versions: list[int] = []
+        self._num_bytes = 0
         self._refusal = ""  # what nobody can look into, or has buffers of its own that two passes would share
         modules = dict(root.named_modules())
         self._modules = {id(module) for module in modules.values()}
         self._seen: set[int] = set()
-        for kind in dict.fromkeys(kind for module in modules.values() for kind in type(module).__mro__):
-            if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch."):
-                view = _View(partial(_attributes, kind))
-                self._others.add(kind.__name__, view, list(view))
+        for kind in dict.fromkeys(type(module) for module in modules.values()):
+            self._look_at_class(kind, _DEPTH)
         for name, module in modules.items():
             names, path = vars(module), name or type(root).__name__
             self._hooks += [(path, names[kind]) for kind in _HOOK_DICTS if kind in names]
@@ -74,7 +95,7 @@ class ModelState:
         for path, hooks in self._hooks:
             if hooks and not all(map(is_our_hook, hooks)):
                 return f"a hook on `{path}`"
-        changed = self._dicts.changed() or self._keys.changed() or self._others.changed()
+        changed = self._dicts.changed() or self._keys.changed() or self._others.changed() or self._written()
         return f"`{changed}` changes" if changed else ""
 
     def tensors(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -82,9 +103,11 @@ class ModelState:
         return self._tensors
 
     def restore(self) -> bool:
-        """Put back what has changed. Returns whether anything had; what is written to tensors stays."""
+        """Put back what has changed, in tensors, too. Returns whether anything had. Waits for the device."""
+        was_written = put_back(self._tensors)
+        self._versions = [_version_of(tensor) for tensor, _ in self._tensors]
         if not self.difference():
-            return False
+            return was_written
         for (_, names, keys), (_, _, values) in zip(self._keys.each(), self._dicts.each(), strict=True):
             if len(names) != len(keys) or not all(map(is_, names.values(), values)):
                 names.clear()
@@ -98,6 +121,26 @@ class ModelState:
         return True
 
     # ---- inside
+
+    def _written(self) -> str:
+        """The path of a tensor whose version has moved on; "": none. What is written past that, only bytes tell."""
+        for path, (tensor, _), version in zip(self._paths, self._tensors, self._versions, strict=True):
+            if _version_of(tensor) != version:
+                return path
+        return ""
+
+    def _look_at_class(self, cls: type, depth: int) -> None:
+        """Note what a class, and those that it is made of, have of their own, and look into what of it can be written
+        to."""
+        for kind in cls.__mro__:
+            if id(kind) in self._seen or _root_of(kind) in _LIBRARIES:
+                continue
+            self._seen.add(id(kind))
+            view = _View(partial(_attributes, kind))
+            self._others.add(kind.__name__, view, list(view))
+            for name, value in list(vars(kind).items()):
+                if name not in _OF_CLASSES:
+                    self._look_into(f"{kind.__name__}.{name}", _function_of(value), depth - 1)
 
     def _look(self, path: str, holder: Any, depth: int, but: Collection[str] = ()) -> None:
         """Note what is in a container, and look into that."""
@@ -119,6 +162,7 @@ class ModelState:
                 self._look_into(f"{path}.{name}", value, depth)
 
     def _look_into(self, path: str, value: Any, depth: int) -> None:
+        value = without_our_wrappers(value)
         if isinstance(value, torch.Tensor):
             self._note_tensor(path, value)
         elif isinstance(value, nn.Module):
@@ -126,12 +170,18 @@ class ModelState:
                 self._refuse(path, value)
         elif _is_opaque(value):
             self._refuse(path, value)
-        elif not isinstance(value, _NOT_LOOKED_INTO) and not is_our_wrapper(value):
+        elif isinstance(value, FunctionType) and (id(value) in self._seen or _is_plain_function(value)):
+            pass
+        elif not isinstance(value, _NOT_LOOKED_INTO):
+            if isinstance(value, FunctionType):
+                self._seen.add(id(value))  # here: functions may name each other
             inner = list(_holders(value))
-            if inner and not depth:
+            if inner and depth <= 0:
                 self._refuse(path, value)
-            for each in inner if depth else ():
+            for each in inner if depth > 0 else ():
                 self._look(path, each, depth - 1)
+            if depth > 0:
+                self._look_at_class(type(value), depth)
 
     def _refuse(self, path: str, value: Any) -> None:
         self._refusal = self._refusal or f"nobody can look into `{path}` ({type(value).__name__})"
@@ -145,6 +195,8 @@ class ModelState:
                 self._refuse(path, tensor)
             else:
                 self._tensors.append((tensor, copy_of(tensor)))
+                self._paths.append(path)
+                self._versions.append(_version_of(tensor))
 
 
 class _Holders:
@@ -190,7 +242,7 @@ def _holders(value: Any) -> Iterator[Any]:
         yield (value.__self__, value.__func__)
         return
     elif isinstance(value, FunctionType):
-        yield _View(lambda: (value.__defaults__, value.__kwdefaults__, *_contents(value)))
+        yield _View(lambda: (value.__defaults__, value.__kwdefaults__, *_contents(value), *_globals_of(value)))
     elif isinstance(value, partial):
         yield (value.func, value.args, value.keywords)
     else:
@@ -229,8 +281,53 @@ def _contents(function: FunctionType) -> Iterator[Any]:
             yield None
 
 
+def _globals_of(function: FunctionType) -> Iterator[Any]:
+    """Globals that it names, of code that is no library's."""
+    names = function.__globals__
+    if _is_of_library(function):
+        return
+    for name in _names_in(function.__code__):
+        if not isinstance(value := names.get(name), type | ModuleType | BuiltinFunctionType | type(None)):
+            yield value
+
+
+def _names_in(code: CodeType) -> list[str]:
+    """Names of globals and attributes in a function's code, and in that of functions inside it."""
+    inner = [name for const in code.co_consts if isinstance(const, CodeType) for name in _names_in(const)]
+    return [*code.co_names, *inner]
+
+
+def _is_of_library(function: FunctionType) -> bool:
+    """Whether its code is one's that comes with models; `__module__` may be that of another, which it wraps."""
+    return str(function.__globals__.get("__name__")).partition(".")[0] in _WITH_MODELS
+
+
+def _is_plain_function(value: FunctionType) -> bool:
+    """Whether a function keeps nothing between its calls, as most of a class do."""
+    if _is_of_library(value):
+        return True
+    kept = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *_contents(value), *_globals_of(value)]
+    kept += vars(value).values()
+    return all(isinstance(each, _NOT_LOOKED_INTO) for each in kept)
+
+
+def _function_of(value: Any) -> Any:
+    """What a class has of a method, which is not what an instance has."""
+    return value.__func__ if isinstance(value, staticmethod | classmethod) else value
+
+
+def _root_of(value: Any) -> str:
+    """The package that a class or a function is of."""
+    return str(getattr(value, "__module__", None) or "").partition(".")[0]
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    with without_subclasses():
+        return -1 if tensor.is_inference() else tensor._version
+
+
 def _slots_of(kind: type) -> Sequence[str]:
-    if kind.__module__.partition(".")[0] in ("builtins", "torch", "functools", "typing", "enum", "abc", "weakref"):
+    if _root_of(kind) in _LIBRARIES:
         return ()
     found = vars(kind).get("__slots__", ())
     return [name for name in ([found] if isinstance(found, str) else found) if name not in ("__dict__", "__weakref__")]
@@ -238,8 +335,8 @@ def _slots_of(kind: type) -> Sequence[str]:
 
 def _is_opaque(value: Any) -> bool:
     """Whether it changes as it is used, and does not show it."""
-    kinds = (torch.Generator, random.Random, Iterator)
-    return isinstance(value, kinds) or type(value).__name__ in _OPAQUE
+    kinds = (torch.Generator, random.Random, Iterator, bytearray, memoryview, threading.local)
+    return isinstance(value, kinds) or any(kind.__name__ in _OPAQUE for kind in type(value).__mro__)
 
 
 def _is_alike(a: Any, b: Any) -> bool:

@@ -32,7 +32,16 @@ from layerstream.engine.gate import Gate, Ticket
 from layerstream.engine.lane import Lanes
 from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.model_state import ModelState
-from layerstream.engine.snapshots import Given, UnknownValueError, copy_of, leaves_of_output, same, tensors_of
+from layerstream.engine.snapshots import (
+    MOST_BYTES,
+    Given,
+    UnknownValueError,
+    copy_of,
+    leaves_of_output,
+    put_back,
+    same,
+    tensors_of,
+)
 from layerstream.engine.thread_state import (
     Surroundings,
     ThreadState,
@@ -42,6 +51,8 @@ from layerstream.engine.thread_state import (
     refusal,
     runner,
 )
+from layerstream.engine.ties import differ
+from layerstream.host.home import RawHome
 from layerstream.saying import warn
 from layerstream.stats import Stats
 
@@ -64,11 +75,14 @@ class _Pending:
     """A second pass that has run before its call came.
 
     Attributes:
+        given: what it was given.
+        left: the same arguments when it had ended, to which it may have written.
         output: what the forward returned.
         mark: what would be another had weights or modes changed since.
     """
 
     given: Given
+    left: Given
     output: Any
     variables: Variables
     mark: Mark
@@ -114,10 +128,16 @@ class _Track:
 
 @dataclass
 class _Pair:
-    """Two passes that are about to run."""
+    """Two passes that are about to run.
+
+    Attributes:
+        first: arguments of the first pass, each tensor with a copy.
+        second: arguments of the second one, in copies.
+    """
 
     track: _Track
     root: nn.Module
+    first: list[tuple[Any, Any]]
     second: Given
     before: Surroundings
     is_trial: bool = False
@@ -322,14 +342,15 @@ class Pairing:
 
     def _is_as_foreseen(self, track: _Track, pending: _Pending, given: Given) -> bool:
         """Whether the call that has come is the one that has run: see `ModelState`, `ThreadState`, `same`."""
-        ran = pending.given.leaves
-        if list(ran) != list(given.leaves):
+        ran, left = pending.given.leaves, pending.left.leaves
+        if not list(ran) == list(left) == list(given.leaves):
             return False
         if pending.mark != self._mark() or self._is_edited() or track.state is None or track.state.difference():
             return False
         if not are_same(pending.variables, context_variables()):
             return False
-        return all(same([*((given.leaves[path], leaf) for path, leaf in ran.items()), *track.state.tensors()]))
+        arguments = [(given.leaves[path], each[path]) for path in ran for each in (ran, left)]
+        return all(same([*arguments, *track.state.tensors()]))
 
     def _mark(self) -> Mark:
         """Another one where weights have changed, since what is found to be written comes home first, and what has
@@ -365,6 +386,8 @@ class Pairing:
         try:
             output = original(*args, **kwargs)
         except torch.OutOfMemoryError:  # perhaps because of the copies: once more without them
+            given = Given.of(args, kwargs).leaves
+            put_back([(given[path], leaf) for path, leaf in call.given.leaves.items() if path in given])
             self._no_memory(track)
             call.given = call.given.with_leaves({})
             before.restore_random(self._device)
@@ -379,7 +402,9 @@ class Pairing:
             track.off = difference
         elif track.state is not None and (difference := track.state.difference()):
             self._changes(track, difference)
-        elif self._writes_weights():
+        elif track.state is not None and not all(same(track.state.tensors())):
+            self._changes(track, "a tensor that is no weight")
+        elif self._writes_weights() or self._writes_buffers_unseen():
             track.off = "it writes its buffers"
         else:
             try:
@@ -399,8 +424,33 @@ class Pairing:
         units = self._attached.units.values()
         return any(u.is_present and not u.binding.is_guarded and u.binding.is_changed() for u in units)
 
+    def _writes_buffers_unseen(self) -> bool:
+        """Whether buffers on the device are not what they are at home: a write through `.data` counts no version. Asked
+        only while calls are learned: it waits for the device."""
+        buffers = [
+            bound
+            for unit in self._attached.units.values()
+            if unit.is_present and not unit.binding.is_guarded and isinstance(unit.home, RawHome)
+            for bound in unit.binding.tensors
+            if not isinstance(bound.tensor, nn.Parameter)
+        ]
+        few = sum(bound.num_bytes for bound in buffers) <= MOST_BYTES
+        return few and any(differ(bound.tensor.data, bound.master) for bound in buffers)
+
+    def _take_back_buffers(self) -> None:
+        """Both passes may have written to buffers that none had written to before: they are at home still as they were.
+        Not those of a unit that has left since."""
+        for unit in self._attached.units.values():
+            if unit.is_present and not unit.binding.is_guarded and isinstance(unit.home, RawHome):
+                pointed_elsewhere = unit.binding.replaced()
+                for bound in unit.binding.written():
+                    if bound not in pointed_elsewhere:
+                        bound.tensor.data.copy_(bound.master)
+
     def _changes(self, track: _Track, difference: str) -> None:
+        """The model is not what it was: what was found of it may not be so any more."""
         track.idle, track.state = difference, None
+        track.proven.clear()
         track.forget_calls()
         track.num_changes += 1
         if track.num_changes >= _MOST_CHANGES:
@@ -421,7 +471,8 @@ class Pairing:
                 return _ALONE
             track.proven.add(proof)
             track.foresight.drop_calls()
-        return Decision(_Pair(track, root, second, Surroundings.here(self._device)))
+        first = [(leaf, copy_of(leaf)) for leaf in tensors_of(given.leaves)]
+        return Decision(_Pair(track, root, first, second, Surroundings.here(self._device)))
 
     def _is_proven(self, track: _Track, root: nn.Module, kind: tuple[object, ...]) -> bool:
         """Run the last step, which was of this kind, once more, in lockstep, and compare."""
@@ -429,7 +480,7 @@ class Pairing:
         if calls is None:
             track.forget_calls()
             return False
-        pair = _Pair(track, root, calls[1].given.copied(), Surroundings.here(self._device), is_trial=True)
+        pair = _Pair(track, root, [], calls[1].given.copied(), Surroundings.here(self._device), is_trial=True)
         try:
             self._trial = Decision(pair)
             args, kwargs = calls[0].given.copied().arguments()
@@ -455,7 +506,7 @@ class Pairing:
         track = pair.track
         # Of its own: what a forward writes to its arguments is found by comparing with those that nobody has.
         second_args, second_kwargs = pair.second.copied().arguments()
-        num_ooms, mark = self._device.num_ooms(), self._mark()
+        num_ooms, mark, left = self._device.num_ooms(), self._mark(), pair.second
 
         def second() -> Any:
             with self._lanes.beside() as lane:
@@ -480,16 +531,20 @@ class Pairing:
                 warn("the second pass of a step did not come back in time; passes run one by one from now on.")
             elif not pair.failure and found is not None and track.state is not None:
                 pair.failure = track.state.difference() or _sharing((second_args, second_kwargs), found)
+                try:
+                    left = Given.of(second_args, second_kwargs)
+                except UnknownValueError as exc:
+                    pair.failure = pair.failure or f"it puts {exc} into its arguments"
                 if mark != self._mark() or self._writes_weights():
                     pair.failure = "it writes its buffers, or changes modes of torch"
         if not self.lockstep.has_begun:  # the first ran alone
-            track.rests, track.idle = True, pair.failure or "the second pass could not begin"
+            if track.state is not None:  # else it has changed since its calls were looked at
+                track.rests, track.idle = True, pair.failure or "the second pass could not begin"
             track.forget_calls()
             return output
         now = Surroundings.here(self._device)
         pair.failure = pair.failure or pair.before.difference(now)
-        is_mixed = pair.before.is_drawn(now)
-        if is_mixed:
+        if pair.before.is_drawn(now):
             pair.failure = "it draws random numbers"
             pair.before.restore_random(self._device)
         # An operator that is refused memory may raise nothing, and take another way.
@@ -501,25 +556,34 @@ class Pairing:
             self._stats.num_discarded_passes += not pair.is_trial
             track.end(pair.failure)
             _log.info("passes are not paired any more: %s", track.off)
-            has_changed = track.state is not None and track.state.restore()
-            if output is None or is_mixed or has_changed:
-                return original(*args, **kwargs)
-            return output
+            if track.state is not None:
+                track.state.restore()
+            self._take_back_buffers()
+            if pair.is_trial:
+                return output
+            # Once more, alone: whatever the two have done to each other may be in what the first returned.
+            put_back(pair.first)
+            return original(*args, **kwargs)
         if pair.is_trial:
             pair.outputs = (output, found)
         elif found is not None:
-            track.pending = _Pending(pair.second, found, now.variables, mark)
+            track.pending = _Pending(pair.second, left, found, now.variables, mark)
         else:
             track.forget_calls()
         return output
 
     def _may_begin(self, pair: _Pair) -> bool:
         """A block of the first pass has run: what came before it has left everything as it was."""
-        state = pair.track.state
-        if state is None or state.difference() or pair.before.difference(Surroundings.here(self._device)):
-            pair.failure = "what runs before the first block changes the model, or draws random numbers"
+        track = pair.track
+        if track.state is None or (difference := track.state.difference()):
+            self._changes(track, difference if track.state is not None else "the model")
             return False
-        return True
+        difference = pair.before.difference(Surroundings.here(self._device))
+        if not difference and self._writes_weights():
+            difference = "it writes its buffers"
+        if difference:
+            pair.failure = f"before its first block {difference}"
+        return not difference
 
 
 def _sharing(given: Any, output: Any) -> str:

@@ -62,11 +62,8 @@ class Given:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What calls that are of one kind have in common."""
-        return tuple(
-            (path, leaf.dtype, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else (path, type(leaf))
-            for path, leaf in self.leaves.items()
-        )
+        """What calls that are of one kind have in common: of plain values all but what a time or a scale is."""
+        return tuple((path, *_form_of(leaf)) for path, leaf in self.leaves.items())
 
 
 def tensors_of(leaves: Mapping[Path, Any]) -> list[torch.Tensor]:
@@ -86,12 +83,19 @@ def copy_of(leaf: Any) -> Any:
     """A copy of a tensor, in the same strides; plain values as they are."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    source = leaf.detach()
-    for dim in range(leaf.dim()):
-        if leaf.stride(dim) == 0 and leaf.size(dim) > 1:
-            source = source.narrow(dim, 0, 1)
+    source = _unexpanded(leaf)
     copy = torch.empty_strided(source.shape, source.stride(), dtype=leaf.dtype, device=leaf.device)
     return copy.copy_(source).expand(leaf.shape)
+
+
+def put_back(pairs: Sequence[tuple[Any, Any]]) -> bool:
+    """Give tensors the bytes of their copies where they have others by now; returns whether any had. Waits for the
+    device."""
+    written = [pair for pair, is_same in zip(pairs, same(pairs), strict=True) if not is_same]
+    for leaf, copy in written:
+        if isinstance(leaf, torch.Tensor) and leaf.shape == copy.shape:
+            _unexpanded(leaf).copy_(_unexpanded(copy))
+    return bool(written)
 
 
 def same(pairs: Sequence[tuple[Any, Any]]) -> list[bool]:
@@ -110,6 +114,21 @@ def same(pairs: Sequence[tuple[Any, Any]]) -> list[bool]:
 
 
 # ---- inside
+
+
+def _form_of(leaf: Any) -> tuple[object, ...]:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype, tuple(leaf.shape)
+    return (type(leaf),) if isinstance(leaf, float | complex) else (type(leaf), leaf)
+
+
+def _unexpanded(tensor: torch.Tensor) -> torch.Tensor:
+    """Its elements, each once."""
+    source = tensor.detach()
+    for dim in range(tensor.dim()):
+        if tensor.stride(dim) == 0 and tensor.size(dim) > 1:
+            source = source.narrow(dim, 0, 1)
+    return source
 
 
 def _may_be_same(a: Any, b: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -61,18 +62,26 @@ class ThreadState:
 
     Attributes:
         is_inference: under `inference_mode`.
+        is_grad: gradients are recorded where that allows it.
         stream_number: of the compute stream.
         autocasts: what `autocast` makes of operators.
     """
 
     is_inference: bool
+    is_grad: bool
     stream_number: int
     autocasts: tuple[_Autocast, ...]
     flags: tuple[object, ...]
 
     @classmethod
     def here(cls, device: Device) -> ThreadState:
-        return cls(torch.is_inference_mode_enabled(), device.stream_number(), _autocasts(device), _flags())
+        return cls(
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            device.stream_number(),
+            _autocasts(device),
+            _flags(),
+        )
 
 
 def _flags() -> tuple[object, ...]:
@@ -80,20 +89,44 @@ def _flags() -> tuple[object, ...]:
     return (
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
         backends.cudnn.enabled,
         backends.cudnn.benchmark,
         backends.cudnn.deterministic,
-        backends.cudnn.allow_tf32,
-        backends.cuda.matmul.allow_tf32,
-        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         backends.cuda.flash_sdp_enabled(),
         backends.cuda.mem_efficient_sdp_enabled(),
         backends.cuda.math_sdp_enabled(),
         backends.cuda.cudnn_sdp_enabled(),
         backends.mkldnn.enabled,
+        *(_flag(owner, name) for owner, name in _PRECISIONS),
     )
+
+
+# Of products and convolutions. Some a version of torch does not have yet, and some it refuses to tell once the same has
+# been set by a newer name.
+_PRECISIONS = (
+    ("", "get_float32_matmul_precision"),
+    ("_C", "_get_cublas_allow_fp16_accumulation"),
+    ("_C", "_get_sdp_priority_order"),
+    ("backends", "fp32_precision"),
+    ("backends.cuda", "preferred_blas_library"),
+    ("backends.cuda.matmul", "allow_tf32"),
+    ("backends.cuda.matmul", "allow_fp16_reduced_precision_reduction"),
+    ("backends.cuda.matmul", "allow_bf16_reduced_precision_reduction"),
+    ("backends.cuda.matmul", "fp32_precision"),
+    ("backends.cudnn", "allow_tf32"),
+    ("backends.cudnn.conv", "fp32_precision"),
+    ("backends.cudnn.rnn", "fp32_precision"),
+)
+
+
+def _flag(owner: str, name: str) -> object:
+    """What torch says of one; None: nothing."""
+    try:
+        value = getattr(operator.attrgetter(owner)(torch) if owner else torch, name)
+        found = value() if callable(value) else value
+    except (AttributeError, RuntimeError):
+        return None
+    return tuple(found) if isinstance(found, list) else found
 
 
 @dataclass(frozen=True)

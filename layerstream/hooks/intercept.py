@@ -235,9 +235,10 @@ def is_our_hook(number: int) -> bool:
     return number in _HOOKS
 
 
-def is_our_wrapper(value: object) -> bool:
-    """Whether something in an instance's `__dict__` is there because of us."""
-    return isinstance(value, functools.partial) and value.func in (_guarded_apply, _reduce, _replaced)
+def without_our_wrappers(value: Any) -> Any:
+    """What an instance had in its `__dict__` in the place of something of ours; None: nothing."""
+    was = _given(value)
+    return None if was is _NOT_THERE else was
 
 
 def _reduce(module: nn.Module, guarded: _Guarded | None, protocol: Any) -> Any:

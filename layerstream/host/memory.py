@@ -176,7 +176,13 @@ def fill(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             for at in range(start, end, _CHUNK_BYTES)
         ],
     )
-    if is_huge and total / (time.perf_counter() - started) < _HUGE_LEAST_GB_PER_S * 1e9:
+    if is_huge:
+        _judge_huge_pages(total, time.perf_counter() - started)
+
+
+def _judge_huge_pages(num_bytes: int, seconds: float) -> None:
+    """Ask for no more of them where they took long."""
+    if num_bytes < _HUGE_LEAST_GB_PER_S * 1e9 * seconds:
         _HUGE.clear()
 
 
@@ -184,11 +190,19 @@ _HUGE = threading.Event()  # set: huge pages are worth asking for
 _HUGE.set()
 
 
-def touch(spans: Sequence[Range]) -> None:
-    """Write to every page of private file mappings, so that they become anonymous memory; the bytes stay.
+def touch(spans: Sequence[Range], *, is_new: bool = False) -> None:
+    """Write to every page of private memory, so that those of file mappings become anonymous; the bytes stay.
 
     Page-locking runs at 20 GB/s after that and at 2.7 before.
+
+    Args:
+        is_new: of mappings of our own that nobody has written to: huge pages are asked for, where these are quick.
     """
+    total = sum(end - start for start, end in spans)
+    is_huge = is_new and total >= _HUGE_LEAST_BYTES and _HUGE.is_set()
+    for span in spans if is_huge else ():
+        _advise(span, _MADV_HUGEPAGE)
+    started = time.perf_counter()
 
     def write(span: Range) -> None:
         if not _advise(span, _MADV_POPULATE_WRITE):  # since Linux 5.14, several times faster than writing
@@ -199,6 +213,8 @@ def touch(spans: Sequence[Range]) -> None:
     _in_threads(
         write, [(a, min(a + _CHUNK_BYTES, end)) for start, end in spans for a in range(start, end, _CHUNK_BYTES)]
     )
+    if is_huge:
+        _judge_huge_pages(total, time.perf_counter() - started)
 
 
 def _in_threads(work: Callable[..., object], pieces: Sequence[object]) -> None:

@@ -50,5 +50,5 @@ class PagesAhead:
 
 def _touched(num_bytes: int) -> PageMapping:
     pages = PageMapping(num_bytes)
-    touch([pages.range])
+    touch([pages.range], is_new=True)
     return pages

@@ -28,6 +28,7 @@ from layerstream.errors import (
     WeightsLostError,
 )
 from layerstream.host.home import PackedHome, RawHome, StoredHome
+from layerstream.host.keeper import Keeper
 from layerstream.host.pages_ahead import PagesAhead
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.standins.repository import autoregressive_call, build_autoregressive, run_autoregressive
@@ -548,15 +549,57 @@ def test_two_threads_pickle_at_once() -> None:
     assert not errors
 
 
-def test_a_pipeline_that_is_dropped_waits_for_what_is_read() -> None:
+@pytest.mark.parametrize("option", ["store", "links"])
+def test_a_pipeline_that_is_dropped_waits_for_what_is_read(option: str) -> None:
     device, keeper = adversary(copies="late"), other()
     model = toy()
-    streaming = layerstream.offload(model, vram_budget="min", device=device, store=keeper).start()
+    options: dict[str, Any] = {"device": device, option: keeper}
+    streaming = layerstream.offload(model, vram_budget="min", **options).start()
     run(model, 1)
-    device.operations.clear()
-    del streaming, model
+    for each in (device, keeper):
+        each.operations.clear()
+    del streaming, model, options
     gc.collect()
     assert "synchronize" in device.operations
+    assert "synchronize" in keeper.operations
+
+
+def test_memory_is_given_back_behind_copies_from_it() -> None:
+    device, there = adversary(copies="late"), other()
+    keeper = Keeper(there, None, device)
+    source, target = keeper.take(512), device.allocate(512)
+    source.fill_(7)
+    device.copy(device.prepare([(target, source)]), [])
+    keeper.give(source)
+    assert target.unique().tolist() == [7]
+
+
+def test_memory_is_given_back_although_a_gpu_has_failed() -> None:
+    device, there = adversary(copies="late"), other()
+    keeper = Keeper(there, None, device)
+    source, target = keeper.take(512), device.allocate(512)
+    device.copy(device.prepare([(target, source)]), [])
+    there.fail_at(1, RuntimeError("CUDA error: unspecified launch failure"))  # its own copies are waited for by then
+    with pytest.raises(RuntimeError, match="launch failure"):
+        keeper.give(source)
+    assert not there.buffer_bytes
+    assert device.operations[-1] == "synchronize"
+
+
+def test_what_is_stored_is_not_read_any_more_where_that_is_interrupted() -> None:
+    """Pages that are about to be unlocked."""
+    there = other(copies="late")
+    keeper = Keeper(there, None, adversary())
+    buffer, pages = keeper.take(512), torch.full((512,), 7, dtype=torch.uint8)
+
+    def interrupt(event: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(there, "synchronize_event", interrupt)
+        keeper.fill([(buffer, pages)], is_locked=True)
+    assert buffer.unique().tolist() == [7]
+    keeper.give(buffer)
 
 
 @pytest.mark.parametrize("reaches", REACH)

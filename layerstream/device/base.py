@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -282,6 +282,17 @@ class Device(DeviceMemory, Streams, CopyEngine, Unpacker, HostLocks, Protocol):
     name: str
     is_simulated: bool
     is_named_apart: bool  # whether `torch_device` and host memory have different names to torch
+
+
+def synchronize_all(devices: Iterable[Device]) -> None:
+    """Block the host until all these devices are idle; one that fails does not keep the others from being waited for.
+
+    Raises:
+        What a device that has failed does.
+    """
+    with contextlib.ExitStack() as each:
+        for device in devices:
+            each.callback(device.synchronize)
 
 
 def engine_tensors() -> contextlib.AbstractContextManager[None]:

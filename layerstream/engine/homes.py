@@ -47,6 +47,11 @@ class Elsewhere:
     shared_as: str = ""
     helpers: Sequence[Helper] = ()
 
+    @property
+    def devices(self) -> list[Device]:
+        """The other GPUs."""
+        return [each.device for each in (*self.keepers, *self.helpers)]
+
 
 class Homes:
     """Has units given other homes on entering and while calls run, and their own again on leaving.

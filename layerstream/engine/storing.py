@@ -164,8 +164,9 @@ class Storing:
 
     def close(self) -> None:
         """Everything is handed back: give up what was asked of the other GPUs."""
-        for keeper in self._keepers:
-            keeper.close()
+        with contextlib.ExitStack() as each:  # all of them, also when one fails
+            for keeper in self._keepers:
+                each.callback(keeper.close)
 
     # ---- inside
 

@@ -87,7 +87,9 @@ class Streamer:
         self._let_go = let_go
         self.device = device
         self._mutex = threading.RLock()
-        self._attached = Attachments(device, self._reading, self._unit_home, self._mutex, self.gate.number)
+        self._attached = Attachments(
+            device, self._reading, self._unit_home, self._mutex, self.gate.number, elsewhere.devices
+        )
         self._units = self._attached.units
         self._ranges = Ranges()
         self._transfer = TransferEngine(device, self._units, self.stats, self._ranges, elsewhere.helpers)

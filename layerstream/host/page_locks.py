@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from layerstream.device.base import Device
+from layerstream.device.base import Device, synchronize_all
 from layerstream.finalisers import FinaliserLock
 from layerstream.host.memory import NUM_THREADS, Range
 from layerstream.saying import warn
@@ -78,23 +78,26 @@ class PageLocks:
         with self._lock.held():
             self._release(device, locks)
 
-    def release_all(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+    def release_all(self, device: Device, locks: list[Range], kept: list[Any], others: Sequence[Device] = ()) -> None:
         """The same where copies may be in flight.
 
         Args:
             kept: what holds the memory; emptied once it is locked no longer.
+            others: devices that may read it as well.
         """
         with self._lock.held():
-            self._release_all(device, locks, kept)
+            self._release_all(device, locks, kept, others)
 
-    def release_all_when_free(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+    def release_all_when_free(
+        self, device: Device, locks: list[Range], kept: list[Any], others: Sequence[Device] = ()
+    ) -> None:
         """The same for finalisers."""
-        self._lock.when_free(functools.partial(self._release_all, device, locks, kept))
+        self._lock.when_free(functools.partial(self._release_all, device, locks, kept, others))
 
-    def _release_all(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+    def _release_all(self, device: Device, locks: list[Range], kept: list[Any], others: Sequence[Device]) -> None:
         try:
             if locks or kept:  # what is not locked may be another GPU's memory
-                device.synchronize()
+                synchronize_all([device, *others])
         finally:
             self._release(device, locks)
             kept.clear()

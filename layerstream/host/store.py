@@ -29,7 +29,7 @@ import torch
 
 from layerstream.blocks import align
 from layerstream.budget import format_bytes
-from layerstream.device.base import Device
+from layerstream.device.base import Device, synchronize_all
 from layerstream.errors import HostMemoryError
 from layerstream.host.home import Home, RawHome, Segment, SharedHome
 from layerstream.host.keeper import Keeper
@@ -136,15 +136,19 @@ class HostStore:
 
     Args:
         stretches: of all tensors of these units, at least.
+        others: devices beside this one that read or fill what is owned here.
     """
 
-    def __init__(self, device: Device, stretches: Stretches) -> None:
+    def __init__(self, device: Device, stretches: Stretches, others: Sequence[Device] = ()) -> None:
         self._device = device
+        self._others = tuple(others)
         self._stretches = stretches
         self._homes: list[Home] = []
         # Memory must not be unmapped while it is page-locked. A pipeline dropped without closing takes its page locks
         # along: the finaliser holds the storages until they are released.
-        self._release = weakref.finalize(self, _release_dropped, device, page_locks_of(device), self._homes)
+        self._release = weakref.finalize(
+            self, _release_dropped, device, page_locks_of(device), self._homes, self._others
+        )
         self.pinned_bytes = 0
         self.unpinned_bytes = 0
         self.pin_s = 0.0
@@ -287,12 +291,14 @@ class HostStore:
             self._homes.remove(home)  # last: what is interrupted before is released by `close`
 
     def close(self) -> None:
-        """Release the page locks, and the memory elsewhere; idempotent. No copy may be in flight."""
+        """Release the page locks, and the memory elsewhere, once no GPU reads it any more; idempotent."""
         self._release.detach()  # whatever happens now, happens once
-        try:
-            _give_kept(self._homes)
-        finally:
-            page_locks_of(self._device).release_all(self._device, _taken_locks(self._homes), self._homes)
+        locks, taken = page_locks_of(self._device), _taken_locks(self._homes)
+        with contextlib.ExitStack() as each:  # the last of these first; all of them, also when one fails
+            each.callback(locks.release_all, self._device, taken, self._homes, self._others)
+            each.callback(_give_kept, self._homes)
+            if any(home.keeper is not None for home in self._homes):
+                each.callback(synchronize_all, [self._device, *self._others])
 
     def _wanted(self, locks: PageLocks) -> list[list[Range]]:
         """What each unit needs locked: its stretches; neighbours as one, where they are its alone."""
@@ -343,8 +349,8 @@ class HostStore:
         home.ranges.append((buffer, 0, pages.range))
 
 
-def _release_dropped(device: Device, locks: PageLocks, homes: list[Home]) -> None:
-    locks.release_all_when_free(device, _taken_locks(homes), homes)
+def _release_dropped(device: Device, locks: PageLocks, homes: list[Home], others: Sequence[Device]) -> None:
+    locks.release_all_when_free(device, _taken_locks(homes), homes, others)
 
 
 def _give_kept(homes: Sequence[Home]) -> None:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from layerstream.device.base import COPY_BYTES, Copies, Device, Event, Unpacking, engine_tensors
+from layerstream.device.base import COPY_BYTES, Copies, Device, Event, Unpacking, engine_tensors, synchronize_all
 from layerstream.host.home import Home, PackedHome
 from layerstream.host.keeper import Keeper
 from layerstream.transfer.helper import LINK_PART_BYTES, Helper
@@ -145,11 +145,10 @@ class CopyThroughHost:
             staging, free = self._buffers[number][: source.numel()], self._free[number]
             try:
                 left = keeper.copy(keeper.prepare([(staging, source)]), [] if free is None else [free])
-                arrived = device.copy(device.prepare([(target, staging)]), [left, *after])
-            except BaseException:  # the first may be on its way
-                keeper.synchronize()
+                self._free[number] = arrived = device.copy(device.prepare([(target, staging)]), [left, *after])
+            except BaseException:  # both may be on their way, and nothing says when the buffer is free
+                synchronize_all([device, keeper])
                 raise
-            self._free[number] = arrived
         return device.record_copies() if arrived is None else arrived
 
     def close(self) -> None:
@@ -197,9 +196,8 @@ class CopyByLinks:
             for issue in by_helper:
                 issue(after)
             return self._device.copy_beside(self._device.prepare([]), [arrived])
-        except BaseException:  # what was begun may be on its way
-            for helper in self._helpers:
-                helper.device.synchronize()
+        except BaseException:  # what was begun may be on its way, and nothing says when a helper's buffer is free
+            synchronize_all([self._device, *(helper.device for helper in self._helpers)])
             raise
 
     def close(self) -> None:

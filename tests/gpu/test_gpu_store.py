@@ -40,6 +40,8 @@ def both_are_given_back() -> Iterator[None]:
     yield
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # of what was computed there
+    for index in range(2):
+        torch.cuda.synchronize(index)  # emptying caches waits for the current GPU only
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated(KEEPER) <= 2**24  # what a test has computed there
     assert torch.cuda.get_per_process_memory_fraction(KEEPER) == 1.0

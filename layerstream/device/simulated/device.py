@@ -291,6 +291,10 @@ class SimulatedDevice:
 
     def wait(self, stream: Any, event: Any) -> None:
         self._step("wait")
+        if event.device is not None and event.device is not self:
+            _run_until([event])
+            stream.time_ms = max(stream.time_ms, event.time_ms)  # clocks are each device's own
+            return
         if event.copy is not None:
             self._queue.run(until=event.copy)
         stream.follow([event])

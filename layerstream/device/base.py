@@ -88,6 +88,10 @@ class DeviceMemory(Protocol):
         What many tensors of unlike sizes reserve is then little more than what they take together.
         """
 
+    def stop_growing(self) -> None:
+        """Another device works with this one: from now on such memory grows nowhere in this process. Blocks the host,
+        the first time."""
+
     def page_bytes(self) -> int:
         """By what such memory grows now; 0 where it does not. Caps count it as taken, because it comes whole."""
 

@@ -50,7 +50,7 @@ class Elsewhere:
     @property
     def devices(self) -> list[Device]:
         """The other GPUs."""
-        return [each.device for each in (*self.keepers, *self.helpers)]
+        return [*(keeper.device for keeper in self.keepers), *(helper.device for helper in self.helpers)]
 
 
 class Homes:

@@ -31,6 +31,7 @@ class Keeper:
         self.device = device
         self.name = device.name if device.is_simulated else str(device.torch_device)
         self.budget_bytes = budget_bytes
+        target.stop_growing()  # before the first copy between the two
         self.is_reached = target.reaches(device)
         self._target = target
         self._claim: object = object()  # on the limit, which the process keeps for whoever asked

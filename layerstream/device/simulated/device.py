@@ -239,6 +239,9 @@ class SimulatedDevice:
     def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
         return None  # nothing is cut here: reserved is what is allocated
 
+    def stop_growing(self) -> None:
+        return None
+
     def page_bytes(self) -> int:
         return 0
 

@@ -283,9 +283,13 @@ class Device(DeviceMemory, Streams, CopyEngine, Unpacker, HostLocks, Protocol):
     """The seam between engine and hardware. `simulated.SimulatedDevice` is the other implementation."""
 
     torch_device: torch.device
-    name: str
+    name: str  # of its kind: two GPUs of a host may have the same
     is_simulated: bool
     is_named_apart: bool  # whether `torch_device` and host memory have different names to torch
+
+    @property
+    def label(self) -> str:
+        """Which one it is, for people: "cuda:1"."""
 
 
 def synchronize_all(devices: Iterable[Device]) -> None:

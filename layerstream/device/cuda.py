@@ -158,6 +158,10 @@ class CudaDevice:
         self._cudart: Any = torch.cuda.cudart()
 
     @property
+    def label(self) -> str:
+        return str(self.torch_device)
+
+    @property
     def copied_by(self) -> str:
         return "cudaMemcpyBatchAsync" if self._copies.is_batched else "copy_"
 

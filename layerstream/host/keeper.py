@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from layerstream.device.base import Device, Stream, engine_tensors, synchronize_all
+from layerstream.errors import WeightsLostError
 
 
 class Keeper:
@@ -29,7 +30,7 @@ class Keeper:
 
     def __init__(self, device: Device, budget_bytes: int | None, target: Device) -> None:
         self.device = device
-        self.name = device.name if device.is_simulated else str(device.torch_device)
+        self.name = device.label
         self.budget_bytes = budget_bytes
         target.stop_growing()  # before the first copy between the two
         self.is_reached = target.reaches(device)
@@ -94,11 +95,27 @@ class Keeper:
             device.synchronize()
             raise
 
-    def fetched(self, source: torch.Tensor) -> torch.Tensor:
-        """A copy on the host of what is here; waits for it."""
+    def fetch(self, source: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy what is here to the host, and wait for it.
+
+        Args:
+            target: host memory of the same size; None: new memory.
+        Raises:
+            WeightsLostError: this GPU has failed.
+        """
         with self._target.homes():
-            target = torch.empty(source.numel(), dtype=source.dtype, device="cpu")
-            self.device.copy_back(target, source)
+            if target is None:
+                target = torch.empty(source.numel(), dtype=source.dtype, device="cpu")
+            try:
+                try:
+                    self.device.copy_back(target, source)
+                except RuntimeError:  # perhaps of what was issued before: asked once more, a GPU that works gives it
+                    self.device.copy_back(target, source)
+            except RuntimeError as error:
+                raise WeightsLostError(
+                    f"weights that were in the memory of {self.name} are lost: it does not give them back ({error}). "
+                    "Load the pipeline anew."
+                ) from error
         return target
 
     def close(self) -> None:

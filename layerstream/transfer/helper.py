@@ -34,7 +34,7 @@ class Helper:
 
     def __init__(self, device: Device, target: Device) -> None:
         self.device = device
-        self.name = device.name if device.is_simulated else str(device.torch_device)
+        self.name = device.label
         target.stop_growing()  # before the first copy between the two
         self.is_reached = target.reaches(device)
         self.carried_bytes = 0

@@ -124,9 +124,7 @@ class CopyThroughHost:
 
     def __init__(self, device: Device, keeper: Keeper) -> None:
         self._device, self._keeper = device, keeper
-        with engine_tensors():
-            buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
-        self._buffers = [b for b in buffers if b is not None]
+        self._buffers = _staging_buffers(device)
         self._free: list[Event] = [None] * len(self._buffers)
         self._next = 0
 
@@ -243,6 +241,13 @@ class CopyAndDecode:
         return issue
 
 
+def _staging_buffers(device: Device) -> list[torch.Tensor]:
+    """A few page-locked buffers that take turns; fewer, or none, where these are refused."""
+    with engine_tensors():
+        buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
+    return [buffer for buffer in buffers if buffer is not None]
+
+
 class _StagingRing:
     """Copies from pageable memory through a few small page-locked buffers.
 
@@ -252,9 +257,7 @@ class _StagingRing:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        with engine_tensors():
-            buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
-        self._buffers = [b for b in buffers if b is not None]
+        self._buffers = _staging_buffers(device)
         self._events: list[Event] = [None] * len(self._buffers)
         self._next = 0
 

@@ -194,6 +194,23 @@ def test_a_gpu_out_of_reach_is_not_used() -> None:
     assert not carrier.num_copied_pieces
 
 
+def test_of_two_gpus_one_is_used() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    peer, far = adversary(name="peer"), adversary(name="far")
+    device = adversary(reaches_peers={"peer"})
+    with (
+        pytest.warns(UserWarning, match="far cannot be reached from simulated directly"),
+        layerstream.offload(pipe, vram_budget="min", device=device, links=[peer, far]),
+        device.checking(),
+    ):
+        for _ in range(3):
+            assert_equal(pipe(), resident())
+        assert peer.buffer_bytes == 2048
+    assert peer.num_copied_pieces
+    assert not far.num_operations
+
+
 def test_links_that_mean_nothing() -> None:
     device, carrier = adversary(), other()
     for links in (device, [carrier, carrier], "cpu", [carrier, "cpu"]):

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import pickle
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -244,7 +245,7 @@ def test_it_is_said_once_that_copies_go_through_the_host() -> None:
     pipe = Pipe(toy())
     options: dict[str, Any] = {"vram_budget": "min", "store": other(), "device": adversary(reaches_peers=False)}
     with (
-        pytest.warns(UserWarning, match="other cannot be reached from cpu directly") as said,
+        pytest.warns(UserWarning, match=r"cannot be reached from simulated directly: .* at 50\.0 GB/s") as said,
         layerstream.offload(pipe, **options) as streaming,
     ):
         pipe()
@@ -291,8 +292,18 @@ def test_weights_that_somebody_holds_stay_on_the_host() -> None:
     model = toy()
     kept = model.blocks[3].up.weight.data[:2]
     resident, pipe = Pipe(twin(model)), Pipe(model)
-    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming:
+    with (
+        pytest.warns(UserWarning, match="blocks, pieces or bases") as said,
+        layerstream.offload(pipe, vram_budget="min", device=adversary(), store=other()) as streaming,
+    ):
         assert_equal(pipe(), resident())
+        with streaming.paused():
+            pass
+        (told,) = [str(one.message) for one in said]
+        assert told == (
+            "1 of 7 blocks, pieces or bases, 8.8 KiB, are not in the memory of other and stay on the host (1 of what "
+            "was to be: its memory is not all ours). They are loaded from there."
+        )
         assert num_stored(streaming) == 6
         assert "1 of what was to be: its memory is not all ours" in str(streaming.report())
         kept[0] = 0.25
@@ -632,7 +643,10 @@ def test_a_gpu_that_is_full_by_then_leaves_the_rest_on_the_host() -> None:
         return right(num_bytes)
 
     keeper.allocate = refuse  # type: ignore[method-assign]
-    with layerstream.offload(pipe, vram_budget="min", device=adversary(), store=keeper) as streaming:
+    with (
+        pytest.warns(UserWarning, match=r"1 of 7 blocks, .* are not in the memory of other .* is no room for it"),
+        layerstream.offload(pipe, vram_budget="min", device=adversary(), store=keeper) as streaming,
+    ):
         settle(pipe, resident, streaming)
         assert num_stored(streaming) == 6
 
@@ -686,6 +700,64 @@ def test_a_store_without_room_changes_nothing() -> None:
     assert_restored(model, before)
     assert keeper.num_operations == device.num_operations == 0
     assert layerstream.active(model) is None
+
+
+@pytest.mark.usefixtures("packs_anything")
+@pytest.mark.parametrize(("share", "needed"), [(0.25, "at least 14.5 KiB"), (0.1, "14.5 KiB"), (0.25, "")])
+def test_packed_weights_are_counted_packed(share: float, needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of their bytes is certain; what they take is known once they are packed."""
+    monkeypatch.setattr(storing, "_LEAST_PACKED_SHARE", share)
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    before, device, keeper = describe(model), adversary(), other(memory_bytes=14_000 if needed else 15_500)
+    options: dict[str, Any] = {"vram_budget": 80_000, "device": device, "store": keeper, "store_budget": "100%"}
+    refused = pytest.raises(StoreError, match=r"do not fit in the memory of other: they take " + re.escape(needed))
+    with (
+        refused if needed else contextlib.nullcontext(),
+        layerstream.offload(pipe, packing="ahead", **options) as streaming,
+    ):
+        settle(pipe, resident, streaming)
+        assert num_stored(streaming) == 7
+    assert_restored(model, before)
+    assert not keeper.buffer_bytes
+    assert not device.registered
+
+
+def test_a_gpu_that_does_not_exist_is_told_with_how_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for option in ("store", "links"):
+        options: dict[str, Any] = {"device": adversary(), option: "cuda:99"}
+        with (
+            pytest.raises(DeviceError, match=r'"cuda:99" does not exist: torch sees 2 GPU\(s\), cuda:0 to cuda:1'),
+            layerstream.offload(toy(), vram_budget="min", **options),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("copies", ["late", "random"])
+def test_of_two_gpus_one_is_out_of_reach(copies: Any) -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    before = describe(model)
+    peer = adversary(name="peer", memory_bytes=20_000, copies=copies)
+    far = adversary(name="far", memory_bytes=20_000, copies=copies, link_gb_per_s=7.0)
+    device = adversary(copies=copies, reaches_peers={"peer"})
+    options: dict[str, Any] = {"vram_budget": "min", "device": device, "store_budget": "100%"}
+    with (
+        pytest.warns(UserWarning, match=r"far cannot be reached .* at 7\.0 GB/s") as said,
+        layerstream.offload(pipe, store=[peer, far, "cpu"], **options) as streaming,
+        device.checking(),
+    ):
+        settle(pipe, resident, streaming)
+        assert peer.buffer_bytes
+        assert far.buffer_bytes
+        assert device.registered
+        assert set(engine_of(streaming).links) == {"", "peer", "far"}
+    assert len(said) == 1
+    assert_restored(model, before)
+    assert not peer.buffer_bytes
+    assert not far.buffer_bytes
 
 
 def test_stores_that_mean_nothing() -> None:

@@ -77,7 +77,7 @@ def helpers_of(links: Store, device: Device) -> list[Helper]:
     for helper in helpers:
         if not helper.is_reached:
             warn(
-                f"{helper.name} cannot be reached from {device.torch_device} directly: its link to the host is of no "
+                f"{helper.name} cannot be reached from {device.label} directly: its link to the host is of no "
                 "use, and is not used."
             )
     return [helper for helper in helpers if helper.is_reached]

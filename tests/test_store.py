@@ -8,6 +8,7 @@ import itertools
 import pickle
 import re
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ from layerstream.standins import build_tiny, run_tiny
 from layerstream.standins.repository import autoregressive_call, build_autoregressive, run_autoregressive
 from layerstream.transfer import route
 from layerstream.transfer.route import CopyThroughHost
-from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, run, toy, twin
+from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, passes_in_a_child, run, toy, twin
 from tests.packing_fakes import packs_anything
 from tests.test_packing import EDITS, Layers, Pipe, engine_of
 
@@ -83,6 +84,7 @@ def test_equal_and_restored(budget: int | str, copies: Any, reaches: bool) -> No
     assert_equal(pipe(), resident())
 
 
+@pytest.mark.filterwarnings("ignore:1 of .* are not in the memory of")  # an embedding of sd3 is tied
 @pytest.mark.parametrize("reaches", REACH)
 @pytest.mark.parametrize("name", ["sd3", "flux", "ovis", "longcat", "wan22", "kandinsky5", "hunyuan_video", "lumina2"])
 def test_pipelines(name: str, reaches: bool) -> None:
@@ -423,6 +425,7 @@ def test_a_fault_at_any_operation(error: BaseException, is_keeper: bool, reaches
         operation += 1
 
 
+@pytest.mark.filterwarnings("ignore:1 of 7 blocks")  # the one that is held
 def test_a_gpu_that_gives_nothing_back() -> None:
     """What it has is lost, and that is said; all else is restored."""
     model = toy()
@@ -573,6 +576,42 @@ def test_a_pipeline_that_is_dropped_waits_for_what_is_read(option: str) -> None:
     gc.collect()
     assert "synchronize" in device.operations
     assert "synchronize" in keeper.operations
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_a_forked_child_gives_nothing_up(is_dropped: bool) -> None:
+    """The GPUs' memory and limits, and page locks, are its parent's."""
+    device, keeper = adversary(), other()
+    pipe = Pipe(toy())
+    options: dict[str, Any] = {"vram_budget": 60_000, "store": [keeper, "cpu"], "store_budget": 30_000}
+    here = [layerstream.offload(pipe, device=device, **options).start()]
+    expected = pipe()
+    limits = device.free_bytes(), keeper.free_bytes()
+    del pipe
+
+    def end() -> None:
+        for each in (device, keeper):
+            each.operations.clear()
+        if not is_dropped:
+            here[0].close()
+            assert not here[0].is_active
+            here[0].close()
+        here.clear()
+        gc.collect()
+        assert not device.operations, device.operations
+        assert not keeper.operations, keeper.operations
+        assert (device.free_bytes(), keeper.free_bytes()) == limits
+        assert device.registered
+        assert keeper.buffer_bytes
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert passes_in_a_child(end)
+    assert any("are in another GPU's memory, or in memory that ranks share" in str(one.message) for one in said)
+    assert_equal(here[0]._pipe(), expected)
+    here.pop().close()
+    assert not device.registered
+    assert not keeper.buffer_bytes
 
 
 def test_memory_is_given_back_behind_copies_from_it() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from layerstream.device.base import Device, Stream, engine_tensors, synchronize_all
 from layerstream.errors import WeightsLostError
+from layerstream.finalisers import only_here
 
 
 class Keeper:
@@ -36,7 +37,7 @@ class Keeper:
         self.is_reached = target.reaches(device)
         self._target = target
         self._claim: object = object()  # on the limit, which the process keeps for whoever asked
-        self._release = weakref.finalize(self, _give_back, device, self._claim)
+        self._release = weakref.finalize(self, only_here(_give_back), device, self._claim)
         self._is_held = False
         self._streams: dict[int, Stream] = {}  # that memory goes back to, by its address
 

@@ -32,6 +32,11 @@ class PageLocks:
     def __len__(self) -> int:
         return len(self._holders)
 
+    def forget(self) -> None:
+        """All of them are the parent's of this process, which registers what it needs itself. The mutex goes as well:
+        another thread of the parent may have held it."""
+        self._holders, self._sorted, self._lock = {}, [], FinaliserLock()
+
     def overlapping(self, span: Range) -> Range | None:
         """A lock that shares pages with the span."""
         with self._lock.held():
@@ -159,5 +164,9 @@ def _warn_at_fork() -> None:
         )
 
 
+def _forget_in_child() -> None:
+    _REAL.forget()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_warn_at_fork)
+    os.register_at_fork(before=_warn_at_fork, after_in_child=_forget_in_child)

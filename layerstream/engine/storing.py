@@ -77,7 +77,6 @@ class Storing:
         self._is_due = False  # some unit may go that is not there
         self._has_changed = False
         self._has_entered = False
-        self._told_left = (0, 0)  # how many units stay on the host, and their bytes, as was said last
         self._raw_again = raw_again
         raw_again.has_made.append(self._was_brought_back)
 
@@ -163,7 +162,8 @@ class Storing:
             progress.close()
         trim_heap()
         self._tell()
-        self._tell_what_stays(units)
+        if is_entering:  # in a pause it is what somebody looks at meanwhile, as a rule
+            self._tell_what_stays(units)
 
     def at_rest(self) -> None:
         """No component is in the middle of a call: store what was brought back, and is looked at no longer."""
@@ -266,13 +266,12 @@ class Storing:
     def _tell_what_stays(self, units: Sequence[StreamedUnit]) -> None:
         """Say of which units there is something to be stored, and is not; `store` may have promised all."""
         left = [unit for unit in units if unit.home.keeper is None]
-        told = len(left), sum(unit.home.device_bytes for unit in left)
-        if left and self._is_all and told != self._told_left:
-            self._told_left = told
+        if left and self._is_all:
             names = " and ".join(keeper.name for keeper in self._keepers)
+            num_bytes = sum(unit.home.device_bytes for unit in left)
             warn(
-                f"{len(left)} of {len(units)} blocks, pieces or bases, {format_bytes(told[1])}, are not in the memory "
-                f"of {names} and stay on the host ({self.why_on_host()}). They are loaded from there."
+                f"{len(left)} of {len(units)} blocks, pieces or bases, {format_bytes(num_bytes)}, are not in the "
+                f"memory of {names} and stay on the host ({self.why_on_host()}). They are loaded from there."
             )
 
     def _tell(self) -> None:

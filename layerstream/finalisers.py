@@ -7,9 +7,34 @@ the thread that it interrupts may hold that lock, or be what the holder waits fo
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+
+
+class Birthplace:
+    """The process that something was made in. A child that is forked has copies of all objects, and of none of what
+    they stand for: locks of pages, limits of GPUs, a place among ranks are its parent's."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process is the one, and no child of it."""
+        return os.getpid() == self._pid
+
+
+def only_here(step: Callable[..., object]) -> Callable[..., object]:
+    """A finaliser that does nothing in a process that is forked after this call."""
+    birthplace = Birthplace()
+
+    def run(*args: object) -> None:
+        if birthplace.is_here:
+            step(*args)
+
+    return run
 
 
 class FinaliserLock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,9 @@ import torch
 
 from layerstream.device import cuda
 from layerstream.device.allocator import GrowingSegments
+from layerstream.device.simulated import SimulatedDevice
+from layerstream.host.keeper import Keeper
+from layerstream.transfer.helper import Helper
 
 
 class Settings:
@@ -92,27 +94,67 @@ def test_an_allocator_that_refuses_goes_on_as_it_was() -> None:
     growing.remove("a")
 
 
-@pytest.mark.parametrize(
-    ("current", "has_peers", "may_grow"), [(0, False, True), (1, False, False), (0, True, False), (1, True, False)]
-)
-def test_memory_grows_only_where_one_gpu_is_in_use(
-    current: int, has_peers: bool, may_grow: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With another GPU current torch unmaps what queued kernels use; and so it is once two GPUs work together."""
+def test_what_is_forbidden_is_off_for_good() -> None:
+    settings = Settings("a:1")
+    growing = settings.segments()
+    assert not growing.may_have_grown
+    growing.add("before")
+    with growing.off():
+        assert growing.forbid()
+    assert settings.now == "a:1,expandable_segments:False"
+    assert not growing.forbid(), "the second time there is nothing to be given back"
+    growing.add("after")
+    growing.remove("before")
+    growing.remove("after")
+    growing.add("later")
+    assert not growing.is_on
+    assert growing.may_have_grown
+    assert settings.written[-1] == settings.now == "a:1,expandable_segments:False"
+
+
+def test_what_was_never_on_is_nothing_to_be_given_back() -> None:
+    growing = Settings("").segments()
+    assert not growing.forbid()
+    growing.add("a")
+    assert not growing.may_have_grown
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_what_the_user_lets_grow_may_have_grown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "expandable_segments:True")
+    assert Settings("expandable_segments:True").segments().may_have_grown
+
+
+@pytest.mark.parametrize(("current", "may_grow"), [(0, True), (1, False)])
+def test_memory_grows_only_on_the_current_gpu(current: int, may_grow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another GPU current torch unmaps what queued kernels use."""
     device = object.__new__(cuda.CudaDevice)
     device.torch_device = torch.device("cuda", 0)
-    peers = threading.Event()
-    if has_peers:
-        peers.set()
     grown: list[object] = []
-    monkeypatch.setattr(cuda, "_HAS_PEERS", peers)
     monkeypatch.setattr(cuda, "_GROWING", SimpleNamespace(add=grown.append, remove=grown.remove))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     device.grow_segments("owner", is_on=True)
     assert bool(grown) is may_grow
 
 
-def test_another_gpu_is_waited_for_before_its_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_peer", ["keeper", "helper"])
+def test_a_keeper_or_helper_stops_growth_before_anything_is_copied(has_peer: str) -> None:
+    told: list[str] = []
+    target, one = SimulatedDevice(), SimulatedDevice(name="one")
+    target.stop_growing = lambda: told.append("stop growing")  # type: ignore[method-assign]
+    target.reaches = lambda other: bool(told.append("reaches"))  # type: ignore[method-assign]
+    if has_peer == "keeper":
+        Keeper(one, None, target)
+    else:
+        Helper(one, target)
+    assert told == ["stop growing", "reaches"]
+
+
+@pytest.mark.parametrize("may_have_grown", [True, False])
+def test_another_gpu_is_waited_for_before_its_grown_cache_is_emptied(
+    may_have_grown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_GROWING", SimpleNamespace(may_have_grown=may_have_grown))
     device = object.__new__(cuda.CudaDevice)
     device.torch_device = torch.device("cuda", 0)
     done: list[object] = []
@@ -122,4 +164,4 @@ def test_another_gpu_is_waited_for_before_its_cache_is_emptied(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "synchronize", done.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     device.empty_cache()
-    assert done == [1, "emptied"]
+    assert done == ([1, "emptied"] if may_have_grown else ["emptied"])

@@ -263,6 +263,101 @@ def test_fraction_is_never_too_large() -> None:
         assert cap - 1 <= int(fraction * total) <= cap
 
 
+# ---- beside another GPU
+
+
+class TwoGpus:
+    """Which of two GPUs is the current one, and on which stream of it work is issued."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        patch.setattr(torch.cuda, "current_device", lambda: self.current)
+        patch.setattr(torch.cuda, "device", self.device)
+        patch.setattr(torch.cuda, "stream", lambda stream: self.device(stream.device_index))
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(device_index=device.index))
+
+    @contextlib.contextmanager
+    def device(self, index: Any) -> Iterator[None]:
+        before, self.current = self.current, getattr(index, "index", index)
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def second() -> CudaDevice:
+    device = object.__new__(CudaDevice)
+    device.torch_device = torch.device("cuda", 1)
+    return device
+
+
+def test_another_thread_has_the_same_gpu_as_its_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, launched = TwoGpus(monkeypatch), []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: launched.append(device.index))
+    monkeypatch.setattr(device_module, "_THREAD", device_module._Thread())
+    device = second()
+    enter = device.beside()
+    for _ in range(2):
+        with enter():
+            assert gpus.current == 0
+    device.torch_device = torch.device("cuda", 0)
+    with enter():
+        pass
+    assert launched == [1, 0], "once on each GPU"
+
+
+def test_a_gpu_asks_itself_whether_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = TwoGpus(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpus.current == 0)
+    assert not second().is_capturing()
+    assert gpus.current == 0
+
+
+@pytest.mark.parametrize("closed", [None, (0, 1), (1, 0)])
+def test_the_way_between_two_gpus_is_opened_in_both_directions(
+    closed: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+
+    class Byte:
+        def __init__(self, size: int, *, device: torch.device) -> None:
+            self.index = device.index
+
+        def copy_(self, source: Byte) -> None:
+            done.append((source.index, self.index))
+
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, two: (one.index, two.index) != closed)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(device.index))
+    monkeypatch.setattr(torch, "empty", Byte)
+    first = second()
+    first.torch_device = torch.device("cuda", 0)
+    assert first.reaches(second()) is (closed is None)
+    assert done == ([(1, 0), (0, 1), 0, 1] if closed is None else [])
+
+
+def test_a_refused_page_lock_makes_no_context_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, touched = TwoGpus(monkeypatch), []
+    device = second()
+    device._cudart = SimpleNamespace(
+        cudaHostRegister=lambda *args: touched.append(gpus.current) or 2,
+        cudaHostUnregister=lambda *args: touched.append(gpus.current) or 2,
+    )
+    right = torch.empty
+
+    def empty(*size: Any, device: Any = None, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            touched.append(gpus.current)
+            raise RuntimeError("refused")
+        touched.append(torch.device(device).index)
+        return right(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert not device.register(0, 4096)
+    device.unregister(0)
+    assert device.pinned_staging(1) is None
+    assert touched == [1] * 6
+
+
 # ---- copies in turns
 
 
@@ -281,6 +376,7 @@ class _FakeEvent:
 
 class _FakeTensor:
     current: _FakeStream
+    device = torch.device("cpu")
 
     def __init__(self, name: int, num_bytes: int) -> None:
         self.name, self.num_bytes = name, num_bytes
@@ -383,6 +479,20 @@ def test_a_batch_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("cudaErrorNotSupported", "cudaErrorIllegalAddress"):
         with pytest.raises(RuntimeError, match=rf"1 copies to the device were not all queued \({name}\)"):
             batched([1], [2], [3], 4)
+
+
+def test_batches_from_another_gpu_are_found_out_about_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = _FakeRuntime("cudaSuccess", "cudaErrorNotSupported")
+    monkeypatch.setattr(batched_copy, "import_module", lambda name: runtime)
+    batched = BatchedCopy.find()
+    assert batched is not None
+    assert batched([1], [2], [3], 4)
+    for _ in range(2):
+        assert not batched([1], [2], [3], 4, "from cuda to cuda")
+    assert len(runtime.calls) == 2, "it is asked once"
+    assert batched([1], [2], [3], 4)
+    assert batched.can()
+    assert not batched.can("from cuda to cuda")
 
 
 @pytest.mark.parametrize("error", [ImportError("none"), RuntimeError("no library")])

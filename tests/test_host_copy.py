@@ -20,8 +20,9 @@ import layerstream
 from layerstream.errors import ArgumentError, RankError
 from layerstream.host import memory
 from layerstream.host.home import SharedHome
+from layerstream.host.ranks import HostRanks
 from layerstream.standins import build_tiny, run_tiny
-from tests.fakes import adversary, assert_equal, assert_restored, describe, run, toy, twin
+from tests.fakes import adversary, assert_equal, assert_restored, describe, passes_in_a_child, run, toy, twin
 from tests.rank_processes import MIB, Rank, ranks
 from tests.test_packing import EDITS, Layers, Pipe, engine_of
 
@@ -73,6 +74,10 @@ def pause() -> int:
     return num_shared()
 
 
+def num_resident() -> int:
+    return int(here["streaming"].stats().num_resident_blocks)
+
+
 def report() -> str:
     return str(here["streaming"].report())
 
@@ -104,6 +109,7 @@ def own_bytes() -> int:
 
 
 def pipeline(name: str) -> int:
+    warnings.filterwarnings("ignore", "rank . shares")  # an embedding is tied
     pipe: Any = build_tiny(name)
     expected = [run_tiny(pipe, name, seed=seed) for seed in range(2)]
     with layerstream.offload(pipe, vram_budget="min", device=adversary(copies="random"), shared_as=name) as streaming:
@@ -244,6 +250,51 @@ def test_a_leader_that_leaves_first_takes_nothing_along() -> None:
         in_turn(group, leave)
 
 
+def fork() -> None:
+    """A child that leaves, and one that only ends."""
+
+    def leaves() -> None:
+        assert "shared as 'toy'" in report()
+        here["streaming"].close()
+        with pytest.raises(RankError, match="forked from a rank, and is none"):
+            here["ranks of this"].enter("toy", "something")
+
+    def drops() -> None:
+        here.clear()
+        gc.collect()
+
+    here["ranks of this"] = HostRanks()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert passes_in_a_child(leaves)
+        assert passes_in_a_child(drops)
+    assert any("in memory that ranks share" in str(one.message) for one in said)
+    assert here["device"].registered
+
+
+@pytest.mark.parametrize("is_leader", [True, False])
+def test_a_forked_child_leaves_for_nobody(is_leader: bool) -> None:
+    with ranks(3) as group:
+        in_turn(group[:2], enter)
+        group[0 if is_leader else 1].do(fork)
+        at_once(group[:2], call)
+        assert group[2].do(enter) == 7, "the leader leads still"
+        assert "by rank 0, 1, 2 so far" in group[2].do(report)
+        at_once(group, call)
+        in_turn(group, leave)
+
+
+def test_ranks_with_unlike_budgets() -> None:
+    with ranks(3) as group:
+        for rank, budget in zip(group, ("min", 46_000, "auto"), strict=True):
+            rank.start(enter, "toy", 0, 0, budget)
+        assert [rank.result() for rank in group] == [7, 7, 7]
+        at_once(group, call)
+        assert in_turn(group, edit, 0) == [6, 6, 6]
+        assert len(set(in_turn(group, num_resident))) > 1
+        in_turn(group, leave)
+
+
 # ---- what does not go together
 
 
@@ -273,9 +324,11 @@ def enter_tampered() -> int:
     model.blocks[2].scale.data.add_(1)
     here["resident"], here["pipe"] = Pipe(twin(model)), Pipe(model)
     here["device"] = adversary(copies="random")
-    here["streaming"] = layerstream.offload(
-        here["pipe"], vram_budget="min", device=here["device"], shared_as="toy"
-    ).start()
+    told = r"rank 1 shares 6 of 7 blocks, .* of 53\.5 KiB, as 'toy'\. .*: 1 have other weights than .*, and 0 are tied"
+    with pytest.warns(UserWarning, match=told):
+        here["streaming"] = layerstream.offload(
+            here["pipe"], vram_budget="min", device=here["device"], shared_as="toy"
+        ).start()
     return num_shared()
 
 
@@ -341,7 +394,8 @@ def enter_held(width: int) -> int:
     """All but one unit is held by somebody."""
     model = Layers(32, width)
     here["held"] = [block.weight.data[:1] for block in list(model.blocks)[1:]]
-    here["streaming"] = layerstream.offload(model, vram_budget="min", device=adversary(), shared_as="held").start()
+    with pytest.warns(UserWarning, match=r"shares 1 of 32 blocks, .*: 0 have other weights .*, and 31 are tied, held"):
+        here["streaming"] = layerstream.offload(model, vram_budget="min", device=adversary(), shared_as="held").start()
     return here["streaming"].stats().num_shared_units
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import pytest
@@ -138,6 +139,29 @@ def test_a_fault_at_any_operation(error: BaseException, is_helper: bool) -> None
         operation += 3
 
 
+def test_both_gpus_are_waited_for_where_a_load_fails_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says then when the buffers may be written to anew."""
+    device, carrier = adversary(copies="late"), other(copies="late")
+    one = helper.Helper(carrier, device)
+    one.open()
+    by_links = route.CopyByLinks(device, [one])
+    right = device.copy_beside
+
+    def fail(copies: Any, after: Any) -> Any:
+        right(copies, after)
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(device, "copy_beside", fail)
+    target, source = device.allocate(1024), torch.full((1024,), 7, dtype=torch.uint8)
+    issue = functools.partial(one.copy, target, source)
+    with pytest.raises(RuntimeError, match="launch failure"):
+        by_links._issue(device.prepare([]), [issue], [])
+    assert device.operations[-1] == carrier.operations[-1] == "synchronize"
+    assert target.unique().tolist() == [7]
+    monkeypatch.undo()
+    by_links.close()
+
+
 def test_a_buffer_that_is_filled_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     right = helper.Helper.copy
 
@@ -168,6 +192,23 @@ def test_a_gpu_out_of_reach_is_not_used() -> None:
     ):
         assert_equal(pipe(), resident())
     assert not carrier.num_copied_pieces
+
+
+def test_of_two_gpus_one_is_used() -> None:
+    model = toy()
+    resident, pipe = Pipe(twin(model)), Pipe(model)
+    peer, far = adversary(name="peer"), adversary(name="far")
+    device = adversary(reaches_peers={"peer"})
+    with (
+        pytest.warns(UserWarning, match="far cannot be reached from simulated directly"),
+        layerstream.offload(pipe, vram_budget="min", device=device, links=[peer, far]),
+        device.checking(),
+    ):
+        for _ in range(3):
+            assert_equal(pipe(), resident())
+        assert peer.buffer_bytes == 2048
+    assert peer.num_copied_pieces
+    assert not far.num_operations
 
 
 def test_links_that_mean_nothing() -> None:

@@ -34,6 +34,11 @@ class GrowingSegments:
     """Turns growing segments on while somebody streams. One per process, as is the setting.
 
     What the user has said about them, in the environment or since, is left as it is.
+
+    Once two GPUs work together they are turned off, for good: whoever asks for them after that, or has asked before,
+    has segments as torch cuts them. Before torch unmaps what has grown it waits for the default stream of the current
+    GPU only (PyTorch issue 196258), on whichever GPU the memory is. With one GPU in use that is the right one. Where
+    a copy or kernel of another GPU uses it, nothing waits for that.
     """
 
     def __init__(
@@ -47,6 +52,21 @@ class GrowingSegments:
         self._before: str | None = None  # the settings as they were; None: not changed
         self._left: dict[str, str] = {}  # what they were, by what we left when we were done
         self._lock = FinaliserLock()
+        self._is_forbidden = False
+        self._was_on = False
+
+    @property
+    def may_have_grown(self) -> bool:
+        """Whether there may be memory that has grown: because of us, now or before, or because the user wanted it."""
+        said = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+        return self._was_on or any(_OPTION in settings for settings in said)
+
+    def forbid(self) -> bool:
+        """Turn them off for good. Returns whether this is the first time, and they were on before."""
+        with self._lock.held():
+            is_first, self._is_forbidden = not self._is_forbidden, True
+            self._turn_off()
+        return is_first and self._was_on
 
     @property
     def is_on(self) -> bool:
@@ -59,10 +79,12 @@ class GrowingSegments:
             if not self._owners:
                 settings = self._read()
                 settings = self._left.get(settings, settings) if settings is not None else None
-                if settings is not None and _OPTION not in settings:
+                if settings is not None and _OPTION in settings:
+                    self._was_on = True  # by the user, as far as we know
+                elif settings is not None and not self._is_forbidden:
                     try:
                         self._write(_with(settings, "True"))
-                        self._before = settings
+                        self._before, self._was_on = settings, True
                     except (RuntimeError, ValueError):
                         self._before = None  # this allocator cannot; it cuts as it always does
             self._owners.add(owner)
@@ -73,7 +95,11 @@ class GrowingSegments:
 
     def _remove(self, owner: Hashable) -> None:
         self._owners.discard(owner)
-        if not self._owners and self._before is not None:
+        if not self._owners:
+            self._turn_off()
+
+    def _turn_off(self) -> None:
+        if self._before is not None:
             left = _with(self._before, "False")  # said, because leaving it out may leave it as it is
             self._write(left)
             self._left = {left: self._before}

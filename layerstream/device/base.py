@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,6 +87,10 @@ class DeviceMemory(Protocol):
 
         What many tensors of unlike sizes reserve is then little more than what they take together.
         """
+
+    def stop_growing(self) -> None:
+        """Another device works with this one: from now on such memory grows nowhere in this process. Blocks the host,
+        the first time."""
 
     def page_bytes(self) -> int:
         """By what such memory grows now; 0 where it does not. Caps count it as taken, because it comes whole."""
@@ -279,9 +283,24 @@ class Device(DeviceMemory, Streams, CopyEngine, Unpacker, HostLocks, Protocol):
     """The seam between engine and hardware. `simulated.SimulatedDevice` is the other implementation."""
 
     torch_device: torch.device
-    name: str
+    name: str  # of its kind: two GPUs of a host may have the same
     is_simulated: bool
     is_named_apart: bool  # whether `torch_device` and host memory have different names to torch
+
+    @property
+    def label(self) -> str:
+        """Which one it is, for people: "cuda:1"."""
+
+
+def synchronize_all(devices: Iterable[Device]) -> None:
+    """Block the host until all these devices are idle; one that fails does not keep the others from being waited for.
+
+    Raises:
+        What a device that has failed does.
+    """
+    with contextlib.ExitStack() as each:
+        for device in devices:
+            each.callback(device.synchronize)
 
 
 def engine_tensors() -> contextlib.AbstractContextManager[None]:

@@ -17,6 +17,8 @@ _log = logging.getLogger("layerstream.device")
 # What a call says when the driver or runtime cannot do it at all.
 _CANNOT = ("cudaErrorInsufficientDriver", "cudaErrorCallRequiresNewerDriver", "cudaErrorNotSupported")
 
+FROM_HOST = "from cpu to cuda"  # the kind of copy that most are
+
 
 class BatchedCopy:
     """The call, with what is the same each time."""
@@ -28,7 +30,9 @@ class BatchedCopy:
         # Sources are page-locked, and are let go of only once an event after the copy has passed.
         attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
         self._attributes = [attributes]
-        self._has_worked = False
+        # By kind of copy: a driver that brings many from the host need not bring them from another GPU.
+        self._worked: set[str] = set()
+        self._refused: set[str] = set()
 
     @classmethod
     def find(cls) -> BatchedCopy | None:
@@ -39,24 +43,34 @@ class BatchedCopy:
             _log.debug("no batched copies: %r", error)
             return None
 
-    def __call__(self, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: int) -> bool:
-        """Queue copies from page-locked memory to the device, in any order among them, on a stream that is not the
-        default one.
+    def can(self, kind: str = FROM_HOST) -> bool:
+        """Whether copies of this kind work, as far as known."""
+        return kind not in self._refused
+
+    def __call__(
+        self, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: int, kind: str = FROM_HOST
+    ) -> bool:
+        """Queue copies from page-locked memory to the device, or from one to another, in any order among them, on a
+        stream that is not the default one.
 
         Args:
             targets, sources: addresses.
             sizes: in bytes.
+            kind: from where to where all of them go.
         Returns: whether they were queued; False: this machine cannot, now or ever.
         Raises:
             RuntimeError: a copy failed; others of the same call may be on their way.
         """
+        if not self.can(kind):
+            return False
         # Since CUDA 13 it returns the error alone, before also the index of the copy that failed.
         error = self._call(targets, sources, sizes, len(sizes), self._attributes, [0], 1, stream)[0]
         if error == self._success:
-            self._has_worked = True
+            self._worked.add(kind)
             return True
         name = getattr(error, "name", str(error))
-        if not self._has_worked and name in _CANNOT:
-            _log.debug("no batched copies: %s", name)
+        if kind not in self._worked and name in _CANNOT:
+            self._refused.add(kind)
+            _log.debug("no batched copies %s: %s", kind, name)
             return False
         raise RuntimeError(f"CUDA error: {len(sizes)} copies to the device were not all queued ({name}).")

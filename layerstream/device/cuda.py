@@ -28,7 +28,7 @@ class _Turn:
     """Copies that are queued together.
 
     Args:
-        pairs: (target, source) pairs.
+        pairs: (target, source) pairs, at least one, all from one place to one other.
         is_locked: what is of the host in them is page-locked.
     """
 
@@ -37,6 +37,8 @@ class _Turn:
         self.targets = [target.data_ptr() for target, _ in pairs]
         self.sources = [source.data_ptr() for _, source in pairs]
         self.sizes = [target.numel() for target, _ in pairs]
+        (target, source), *_ = pairs
+        self.kind = f"from {source.device.type} to {target.device.type}"
         self.num_bytes = sum(self.sizes)
 
 
@@ -77,7 +79,7 @@ class _CopyStreams:
     @property
     def is_batched(self) -> bool:
         """Whether the copies of a turn are one call of the driver."""
-        return self._batched is not None
+        return self._batched is not None and self._batched.can()
 
     def copy(self, turns: Sequence[_Turn]) -> None:
         """Queue copies, a turn behind the other; small ones share a turn."""
@@ -90,19 +92,19 @@ class _CopyStreams:
     def issue(self, turn: _Turn, stream: torch.cuda.Stream) -> None:
         """Queue copies on a stream of this GPU."""
         batched = self._batched
-        if batched is not None and turn.is_locked and not torch.cuda.is_current_stream_capturing():
+        if batched is not None and turn.is_locked:
             with self._is_current():
-                if batched(turn.targets, turn.sources, turn.sizes, stream.cuda_stream):
+                if not torch.cuda.is_current_stream_capturing() and batched(
+                    turn.targets, turn.sources, turn.sizes, stream.cuda_stream, turn.kind
+                ):
                     return
-            self._batched = None
         with torch.cuda.stream(stream):
             for target, source in turn.pairs:
                 target.copy_(source, non_blocking=True)
 
     def _is_current(self) -> contextlib.AbstractContextManager[object]:
         """Inside, the streams' GPU is the current one."""
-        is_so = torch.cuda.current_device() == self.now.device_index
-        return _NOTHING if is_so else torch.cuda.device(self.now.device_index)
+        return _current(self.now.device_index)
 
     def _next_turn(self) -> None:
         # Recorded anew at each turn: who waits for the one before has been told to by then.
@@ -113,10 +115,27 @@ class _CopyStreams:
         self._left_bytes = COPY_BYTES
 
 
+def _current(index: int) -> contextlib.AbstractContextManager[object]:
+    """Inside, this GPU is the current one; cheap where it is already."""
+    return _NOTHING if torch.cuda.current_device() == index else torch.cuda.device(index)
+
+
 _NOTHING = contextlib.nullcontext()
-_HAS_PEERS = threading.Event()  # set: copies between two GPUs were asked for in this process
 _CAPS: dict[int, Caps] = {}  # of the process, by GPU
-_THREAD = threading.local()
+
+
+class _Thread(threading.local):
+    """What a thread has done.
+
+    Attributes:
+        contexts: GPUs on which it has launched a kernel.
+    """
+
+    def __init__(self) -> None:
+        self.contexts: set[int] = set()
+
+
+_THREAD = _Thread()
 _GROWING = GrowingSegments()
 
 
@@ -137,6 +156,10 @@ class CudaDevice:
         self._beside: torch.cuda.Stream | None = None  # for copies beside others, once there are any
         self._packing = CudaPacking(torch_device)
         self._cudart: Any = torch.cuda.cudart()
+
+    @property
+    def label(self) -> str:
+        return str(self.torch_device)
 
     @property
     def copied_by(self) -> str:
@@ -207,10 +230,16 @@ class CudaDevice:
     def _may_grow(self) -> bool:
         """Whether torch keeps such memory safe.
 
-        Before it unmaps what has grown, it waits for the default stream of the current GPU, on whichever GPU that is
-        (PyTorch issue 196258): where another one is current, `empty_cache` unmaps what queued kernels use.
+        Before it unmaps what has grown, on whichever GPU that is, it waits for the default stream of the current GPU
+        and for nothing else (PyTorch issue 196258): where another one is current, memory is unmapped that queued
+        kernels use, which ends in "unspecified launch failure".
         """
-        return not _HAS_PEERS.is_set() and torch.cuda.current_device() == self._index
+        return torch.cuda.current_device() == self._index
+
+    def stop_growing(self) -> None:
+        if _GROWING.forbid():
+            self.synchronize()
+            self.empty_cache()  # what has grown and nobody uses goes now, while one GPU is all that is to be waited for
 
     @property
     def _index(self) -> int:
@@ -248,11 +277,12 @@ class CudaDevice:
 
         @contextlib.contextmanager
         def entered() -> Iterator[None]:
-            with torch.cuda.device(index), torch.cuda.stream(stream):
-                if not getattr(_THREAD, "has_context", False):
+            # The stream first: entering it makes its GPU the current one.
+            with torch.cuda.stream(stream), torch.cuda.device(index):
+                if self._index not in _THREAD.contexts:
                     # cuBLAS warns in a thread whose first call it is: a kernel makes the context current.
                     torch.zeros(1, device=self.torch_device)
-                    _THREAD.has_context = True
+                    _THREAD.contexts.add(self._index)
                 yield
 
         return entered
@@ -261,7 +291,8 @@ class CudaDevice:
         return False
 
     def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        with _current(self._index):
+            return torch.cuda.is_current_stream_capturing()
 
     def random_state(self) -> torch.Tensor:
         return torch.cuda.get_rng_state(self.torch_device)
@@ -281,15 +312,18 @@ class CudaDevice:
         return bool(event.query())
 
     def reaches(self, other: Device) -> bool:
-        _HAS_PEERS.set()
-        if not isinstance(other, CudaDevice) or not torch.cuda.can_device_access_peer(
-            self.torch_device, other.torch_device
-        ):
+        if not isinstance(other, CudaDevice):
             return False
-        # Torch opens the way at the first copy of its own. Before that the driver copies through the host, which
-        # waits: 37 in place of 390 GB/s (two H200s).
-        torch.empty(1, device=self.torch_device).copy_(torch.empty(1, device=other.torch_device))
-        torch.cuda.synchronize(self.torch_device)
+        here, there = self.torch_device, other.torch_device
+        if not all(torch.cuda.can_device_access_peer(*way) for way in ((here, there), (there, here))):
+            return False
+        # Torch opens a way at the first copy of its own, each direction by itself. Before that the driver copies
+        # through the host, which waits: 37 in place of 390 GB/s (two H200s).
+        mine, its = torch.empty(1, device=here), torch.empty(1, device=there)
+        mine.copy_(its)
+        its.copy_(mine)
+        for place in (here, there):
+            torch.cuda.synchronize(place)
         return True
 
     def prepare(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True) -> list[_Turn]:
@@ -379,20 +413,31 @@ class CudaDevice:
         # The runtime sets the device per thread, and registering may run in a pool of threads.
         with torch.cuda.device(self.torch_device):
             error = int(self._cudart.cudaHostRegister(address, num_bytes, _PORTABLE))
-        if error:
-            _clear_sticky_error()
+            if error:
+                self._clear_sticky_error()
         return error == 0
 
     def unregister(self, address: int) -> None:
-        if int(self._cudart.cudaHostUnregister(address)):
-            _clear_sticky_error()
+        with torch.cuda.device(self.torch_device):
+            if int(self._cudart.cudaHostUnregister(address)):
+                self._clear_sticky_error()
 
     def pinned_staging(self, num_bytes: int) -> torch.Tensor | None:
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        except RuntimeError:
-            _clear_sticky_error()
-            return None
+        with torch.cuda.device(self.torch_device):
+            try:
+                return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+            except RuntimeError:
+                self._clear_sticky_error()
+                return None
+
+    def _clear_sticky_error(self) -> None:
+        """Take back the error a refused pin leaves behind, or the next CUDA call reports it as its own.
+
+        torch has no binding for cudaGetLastError; the next checked call would raise it, so one is made here, on this
+        GPU: on another it would make a context.
+        """
+        with contextlib.suppress(RuntimeError):
+            torch.empty(1, device=self.torch_device).add_(1)
 
     def homes(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -404,11 +449,12 @@ class CudaDevice:
         event.synchronize()
 
     def empty_cache(self) -> None:
-        # That is of all GPUs; what waits for which is told at `_may_grow`.
+        # That is of all GPUs. Of what has grown none is waited for but the current one: see `_may_grow`.
         with torch.cuda.device(self._index):
-            for index in range(torch.cuda.device_count()):
-                if index != self._index and torch.cuda.memory_reserved(index):
-                    torch.cuda.synchronize(index)
+            if _GROWING.may_have_grown:
+                for index in range(torch.cuda.device_count()):
+                    if index != self._index and torch.cuda.memory_reserved(index):
+                        torch.cuda.synchronize(index)
             torch.cuda.empty_cache()
 
 
@@ -425,15 +471,6 @@ def _fraction(num_bytes: int, total_bytes: int) -> float:
     nearest = num_bytes / total_bytes
     candidates = (math.nextafter(nearest, 1.0), nearest, math.nextafter(nearest, 0.0))
     return next(f for f in candidates if int(f * total_bytes) <= num_bytes)
-
-
-def _clear_sticky_error() -> None:
-    """Take back the error a refused pin leaves behind, or the next CUDA call reports it as its own.
-
-    torch has no binding for cudaGetLastError; the next checked call would raise it, so one is made here.
-    """
-    with contextlib.suppress(RuntimeError):
-        torch.empty(1, device="cuda").add_(1)
 
 
 def find_device(device: torch.device | str | int | None) -> torch.device:

@@ -77,6 +77,7 @@ class Attachments:
         bring_home: copies home what was written to a unit on the device.
         mutex: of the streamer.
         number: of its gate.
+        others: other GPUs that take part.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Attachments:
         bring_home: Callable[[StreamedUnit], object],
         mutex: threading.RLock,
         number: int,
+        others: Sequence[Device] = (),
     ) -> None:
         self.all: list[Attachment] = []
         self.units: dict[int, StreamedUnit] = {}
@@ -96,6 +98,7 @@ class Attachments:
         self.share: Share = _share_nothing
         self.make_raw: Callable[[StreamedUnit], object] = lambda unit: None
         self._device = device
+        self._others = others
         self._bring_home = bring_home
         self._mutex = mutex
         self._classes = AbsentClasses(reading, number, self._stand_in)
@@ -131,7 +134,7 @@ class Attachments:
         nans = functools.cache(functools.partial(nan_scalar, device=self._device.torch_device))
         for group in connected(layouts, division):
             part = division if len(group) == len(layouts) else part_of(division, group)
-            attachment = Attachment(tuple(group), part, HostStore(self._device, stretches))
+            attachment = Attachment(tuple(group), part, HostStore(self._device, stretches, self._others))
             self.all.append(attachment)
             for layout in attachment.layouts:
                 self.of_component[layout.name] = attachment

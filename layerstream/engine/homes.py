@@ -47,6 +47,11 @@ class Elsewhere:
     shared_as: str = ""
     helpers: Sequence[Helper] = ()
 
+    @property
+    def devices(self) -> list[Device]:
+        """The other GPUs."""
+        return [*(keeper.device for keeper in self.keepers), *(helper.device for helper in self.helpers)]
+
 
 class Homes:
     """Has units given other homes on entering and while calls run, and their own again on leaving.
@@ -85,6 +90,7 @@ class Homes:
             elsewhere.keepers,
             is_all=elsewhere.is_all_stored,
             is_to_be_packed=self.packing.is_to_be_packed,
+            may_be_packed=self.packing.may_be_packed_ahead,
         )
         self.host_copy = HostCopy(device, stats, elsewhere.ranks, elsewhere.shared_as)
         attached.share, attached.make_raw = self.host_copy.share, self._raw_again.make_raw

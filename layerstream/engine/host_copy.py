@@ -89,7 +89,12 @@ class HostCopy:
         self._ranks = ranks
         self._name = name
         self._parts: dict[str, _Part | None] = {}  # by components; None: nothing of them is shared
+        self._forget_counts()
+
+    def _forget_counts(self) -> None:
         self._num_compared = self._num_equal = 0  # units of what others lead with, while it is entered
+        self._num_all = self._num_shared = 0  # units that have bytes, and those of them that are shared, likewise
+        self._all_bytes = self._shared_bytes = 0
         self._has_entered = False
 
     @property
@@ -132,6 +137,8 @@ class HostCopy:
         if place not in self._parts:
             self._parts[place] = self._entered(place, contents, may_be) if contents.num_bytes else None
         part = self._parts[place]
+        self._num_all += sum(_ends(unit.binding)[-1] > 0 for unit in units)
+        self._all_bytes += contents.num_bytes
         if part is None:
             return {}
         compared = [  # what was cast since, or taken apart, has other forms
@@ -144,6 +151,8 @@ class HostCopy:
         if not part.entering.is_leader:
             self._num_compared += len(compared)
             self._num_equal += len(found)
+        self._num_shared += len(found)
+        self._shared_bytes += sum(_ends(unit.binding)[-1] for unit in found)
         return {unit: _home(self._device, unit, part) for unit in found}
 
     def entered(self) -> None:
@@ -153,11 +162,21 @@ class HostCopy:
             RankError: others lead with weights of which this rank has none.
         """
         is_first, self._has_entered = not self._has_entered, True
-        if self._ranks is not None and is_first and self._num_compared and not self._num_equal:
+        if self._ranks is None or not is_first:
+            return
+        if self._num_compared and not self._num_equal:
             raise RankError(
                 f"rank {self._ranks.rank} shares {self._name!r} with others, and none of its {self._num_compared} "
                 "units has the same weights. Load the same checkpoint in all ranks, or give pipelines that differ "
                 "other names."
+            )
+        if self._num_shared < self._num_all:
+            num_other = self._num_compared - self._num_equal
+            warn(
+                f"rank {self._ranks.rank} shares {self._num_shared} of {self._num_all} blocks, pieces or bases, "
+                f"{format_bytes(self._shared_bytes)} of {format_bytes(self._all_bytes)}, as {self._name!r}. The rest "
+                f"is in its own memory: {num_other} have other weights than those of the rank that leads, and "
+                f"{self._num_all - self._num_shared - num_other} are tied, held by other code, or not found there."
             )
 
     def count(self, homes: Sequence[object]) -> None:
@@ -172,8 +191,7 @@ class HostCopy:
             part = self._parts.popitem()[1]
             if part is not None:
                 part.entering.close()
-        self._has_entered = False
-        self._num_compared = self._num_equal = 0
+        self._forget_counts()
 
     # ---- inside
 

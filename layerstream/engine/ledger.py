@@ -22,6 +22,7 @@ from layerstream.budget import auto_bytes, format_bytes, is_unlimited, parse_byt
 from layerstream.device.base import Device
 from layerstream.engine.planner import Planner
 from layerstream.errors import BudgetError
+from layerstream.finalisers import only_here
 from layerstream.planning.order import OrderLearner
 from layerstream.planning.phase_plan import Phase, PhasePlan
 from layerstream.planning.phases import CallKind, Key
@@ -76,7 +77,7 @@ class Ledger:
         self._device.reset_peaks()
         self._is_open = True
         # A pipeline dropped without closing gives them back, too, when it is collected.
-        self._release = weakref.finalize(self, _give_back, self._device, self._claim)
+        self._release = weakref.finalize(self, only_here(_give_back), self._device, self._claim)
         self._device.grow_segments(self._claim, is_on=True)
         if self.budget_bytes is not None:
             self._device.set_cap(self.budget_bytes, owner=self._claim)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from layerstream import codec
-from layerstream.blocks import Sizes
+from layerstream.blocks import Sizes, UnitSpec
 from layerstream.device.base import Device, engine_tensors
 from layerstream.engine.attachments import Attachments
 from layerstream.engine.exchange import HomeExchanges
@@ -101,6 +101,10 @@ class Packing:
     def is_to_be_packed(self, unit: int) -> bool:
         """Whether the unit of this index waits for that."""
         return unit in self._wanted
+
+    def may_be_packed_ahead(self, spec: UnitSpec) -> bool:
+        """Whether a unit is perhaps packed on entering: that depends on its bytes."""
+        return self.is_ahead and not self.why_off and spec.is_block and spec.num_bytes >= LEAST_BYTES
 
     def why_raw(self) -> str:
         """Why nothing is packed, or how many units stay raw that were to be packed, and why; "": none, or it is off."""

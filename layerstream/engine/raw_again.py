@@ -19,7 +19,6 @@ from layerstream.engine.attachments import Attachments
 from layerstream.engine.exchange import HomeExchanges
 from layerstream.engine.ledger import Ledger
 from layerstream.engine.scratch import Scratch
-from layerstream.errors import WeightsLostError
 from layerstream.host.home import Home, PackedHome, RawHome, SharedHome
 from layerstream.host.memory import Pages, fill
 from layerstream.host.pages_ahead import PagesAhead
@@ -125,7 +124,7 @@ class RawAgain:
         if home.keeper is None:
             fill([(buffer, segment.source)])
         else:
-            _fetch(home, buffer[: segment.source.numel()], segment.source)
+            home.keeper.fetch(segment.source, buffer[: segment.source.numel()])
 
     def _decode_to_host(self, home: PackedHome, buffer: torch.Tensor) -> None:
         """On the device, which is ten times faster; on the host where the device has no room, or has failed."""
@@ -137,10 +136,7 @@ class RawAgain:
                 return
             except Exception as error:
                 _log.debug("decoding on the host: %r", error)
-        wire = home.wire
-        if home.keeper is not None:
-            wire = torch.empty(home.wire_bytes, dtype=torch.uint8, device="cpu")
-            _fetch(home, wire, home.wire)
+        wire = home.wire if home.keeper is None else home.keeper.fetch(home.wire)
         self._device.unpack_on_host(wire, home.layout, buffer)
 
 
@@ -148,22 +144,3 @@ def _private(home: Home) -> Pages:
     """The shared memory of a home, as this process may write to it."""
     assert isinstance(home, SharedHome)
     return home.pages.private().part(home.offset, home.device_bytes)
-
-
-def _fetch(home: Home, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy from another GPU's memory to the host.
-
-    Raises:
-        WeightsLostError: that GPU has failed.
-    """
-    assert home.keeper is not None
-    try:
-        try:
-            home.keeper.device.copy_back(target, source)
-        except RuntimeError:  # perhaps of what was issued before: asked once more, a GPU that works gives it
-            home.keeper.device.copy_back(target, source)
-    except RuntimeError as error:
-        raise WeightsLostError(
-            f"weights that were in the memory of {home.keeper.name} are lost: it does not give them back ({error}). "
-            "Load the pipeline anew."
-        ) from error

@@ -58,6 +58,6 @@ class Scratch:
         device, stream = self._device, self._device.compute_stream()
         pairs, is_locked = [pair[:2] for pair in home.pairs(buffer)], home.is_pinned
         if home.keeper is not None and not home.keeper.is_reached:
-            pairs, is_locked = [(target, home.keeper.fetched(source)) for target, source in pairs], False
+            pairs, is_locked = [(target, home.keeper.fetch(source)) for target, source in pairs], False
         copies = device.prepare(pairs, is_locked=is_locked)
         device.wait(stream, device.copy(copies, [device.record(stream)]))

@@ -33,6 +33,8 @@ from layerstream.transfer.unit import StreamedUnit
 
 _log = logging.getLogger("layerstream.storing")
 
+# Of a unit's bytes, that it takes packed: a word of 32 bits keeps at least one byte, one of 16 bits, too.
+_LEAST_PACKED_SHARE = 0.25
 _MOST_BROUGHT_BACK = 2  # times that a unit is, until it stays on the host
 
 
@@ -43,6 +45,7 @@ class Storing:
         keepers: those GPUs, in the order in which they are filled; none: it is off.
         is_all: everything must fit there; else the rest stays on the host.
         is_to_be_packed: whether a unit, by its index, is to be packed, and goes after that.
+        may_be_packed: whether a unit may be packed by the time that it goes.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Storing:
         *,
         is_all: bool,
         is_to_be_packed: Callable[[int], bool],
+        may_be_packed: Callable[[UnitSpec], bool],
     ) -> None:
         self._device = device
         self._attached = attached
@@ -66,11 +70,13 @@ class Storing:
         self._keepers = keepers
         self._is_all = is_all
         self._is_to_be_packed = is_to_be_packed
-        self._told: set[Keeper] = set()  # those that are out of reach
+        self._may_be_packed = may_be_packed
+        self._told: set[Keeper] = set()  # those of which it was said that they are out of reach
         self._refused: dict[int, str] = {}  # why a unit stays on the host
         self._num_brought: Counter[int] = Counter()
         self._is_due = False  # some unit may go that is not there
         self._has_changed = False
+        self._has_entered = False
         self._raw_again = raw_again
         raw_again.has_made.append(self._was_brought_back)
 
@@ -85,21 +91,30 @@ class Storing:
         return "; ".join(f"{count} of what was to be: {why}" for why, count in counts.most_common())
 
     def check(self, specs: Iterable[UnitSpec]) -> None:
-        """Before anything changes: see that there is room.
+        """Before anything changes: see that there is room. What will be packed is known only then: `attached` asks
+        again.
 
         Raises:
             StoreError: with numbers.
         """
         if not self.is_on:
             return
-        needed = sum(self._keepers[0].device.rounded_bytes(spec.num_bytes) for spec in specs if spec.num_bytes)
+        each = [(spec.num_bytes, self._may_be_packed(spec)) for spec in specs]
+        sizes = [int(size * _LEAST_PACKED_SHARE) if may_be_packed else size for size, may_be_packed in each]
+        self._refuse_too_much(sizes, "at least " if any(may_be_packed for _, may_be_packed in each) else "")
+
+    def _refuse_too_much(self, sizes: Iterable[int], at_least: str = "") -> None:
+        """Raise if everything must fit there, and memory of these sizes does not."""
+        if not self._is_all:
+            return
+        needed = sum(self._keepers[0].device.rounded_bytes(num_bytes) for num_bytes in sizes if num_bytes)
         room = sum(keeper.room_bytes() for keeper in self._keepers)
-        if self._is_all and needed > room:
+        if needed > room:
             names = " and ".join(keeper.name for keeper in self._keepers)
             raise StoreError(
-                f"the weights do not fit in the memory of {names}: they take {format_bytes(needed)}, and "
-                f"{format_bytes(room)} may be taken there. Raise store_budget, free memory there, or add the host for "
-                f'the rest: store=["{self._keepers[0].name}", "cpu"].',
+                f"the weights do not fit in the memory of {names}: they take {at_least}{format_bytes(needed)}, "
+                f"and {format_bytes(room)} may be taken there. Raise store_budget, free memory there, or add the host "
+                f'for the rest: store=["{self._keepers[0].name}", "cpu"].',
                 needed_bytes=needed,
                 available_bytes=room,
             )
@@ -123,18 +138,19 @@ class Storing:
             )
 
     def attached(self) -> None:
-        """Components are there: store what can be."""
+        """Components are there, and packed if they are to be: store what can be.
+
+        Raises:
+            StoreError: on entering, where they do not fit; nothing is stored.
+        """
         if not self.is_on:
             return
+        is_entering, self._has_entered = not self._has_entered, True
+        if is_entering:
+            self._refuse_too_much(u.home.wire_bytes for u in self._attached.units.values() if u.home.keeper is None)
         self._refused.clear()
         for keeper in self._keepers:
             keeper.hold()
-            if not keeper.is_reached and keeper not in self._told:
-                self._told.add(keeper)
-                warn(
-                    f"{keeper.name} cannot be reached from {self._device.torch_device} directly: loads from there go "
-                    "through host memory, over both GPUs' links to it."
-                )
         units = self._in_order([unit for unit in self._attached.units.values() if self._may_store(unit)])
         progress = Progress(sum(unit.home.device_bytes for unit in units), "layerstream stores the weights")
         try:
@@ -146,9 +162,14 @@ class Storing:
             progress.close()
         trim_heap()
         self._tell()
+        if is_entering:  # in a pause it is what somebody looks at meanwhile, as a rule
+            self._tell_what_stays(units)
 
     def at_rest(self) -> None:
         """No component is in the middle of a call: store what was brought back, and is looked at no longer."""
+        for keeper in self._keepers:
+            if not keeper.is_reached and keeper not in self._told:
+                self._tell_of_reach(keeper)
         if not self._is_due:
             return
         self._is_due = False
@@ -164,8 +185,10 @@ class Storing:
 
     def close(self) -> None:
         """Everything is handed back: give up what was asked of the other GPUs."""
-        for keeper in self._keepers:
-            keeper.close()
+        self._has_entered = False
+        with contextlib.ExitStack() as each:  # all of them, also when one fails
+            for keeper in self._keepers:
+                each.callback(keeper.close)
 
     # ---- inside
 
@@ -229,6 +252,27 @@ class Storing:
             self._num_brought[unit.index] += 1
             if self._num_brought[unit.index] >= _MOST_BROUGHT_BACK:
                 self._refused[unit.index] = "it is looked at again and again"
+
+    def _tell_of_reach(self, keeper: Keeper) -> None:
+        """Say once that a GPU is out of reach, and what that costs, as soon as it is measured."""
+        speed = self._ledger.planner.links.get(keeper.name)
+        if speed is not None:
+            self._told.add(keeper)
+            warn(
+                f"{keeper.name} cannot be reached from {self._device.label} directly: loads from there go through host "
+                f"memory, over both GPUs' links to it, at {speed:.1f} GB/s."
+            )
+
+    def _tell_what_stays(self, units: Sequence[StreamedUnit]) -> None:
+        """Say of which units there is something to be stored, and is not; `store` may have promised all."""
+        left = [unit for unit in units if unit.home.keeper is None]
+        if left and self._is_all:
+            names = " and ".join(keeper.name for keeper in self._keepers)
+            num_bytes = sum(unit.home.device_bytes for unit in left)
+            warn(
+                f"{len(left)} of {len(units)} blocks, pieces or bases, {format_bytes(num_bytes)}, are not in the "
+                f"memory of {names} and stay on the host ({self.why_on_host()}). They are loaded from there."
+            )
 
     def _tell(self) -> None:
         """Plans are made with where units are from now on."""

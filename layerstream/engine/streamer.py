@@ -31,6 +31,7 @@ from layerstream.engine.residency import Residency
 from layerstream.engine.session import Session
 from layerstream.engine.standstill import standstill
 from layerstream.errors import BudgetError, StreamerStateError, WeightsLostError
+from layerstream.finalisers import Birthplace
 from layerstream.hooks import compiled
 from layerstream.interrupts import twice_if_interrupted
 from layerstream.model.units import ComponentLayout, Division, divide
@@ -82,12 +83,15 @@ class Streamer:
         self.gate = Gate(call_timeout)
         self.owner: object = None
         self._is_opened = self.is_closed = False
+        self._birthplace = Birthplace()
         self.is_paused = False
         self._describe = describe
         self._let_go = let_go
         self.device = device
         self._mutex = threading.RLock()
-        self._attached = Attachments(device, self._reading, self._unit_home, self._mutex, self.gate.number)
+        self._attached = Attachments(
+            device, self._reading, self._unit_home, self._mutex, self.gate.number, elsewhere.devices
+        )
         self._units = self._attached.units
         self._ranges = Ranges()
         self._transfer = TransferEngine(device, self._units, self.stats, self._ranges, elsewhere.helpers)
@@ -297,7 +301,7 @@ class Streamer:
 
     def close(self) -> None:
         """Give everything back, from any state; what the device can no longer do is said, not raised. What was never
-        opened has nothing to give.
+        opened has nothing to give, and in a forked child all there is to give is its parent's: nothing is done then.
 
         An interrupt while it waits for the device is raised once all is given back.
 
@@ -306,7 +310,7 @@ class Streamer:
                 changed.
             WeightsLostError: some could not be brought back; all else is given back.
         """
-        if not self._is_opened:
+        if not self._is_opened or not self._birthplace.is_here:
             self.is_closed = True
             return
         self.homes.check_way_back()

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from layerstream.device.base import Device, Stream, engine_tensors
+from layerstream.device.base import Device, Stream, engine_tensors, synchronize_all
+from layerstream.errors import WeightsLostError
+from layerstream.finalisers import only_here
 
 
 class Keeper:
@@ -29,12 +31,13 @@ class Keeper:
 
     def __init__(self, device: Device, budget_bytes: int | None, target: Device) -> None:
         self.device = device
-        self.name = device.name if device.is_simulated else str(device.torch_device)
+        self.name = device.label
         self.budget_bytes = budget_bytes
+        target.stop_growing()  # before the first copy between the two
         self.is_reached = target.reaches(device)
         self._target = target
         self._claim: object = object()  # on the limit, which the process keeps for whoever asked
-        self._release = weakref.finalize(self, _give_back, device, self._claim)
+        self._release = weakref.finalize(self, only_here(_give_back), device, self._claim)
         self._is_held = False
         self._streams: dict[int, Stream] = {}  # that memory goes back to, by its address
 
@@ -64,41 +67,66 @@ class Keeper:
         return buffer
 
     def give(self, buffer: torch.Tensor) -> None:
-        """Free what was taken. No copy from it to the other GPU may be in flight."""
+        """Free what was taken. What comes to lie there next waits for copies from it; does not block the host."""
         try:
-            # Copies by this GPU itself, to the host, are not known to the stream that the memory goes back to.
+            # Copies by this GPU itself, to the host, and those by the GPU that computes: none of them is known to the
+            # stream that the memory goes back to.
             stream = self._streams.get(buffer.data_ptr()) or self.device.compute_stream()
-            self.device.wait(stream, self.device.record_copies())
+            for reader in (self.device, self._target):
+                self.device.wait(stream, reader.record_copies())
         except BaseException:
-            self.device.synchronize()
+            synchronize_all([self.device, self._target])
             raise
         finally:
             self._streams.pop(buffer.data_ptr(), None)
             self.device.free(buffer)
 
     def fill(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool) -> None:
-        """Copy (memory here, host memory) pairs, and wait for it.
+        """Copy (memory here, host memory) pairs, and wait for it, also where it is interrupted.
 
         Args:
             is_locked: the host memory is page-locked.
         """
         device = self.device
         after = [device.record(device.compute_stream())]
-        with self._target.homes():
-            device.synchronize_event(device.copy(device.prepare(pairs, is_locked=is_locked), after))
+        try:
+            with self._target.homes():
+                device.synchronize_event(device.copy(device.prepare(pairs, is_locked=is_locked), after))
+        except BaseException:  # some of it may be on its way, from pages that are about to be unlocked
+            device.synchronize()
+            raise
 
-    def fetched(self, source: torch.Tensor) -> torch.Tensor:
-        """A copy on the host of what is here; waits for it."""
+    def fetch(self, source: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy what is here to the host, and wait for it.
+
+        Args:
+            target: host memory of the same size; None: new memory.
+        Raises:
+            WeightsLostError: this GPU has failed.
+        """
         with self._target.homes():
-            target = torch.empty(source.numel(), dtype=source.dtype, device="cpu")
-            self.device.copy_back(target, source)
+            if target is None:
+                target = torch.empty(source.numel(), dtype=source.dtype, device="cpu")
+            try:
+                try:
+                    self.device.copy_back(target, source)
+                except RuntimeError:  # perhaps of what was issued before: asked once more, a GPU that works gives it
+                    self.device.copy_back(target, source)
+            except RuntimeError as error:
+                raise WeightsLostError(
+                    f"weights that were in the memory of {self.name} are lost: it does not give them back ({error}). "
+                    "Load the pipeline anew."
+                ) from error
         return target
 
     def close(self) -> None:
         """Give up the limit, and memory that nobody uses."""
         self._is_held = False
         self.device.set_cap(None, owner=self._claim)
-        self.device.empty_cache()
+        try:
+            self._target.synchronize()  # memory that is unmapped must not be read any more, by either GPU
+        finally:
+            self.device.empty_cache()
 
 
 def _give_back(device: Device, claim: object) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from layerstream.device.base import Device
+from layerstream.device.base import Device, synchronize_all
 from layerstream.finalisers import FinaliserLock
 from layerstream.host.memory import NUM_THREADS, Range
 from layerstream.saying import warn
@@ -31,6 +31,11 @@ class PageLocks:
 
     def __len__(self) -> int:
         return len(self._holders)
+
+    def forget(self) -> None:
+        """All of them are the parent's of this process, which registers what it needs itself. The mutex goes as well:
+        another thread of the parent may have held it."""
+        self._holders, self._sorted, self._lock = {}, [], FinaliserLock()
 
     def overlapping(self, span: Range) -> Range | None:
         """A lock that shares pages with the span."""
@@ -78,23 +83,26 @@ class PageLocks:
         with self._lock.held():
             self._release(device, locks)
 
-    def release_all(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+    def release_all(self, device: Device, locks: list[Range], kept: list[Any], others: Sequence[Device] = ()) -> None:
         """The same where copies may be in flight.
 
         Args:
             kept: what holds the memory; emptied once it is locked no longer.
+            others: devices that may read it as well.
         """
         with self._lock.held():
-            self._release_all(device, locks, kept)
+            self._release_all(device, locks, kept, others)
 
-    def release_all_when_free(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+    def release_all_when_free(
+        self, device: Device, locks: list[Range], kept: list[Any], others: Sequence[Device] = ()
+    ) -> None:
         """The same for finalisers."""
-        self._lock.when_free(functools.partial(self._release_all, device, locks, kept))
+        self._lock.when_free(functools.partial(self._release_all, device, locks, kept, others))
 
-    def _release_all(self, device: Device, locks: list[Range], kept: list[Any]) -> None:
+    def _release_all(self, device: Device, locks: list[Range], kept: list[Any], others: Sequence[Device]) -> None:
         try:
             if locks or kept:  # what is not locked may be another GPU's memory
-                device.synchronize()
+                synchronize_all([device, *others])
         finally:
             self._release(device, locks)
             kept.clear()
@@ -156,5 +164,9 @@ def _warn_at_fork() -> None:
         )
 
 
+def _forget_in_child() -> None:
+    _REAL.forget()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_warn_at_fork)
+    os.register_at_fork(before=_warn_at_fork, after_in_child=_forget_in_child)

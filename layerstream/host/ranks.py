@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from layerstream.errors import ArgumentError, RankError
+from layerstream.finalisers import Birthplace
 from layerstream.host.shared_pages import Address, SharedPages
 
 _ANSWER_S = 20.0  # that a store may take
@@ -118,6 +119,7 @@ class Entering:
         self._store = store
         self._rank = rank
         self._name, self._contents = name, contents
+        self._birthplace = Birthplace()
         self._published: list[str] = []
         self._num_fetched = 0
         self._page: SharedPages | None = None  # of a leader
@@ -202,6 +204,9 @@ class Entering:
         """
         if self._page is None:
             return
+        if not self._birthplace.is_here:  # the place, and the keys, are the parent's
+            self._page = None
+            return
         self._page.close_fd()  # first: that this rank has left is seen by it, whether the store answers or not
         try:
             self._store.replace(self._place, self._claim.to_text(), "")
@@ -265,6 +270,7 @@ class _Store:
     def __init__(self, store: Any) -> None:
         self._store = store
         self._is_silent = False
+        self._birthplace = Birthplace()
 
     def set(self, key: str, payload: bytes) -> None:
         self._ask(lambda store: store.set(_PREFIX + key, payload))
@@ -296,6 +302,11 @@ class _Store:
             except Exception as exc:
                 answers.put((None, exc))
 
+        if not self._birthplace.is_here:  # it would write between what its parent writes to the same socket
+            raise RankError(
+                "this process was forked from a rank, and is none: it shares no weights. Start it with the 'spawn' "
+                "method, and initialise a process group in it."
+            )
         error: Exception | None = None
         if not self._is_silent:
             threading.Thread(target=ask, name="layerstream-store", daemon=True).start()

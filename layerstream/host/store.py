@@ -20,6 +20,7 @@ Page locks belong to units: each holds those that its own bytes need, and they a
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import weakref
 from collections import Counter
@@ -29,8 +30,9 @@ import torch
 
 from layerstream.blocks import align
 from layerstream.budget import format_bytes
-from layerstream.device.base import Device
+from layerstream.device.base import Device, synchronize_all
 from layerstream.errors import HostMemoryError
+from layerstream.finalisers import Birthplace, only_here
 from layerstream.host.home import Home, RawHome, Segment, SharedHome
 from layerstream.host.keeper import Keeper
 from layerstream.host.memory import (
@@ -137,15 +139,21 @@ class HostStore:
 
     Args:
         stretches: of all tensors of these units, at least.
+        others: devices beside this one that read or fill what is owned here.
     """
 
-    def __init__(self, device: Device, stretches: Stretches) -> None:
+    def __init__(self, device: Device, stretches: Stretches, others: Sequence[Device] = ()) -> None:
         self._device = device
+        self._others = tuple(others)
+        self._birthplace = Birthplace()
         self._stretches = stretches
         self._homes: list[Home] = []
         # Memory must not be unmapped while it is page-locked. A pipeline dropped without closing takes its page locks
         # along: the finaliser holds the storages until they are released.
-        self._release = weakref.finalize(self, _release_dropped, device, page_locks_of(device), self._homes)
+        self._release = weakref.finalize(
+            self, only_here(_release_dropped), device, page_locks_of(device), self._homes, self._others
+        )
+        _STORES.add(self)
         self.pinned_bytes = 0
         self.unpinned_bytes = 0
         self.pin_s = 0.0
@@ -279,8 +287,8 @@ class HostStore:
 
     def release(self, home: Home) -> None:
         """Give up the page locks, or the memory elsewhere, of a home that is no unit's any more; idempotent. No copy
-        from it may be in flight."""
-        if home in self._homes:
+        from it may be in flight. In a forked child nothing is given up."""
+        if home in self._homes and self._birthplace.is_here:
             try:
                 page_locks_of(self._device).release(self._device, _taken_locks([home]))
             finally:
@@ -288,12 +296,28 @@ class HostStore:
             self._homes.remove(home)  # last: what is interrupted before is released by `close`
 
     def close(self) -> None:
-        """Release the page locks, and the memory elsewhere; idempotent. No copy may be in flight."""
+        """Release the page locks, and the memory elsewhere, once no GPU reads it any more; idempotent. In a forked
+        child nothing is given up."""
         self._release.detach()  # whatever happens now, happens once
-        try:
-            _give_kept(self._homes)
-        finally:
-            page_locks_of(self._device).release_all(self._device, _taken_locks(self._homes), self._homes)
+        if not self._birthplace.is_here:
+            self._homes.clear()
+            return
+        locks, taken = page_locks_of(self._device), _taken_locks(self._homes)
+        with contextlib.ExitStack() as each:  # the last of these first; all of them, also when one fails
+            each.callback(locks.release_all, self._device, taken, self._homes, self._others)
+            each.callback(_give_kept, self._homes)
+            if any(home.keeper is not None for home in self._homes):
+                each.callback(synchronize_all, [self._device, *self._others])
+
+    @property
+    def lends_bytes(self) -> int:
+        """Of units in another GPU's memory, or in memory that ranks share."""
+        return sum(
+            segment.source.numel()
+            for home in tuple(self._homes)
+            if home.keeper is not None or isinstance(home, SharedHome)
+            for segment in tuple(home.segments)
+        )
 
     def _wanted(self, locks: PageLocks) -> list[list[Range]]:
         """What each unit needs locked: its stretches; neighbours as one, where they are its alone."""
@@ -344,8 +368,25 @@ class HostStore:
         home.ranges.append((buffer, 0, pages.range))
 
 
-def _release_dropped(device: Device, locks: PageLocks, homes: list[Home]) -> None:
-    locks.release_all_when_free(device, _taken_locks(homes), homes)
+def _release_dropped(device: Device, locks: PageLocks, homes: list[Home], others: Sequence[Device]) -> None:
+    locks.release_all_when_free(device, _taken_locks(homes), homes, others)
+
+
+_STORES: weakref.WeakSet[HostStore] = weakref.WeakSet()
+
+
+def _warn_at_fork() -> None:
+    num_bytes = sum(store.lends_bytes for store in tuple(_STORES))
+    if num_bytes:
+        warn(
+            f"the process forks while {format_bytes(num_bytes)} of weights that layerstream streams are in another "
+            "GPU's memory, or in memory that ranks share. The child can use neither them nor the pipeline. Start "
+            "worker processes before streaming, or with the 'spawn' method.",
+        )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_warn_at_fork)
 
 
 def _give_kept(homes: Sequence[Home]) -> None:

@@ -51,18 +51,9 @@ def keepers_of(store: Store, store_budget: int | str, device: Device) -> tuple[l
         DeviceError: a GPU does not exist.
         BudgetError: of `store_budget`.
     """
-    found = _store_devices(store)
-    for number, each in enumerate(found):
-        name = "cpu" if each is None else str(each.name if each.is_simulated else each.torch_device)
-        if each is None and number + 1 < len(found):
-            raise ArgumentError('"cpu" comes last in `store`: host memory takes all the rest.')
-        if each is not None and _is_same(each, device):
-            raise ArgumentError(
-                f"store {name} is the GPU that the pipeline runs on. Name another one, or leave `store` away: what "
-                "there is room for stays on the device by itself."
-            )
-        if each is not None and any(other is not None and _is_same(each, other) for other in found[:number]):
-            raise ArgumentError(f"store names {name} twice. Name each GPU once.")
+    found = _others("store", store, device)
+    if None in found[:-1]:
+        raise ArgumentError('"cpu" comes last in `store`: host memory takes all the rest.')
     others = [each for each in found if each is not None]
     if not others and store_budget != "auto":
         raise ArgumentError(
@@ -79,23 +70,14 @@ def helpers_of(links: Store, device: Device) -> list[Helper]:
         ArgumentError: `links` names the device itself, the host, or a GPU twice.
         DeviceError: a GPU does not exist.
     """
-    each = [] if links is None else [device_of(one) for one in _each(links)]
-    for number, one in enumerate(each):
-        if (
-            _is_host(_each(links)[number])
-            or _is_same(one, device)
-            or any(_is_same(one, other) for other in each[:number])
-        ):
-            name = one.name if one.is_simulated else one.torch_device
-            raise ArgumentError(
-                f"links names {name}, which is the host, the GPU that the pipeline runs on, or named twice. Name other "
-                "GPUs, each once."
-            )
-    helpers = [Helper(one, device) for one in each]
+    found = [] if links is None else _others("links", links, device)
+    if None in found:
+        raise ArgumentError("links names the host, to which each GPU has a link of its own. Name other GPUs.")
+    helpers = [Helper(one, device) for one in found if one is not None]
     for helper in helpers:
         if not helper.is_reached:
             warn(
-                f"{helper.name} cannot be reached from {device.torch_device} directly: its link to the host is of no "
+                f"{helper.name} cannot be reached from {device.label} directly: its link to the host is of no "
                 "use, and is not used."
             )
     return [helper for helper in helpers if helper.is_reached]
@@ -142,9 +124,25 @@ def _each(store: Store) -> list[Any]:
     return list(store) if isinstance(store, list | tuple) else [store]
 
 
-def _store_devices(store: Store) -> list[Device | None]:
-    """Each of a store; None: host memory."""
-    return [None if _is_host(one) else device_of(one) for one in _each(store)]
+def _others(option: str, places: Store, device: Device) -> list[Device | None]:
+    """Each device of an option; None: host memory.
+
+    Raises:
+        ArgumentError: the pipeline runs on one of them, or one is named twice.
+        DeviceError: one does not exist.
+    """
+    found: list[Device | None] = []
+    for place in _each(places):
+        one = None if _is_host(place) else device_of(place)
+        if one is not None and _is_same(one, device):
+            raise ArgumentError(
+                f"{option} names {one.label}, which is the GPU that the pipeline runs on. Name another one, or leave "
+                f"`{option}` away."
+            )
+        if one is not None and any(other is not None and _is_same(one, other) for other in found):
+            raise ArgumentError(f"{option} names {one.label} twice. Name each GPU once.")
+        found.append(one)
+    return found
 
 
 def _is_host(place: Any) -> bool:

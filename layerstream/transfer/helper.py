@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from layerstream.budget import format_bytes
-from layerstream.device.base import Device, Event, engine_tensors
+from layerstream.device.base import Device, Event, engine_tensors, synchronize_all
 from layerstream.errors import StoreError
 
 LINK_PART_BYTES = 2**24  # that a link carries at once: its full speed, and so little that the links keep in step
@@ -26,6 +26,7 @@ class Helper:
         device: that GPU.
         name: for people, such as "cuda:1".
         is_reached: copies from there to the GPU that computes go straight. Else it is of no use.
+        carried_bytes: what it has brought from the host so far.
 
     Args:
         target: the GPU that computes.
@@ -33,8 +34,10 @@ class Helper:
 
     def __init__(self, device: Device, target: Device) -> None:
         self.device = device
-        self.name = device.name if device.is_simulated else str(device.torch_device)
+        self.name = device.label
+        target.stop_growing()  # before the first copy between the two
         self.is_reached = target.reaches(device)
+        self.carried_bytes = 0
         self._target = target
         self._buffers: list[torch.Tensor] = []
         self._free: list[Event] = []
@@ -76,13 +79,14 @@ class Helper:
             here = self.device.copy(self.device.prepare([(buffer, source)]), [self._free[number]])
         arrived = self._target.copy_beside(self._target.prepare([(target, buffer)]), [here, *after])
         self._free[number] = arrived
+        self.carried_bytes += source.numel()
         return arrived
 
     def close(self) -> None:
-        """Free the buffers. Both GPUs must be through with what was copied."""
+        """Free the buffers, once both GPUs are through with what was copied."""
         with contextlib.ExitStack() as each:  # all of them, also when one fails, or waiting does
             while self._buffers:
                 each.callback(self.device.free, self._buffers.pop())
             self._free.clear()
             self._next = 0
-            self.device.synchronize()
+            synchronize_all([self.device, self._target])

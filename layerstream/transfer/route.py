@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from layerstream.device.base import COPY_BYTES, Copies, Device, Event, Unpacking, engine_tensors
+from layerstream.device.base import COPY_BYTES, Copies, Device, Event, Unpacking, engine_tensors, synchronize_all
 from layerstream.host.home import Home, PackedHome
 from layerstream.host.keeper import Keeper
 from layerstream.transfer.helper import LINK_PART_BYTES, Helper
@@ -124,9 +124,7 @@ class CopyThroughHost:
 
     def __init__(self, device: Device, keeper: Keeper) -> None:
         self._device, self._keeper = device, keeper
-        with engine_tensors():
-            buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
-        self._buffers = [b for b in buffers if b is not None]
+        self._buffers = _staging_buffers(device)
         self._free: list[Event] = [None] * len(self._buffers)
         self._next = 0
 
@@ -145,11 +143,10 @@ class CopyThroughHost:
             staging, free = self._buffers[number][: source.numel()], self._free[number]
             try:
                 left = keeper.copy(keeper.prepare([(staging, source)]), [] if free is None else [free])
-                arrived = device.copy(device.prepare([(target, staging)]), [left, *after])
-            except BaseException:  # the first may be on its way
-                keeper.synchronize()
+                self._free[number] = arrived = device.copy(device.prepare([(target, staging)]), [left, *after])
+            except BaseException:  # both may be on their way, and nothing says when the buffer is free
+                synchronize_all([device, keeper])
                 raise
-            self._free[number] = arrived
         return device.record_copies() if arrived is None else arrived
 
     def close(self) -> None:
@@ -197,9 +194,8 @@ class CopyByLinks:
             for issue in by_helper:
                 issue(after)
             return self._device.copy_beside(self._device.prepare([]), [arrived])
-        except BaseException:  # what was begun may be on its way
-            for helper in self._helpers:
-                helper.device.synchronize()
+        except BaseException:  # what was begun may be on its way, and nothing says when a helper's buffer is free
+            synchronize_all([self._device, *(helper.device for helper in self._helpers)])
             raise
 
     def close(self) -> None:
@@ -245,6 +241,13 @@ class CopyAndDecode:
         return issue
 
 
+def _staging_buffers(device: Device) -> list[torch.Tensor]:
+    """A few page-locked buffers that take turns; fewer, or none, where these are refused."""
+    with engine_tensors():
+        buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
+    return [buffer for buffer in buffers if buffer is not None]
+
+
 class _StagingRing:
     """Copies from pageable memory through a few small page-locked buffers.
 
@@ -254,9 +257,7 @@ class _StagingRing:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        with engine_tensors():
-            buffers = [device.pinned_staging(COPY_BYTES) for _ in range(_STAGING_BUFFERS)]
-        self._buffers = [b for b in buffers if b is not None]
+        self._buffers = _staging_buffers(device)
         self._events: list[Event] = [None] * len(self._buffers)
         self._next = 0
 

@@ -36,7 +36,8 @@ from layerstream.transfer.unit import Slot, StreamedUnit, UnitState
 from layerstream.transfer.wires import WireRing
 
 _PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
-_STAGED_PROBES = 4  # one behind the other, as loads are: the first part of each meets the last of the one before
+_STAGED_PROBES = 8  # one behind the other, as loads are: the first part of each meets the last of the one before
+_TIMED_PROBES = 4  # of these, the last: by then both copies of each part run beside those of others
 
 
 class TransferEngine:
@@ -179,12 +180,11 @@ class TransferEngine:
         issue = self._routes.prepare_copy(home, slot.buffer, unit.spec.name)
         device = self._device
         device.synchronize_event(issue([*slot.after, device.record(device.compute_stream())]))  # to warm up
-        start = device.mark_copies([])
-        arrived = [issue([]) for _ in range(_STAGED_PROBES)]
-        end = device.mark_copies(arrived)
+        start = device.mark_copies([issue([]) for _ in range(_STAGED_PROBES - _TIMED_PROBES)])
+        end = device.mark_copies([issue([]) for _ in range(_TIMED_PROBES)])
         device.synchronize_event(device.record_copies())
         elapsed_ms = device.elapsed_ms(start, end)
-        return _STAGED_PROBES * home.wire_bytes / elapsed_ms / 1e6 if elapsed_ms else None
+        return _TIMED_PROBES * home.wire_bytes / elapsed_ms / 1e6 if elapsed_ms else None
 
     # ---- one unit's way into a slot and out of it
 

@@ -7,7 +7,7 @@ import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class SimulatedDevice:
         link_gb_per_s: speed of the simulated bus.
         decode_gb_per_s: of decoding, in bytes of what comes of it.
         peer_gb_per_s: of copies from another simulated device within reach.
-        reaches_peers: copies from another one go straight.
+        reaches_peers: copies from another one go straight; or the names of those of which this is so.
         name: for people.
         refuses_pinning: `register` answers False, as under WSL or a memlock limit.
         is_named_apart: a module that is moved to "cpu" is moved off the device.
@@ -59,7 +59,7 @@ class SimulatedDevice:
         link_gb_per_s: float = 50.0,
         decode_gb_per_s: float = 1500.0,
         peer_gb_per_s: float = 400.0,
-        reaches_peers: bool = True,
+        reaches_peers: bool | Collection[str] = True,
         name: str = "simulated",
         refuses_pinning: bool = False,
         is_named_apart: bool = False,
@@ -85,6 +85,10 @@ class SimulatedDevice:
         self._queue = CopyQueue(copies, seed, self._unseen, self._lock)
         self._registrations = Registrations(self._lock)
         self._peers: weakref.WeakSet[SimulatedDevice] = weakref.WeakSet()  # that copy from here, or are copied from
+
+    @property
+    def label(self) -> str:
+        return self.name
 
     # ---- what tests steer
 
@@ -239,6 +243,9 @@ class SimulatedDevice:
     def grow_segments(self, owner: Hashable, *, is_on: bool) -> None:
         return None  # nothing is cut here: reserved is what is allocated
 
+    def stop_growing(self) -> None:
+        return None
+
     def page_bytes(self) -> int:
         return 0
 
@@ -291,6 +298,10 @@ class SimulatedDevice:
 
     def wait(self, stream: Any, event: Any) -> None:
         self._step("wait")
+        if event.device is not None and event.device is not self:
+            _run_until([event])
+            stream.time_ms = max(stream.time_ms, event.time_ms)  # clocks are each device's own
+            return
         if event.copy is not None:
             self._queue.run(until=event.copy)
         stream.follow([event])
@@ -320,7 +331,7 @@ class SimulatedDevice:
             return False
         self._peers.add(other)
         other._peers.add(self)
-        return self.reaches_peers
+        return self._is_within_reach(other)
 
     def prepare(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, is_locked: bool = True
@@ -492,9 +503,12 @@ class SimulatedDevice:
         peer = self._peer_with(source)
         if peer is None:
             self._registrations.count_copy(source)
-        elif not self.reaches_peers:
+        elif not self._is_within_reach(peer):
             raise TransferError("a copy from another device, which is not within reach")
         return False
+
+    def _is_within_reach(self, peer: SimulatedDevice) -> bool:
+        return self.reaches_peers if isinstance(self.reaches_peers, bool) else peer.name in self.reaches_peers
 
     def _is_read_elsewhere(self, buffer: torch.Tensor) -> bool:
         """Whether a copy from a buffer to another device has not run yet."""

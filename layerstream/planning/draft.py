@@ -10,8 +10,9 @@ from layerstream.blocks import UnitSpec, WholeSpec
 from layerstream.budget import format_bytes
 from layerstream.planning.costs import LINK_GB_PER_S, Costs, compute_ms, decode_ms, load_bytes
 from layerstream.planning.pace import LEAST_WIRES, Pace
+from layerstream.planning.packed_stay import Streamable, counts_to_play, spread
 from layerstream.planning.phase_plan import Phase, PhasePlan
-from layerstream.planning.search import Search
+from layerstream.planning.search import Choice, Search
 
 LEAST_SLOTS = 2  # one that compute reads, one that is loaded meanwhile
 _MOST_SLOTS = 4  # more slots even out blocks of unlike compute; beyond that residents do more
@@ -19,6 +20,7 @@ _MOST_COUNTS = 8  # numbers of slots to choose from
 _SLOTS_PER_PIECE = 2  # that many more for each piece beyond the first of the block that has most
 # The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
 _CAREFUL_SHARE = 0.95
+_WORTH_A_SEARCH = 0.998  # of the fastest pass that is known
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,13 @@ class Draft:
         # The search compares hundreds of placements, and a call waits for it.
         self.search_pace = self.pace.without_decoder()
         self.careful_pace = self.pace.without_decoder(_CAREFUL_SHARE)
+        self._position = {u.index: i for i, u in enumerate(self.units)}
+        self.decode_ms = self.pace.decode_ms or [0.0] * len(self.units)
+        self.packed_blocks = [b for b in self.looped if b.packed is not None]
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
+        self.packed: dict[int, int] = {}  # what is on the device packed, its own and others': bytes by unit
         self.kept_ring = (0, 0)  # number and size of another phase's slots
         self.shares_blocks = False  # other phases keep some of its blocks
         self.num_slots = 0
@@ -105,7 +111,7 @@ class Draft:
     def weights_bytes(self) -> int:
         slots = self.num_slots * self._rounded(self.slot_bytes) + self.kept_ring[0] * self._rounded(self.kept_ring[1])
         residents = sum(self.size(u) for u in self.units if u.index in self.resident)
-        return residents + sum(self.kept.values()) + slots + self.wires_bytes
+        return residents + sum(self.kept.values()) + sum(self.packed.values()) + slots + self.wires_bytes
 
     @property
     def wires_bytes(self) -> int:
@@ -130,6 +136,7 @@ class Draft:
                 num_slots = None
         self.resident = {u.index for u in (*self.bases, *slot_size.forced)}
         self.num_slots = slot_size.num_slots(num_slots or LEAST_SLOTS)
+        self.packed = {}
         self.takes_least = True
 
     def choose(self, num_slots: int | None, *, is_frugal: bool = False, stay: Collection[int] = ()) -> None:
@@ -145,22 +152,108 @@ class Draft:
         room -= sum(self.size(u) for u in self.blocks if u.index in stay)
         looped = {b.index for b in self.looped if b.index not in stay}
         sizes = [self.size(u) if u.index in looped else 0 for u in self.units]
+        choice = self._searched(sizes, room, num_slots, is_frugal=is_frugal)
+        assert choice is not None  # the least fits, or the budget would have been refused
+        self._take(choice)
+        if self.phase.is_repeated:
+            self._keep_packed(sizes, room, num_slots)
+
+    def _searched(
+        self,
+        sizes: Sequence[int],
+        room: int,
+        num_slots: int | None,
+        *,
+        is_frugal: bool = False,
+        packed: Collection[int] = (),
+    ) -> Choice | None:
+        """The fastest pass in this room; None: nothing fits.
+
+        Args:
+            sizes: of each unit in a slot, or as a resident; 0: it is neither.
+            packed: units that are on the device packed, by index.
+        """
+        pace, careful_pace = self.search_pace, self.careful_pace
+        if packed:
+            exact = self._pace_with(packed)
+            pace, careful_pace = exact.without_decoder(), exact.without_decoder(_CAREFUL_SHARE)
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
         most = (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + _SLOTS_PER_PIECE * (self.pace.most_pieces - 1)
         usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_slot_size.num_slots(LEAST_SLOTS)}
         for counts in (*asked, sorted(n for n in usual if n >= LEAST_SLOTS)):
-            choice = Search(self.search_pace, sizes, counts).fastest(room)
-            if choice is not None:
-                if choice.ms_per_pass <= self.search_pace.total_ms + 1e-6:
-                    search = Search(self.careful_pace, sizes, counts)
-                    careful = search.smallest(room) if is_frugal else search.fastest(room)
-                    if careful is not None and careful.ms_per_pass <= self.search_pace.total_ms + 1e-6:
-                        choice = careful
-                break
-        assert choice is not None  # the least fits, or the budget would have been refused
+            choice = Search(pace, sizes, counts).fastest(room)
+            if choice is None:
+                continue
+            if choice.ms_per_pass <= pace.total_ms + 1e-6:
+                search = Search(careful_pace, sizes, counts)
+                careful = search.smallest(room) if is_frugal else search.fastest(room)
+                if careful is not None and careful.ms_per_pass <= pace.total_ms + 1e-6:
+                    return careful
+            return choice
+        return None
+
+    def _take(self, choice: Choice, packed: Collection[UnitSpec] = ()) -> None:
+        """Have what was chosen, and these on the device packed."""
+        self.packed = {u.index: self._packed_size(u) for u in packed}
+        through = self.on_demand | self.packed.keys()
+        self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)} - through
         self.num_slots = choice.num_slots
-        self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)} - self.on_demand
         self.takes_least = False
+
+    def _keep_packed(self, sizes: Sequence[int], room: int, num_slots: int | None) -> None:
+        """Have packed units on the device as they are, evenly spread, where that makes the pass faster: so many in the
+        room of fewer residents."""
+        if not self.packed_blocks:
+            return
+        before = self.resident, self.packed, self.num_slots
+        best_ms, slot_bytes = self._pass_ms(*before), self.slot_bytes
+        streamed = self._streamed_positions
+        if best_ms <= self.pace.total_ms + sum(self.decode_ms[i] for i in streamed) + 1e-6:
+            return  # it waits for nothing, and would have more to decode
+        # Larger ones would make the slots larger.
+        may_stay = [u for u in self.packed_blocks if sizes[self._position[u.index]] and self.size(u) <= slot_bytes]
+        indices = {u.index for u in may_stay}
+        streamable = [
+            Streamable(size, self._packed_size(u), self.pace.copy_ms[i], self.decode_ms[i], u.index in indices)
+            for i, (u, size) in enumerate(zip(self.units, sizes, strict=True))
+            if size
+        ]
+        best = before
+        least_slots = min(self.num_slots, self.least_slot_size.num_slots(LEAST_SLOTS))
+        rooms = [room - slots * self._rounded(slot_bytes) for slots in (least_slots, self.num_slots)]
+        for least_ms, count in counts_to_play(streamable, rooms, self.pace.total_ms):
+            if least_ms < _WORTH_A_SEARCH * best_ms and self._place_packed(
+                spread(may_stay, count), sizes, room, num_slots
+            ):
+                ms = self._pass_ms(self.resident, self.packed, self.num_slots)
+                if ms < best_ms:
+                    best_ms, best = ms, (self.resident, self.packed, self.num_slots)
+        self.resident, self.packed, self.num_slots = best
+
+    def _place_packed(self, packed: Sequence[UnitSpec], sizes: Sequence[int], room: int, num_slots: int | None) -> bool:
+        """Have these on the device packed, and of the others what makes the fastest pass then; returns whether that
+        fits."""
+        indices = {u.index for u in packed}
+        others = [0 if u.index in indices else size for u, size in zip(self.units, sizes, strict=True)]
+        room -= sum(map(self._packed_size, packed))
+        least_slots = min(len(packed), max(LEAST_SLOTS, max(Counter(u.block_name for u in packed).values()) + 1))
+        largest = max(map(self.size, packed))
+        if not any(others):
+            choice: Choice | None = Choice(0, 0, 0, 0, (0.0, 0, 0))
+        else:
+            choice = self._searched(others, room, num_slots, packed=indices) if room > 0 else None
+            # The search knows nothing of the slots that these pass through.
+            if choice is not None and max(choice.num_slots, least_slots) * max(choice.slot_bytes, largest) > (
+                choice.num_slots * choice.slot_bytes + room - choice.room_bytes
+            ):
+                more = max(choice.num_slots, least_slots) * max(choice.slot_bytes, largest)
+                room -= more - choice.num_slots * choice.slot_bytes
+                choice = self._searched(others, room, num_slots, packed=indices) if room > 0 else None
+        if choice is None:
+            return False
+        self._take(choice, packed)
+        self.num_slots = max(self.num_slots, least_slots)
+        return self.room_bytes >= 0
 
     @property
     def hidden_at_first(self) -> list[UnitSpec]:
@@ -180,14 +273,21 @@ class Draft:
 
     def spend(self, num_slots: int | None, shared: Collection[int]) -> None:
         """Give what is left to blocks of its own, if that makes no pass slower; what other phases keep stays."""
-        before = self.resident, self.num_slots
+        before = self.resident, self.packed, self.num_slots
         self.choose(num_slots, stay=self.resident & set(shared))
-        if self._pass_ms(*before) < self._pass_ms(self.resident, self.num_slots):
-            self.resident, self.num_slots = before
+        if self._pass_ms(*before) < self._pass_ms(self.resident, self.packed, self.num_slots):
+            self.resident, self.packed, self.num_slots = before
 
-    def _pass_ms(self, resident: Collection[int], num_slots: int) -> float:
+    def _pass_ms(self, resident: Collection[int], packed: Collection[int], num_slots: int) -> float:
         streamed = [i for i, u in enumerate(self.units) if u.index not in resident and u.index not in self.on_demand]
-        return round(self.pace.pass_ms(streamed, num_slots), 6)
+        return round(self._pace_with(packed).pass_ms(streamed, num_slots), 6)
+
+    def _pace_with(self, packed: Collection[int]) -> Pace:
+        """Of passes with these units on the device packed, by index."""
+        return self.pace.keeping_packed({self._position[index] for index in packed if index in self.own})
+
+    def _packed_size(self, unit: UnitSpec) -> int:
+        return self._rounded(unit.sizes.wire)
 
     def plan(self) -> PhasePlan:
         return PhasePlan(
@@ -198,11 +298,14 @@ class Draft:
             slot_bytes=self.slot_bytes,
             weights_bytes=self.weights_bytes,
             least_bytes=self.least_bytes,
-            prediction=self.pace.prediction(self._streamed_positions, self.num_slots, self.phase.is_repeated)
+            prediction=self._pace_with(self.packed).prediction(
+                self._streamed_positions, self.num_slots, self.phase.is_repeated
+            )
             if self.is_measured
             else None,
             kept_ring=self.kept_ring,
             wires=(LEAST_WIRES, self.wire_bytes) if self.wire_bytes else (0, 0),
+            packed=frozenset(self.packed),
         )
 
     # ---- beside the others
@@ -215,19 +318,27 @@ class Draft:
         if self.room_bytes < 0:
             self.kept_ring = 0, 0
 
+    def keep_packed_of(self, other: Draft) -> None:
+        """Have what another phase has on the device packed stay, if there is room for all of it."""
+        packed = {index: size for index, size in other.packed.items() if index in other.own and index not in self.own}
+        if sum(packed.values()) <= self.room_bytes:
+            self.packed.update(packed)
+
     def has_room_for(self, units: Sequence[UnitSpec]) -> bool:
         """Whether these may be there beside what is: its own as residents, with the smaller or fewer slots that this
         allows, others kept."""
-        before = set(self.resident), dict(self.kept), self.num_slots
+        before = set(self.resident), dict(self.kept), dict(self.packed), self.num_slots
         self.add(units)
         fits = self.room_bytes >= 0
-        self.resident, self.kept, self.num_slots = before
+        self.resident, self.kept, self.packed, self.num_slots = before
         return fits
 
     def add(self, units: Sequence[UnitSpec]) -> None:
         """Have these, too."""
         own = [unit for unit in units if unit.index in self.own]
         self.resident.update(unit.index for unit in own)
+        for unit in own:
+            self.packed.pop(unit.index, None)
         self.kept.update((unit.index, self.size(unit)) for unit in units if unit.index not in self.own)
         if own:
             self.num_slots = min(self.num_slots, len(self.streamed))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from layerstream.blocks import Sizes, UnitSpec
 from layerstream.planning.draft import pace_of
+from layerstream.planning.packed_stay import spread
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.plan import Plan
 
@@ -35,9 +36,9 @@ def worth_packing(plan: Plan, phase_plan: PhasePlan, can_be: Collection[int]) ->
     streamed = [i for i, unit in enumerate(units) if unit.is_block and unit.index not in phase_plan.resident]
     raw = [units[i].index for i in streamed if units[i].packed is None and units[i].index in can_be]
     counts = sorted({round(len(raw) * n / _MOST_COUNTS) for n in range(_MOST_COUNTS + 1)})
-    times = [(_pass_ms(plan, phase_plan, units, streamed, set(_spread(raw, count))), count) for count in counts]
+    times = [(_pass_ms(plan, phase_plan, units, streamed, set(spread(raw, count))), count) for count in counts]
     least = min(ms for ms, _ in times)
-    return _spread(raw, next(count for ms, count in times if ms <= _NEARLY * least))
+    return spread(raw, next(count for ms, count in times if ms <= _NEARLY * least))
 
 
 def as_packed(unit: UnitSpec) -> UnitSpec:
@@ -52,9 +53,5 @@ def _pass_ms(
     """Of a pass in which these are packed, too."""
     uses = plan.costs.uses if plan.costs is not None else {}
     pace = pace_of([as_packed(unit) if unit.index in packed else unit for unit in units], plan.costs, uses)
+    pace = pace.keeping_packed({i for i, unit in enumerate(units) if unit.index in phase_plan.packed})
     return pace.pass_ms([i for i in streamed if uses.get(units[i].index, 1)], phase_plan.num_slots)
-
-
-def _spread(units: list[int], count: int) -> list[int]:
-    """So many of them, evenly."""
-    return [units[i * len(units) // count] for i in range(count)]

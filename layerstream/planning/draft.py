@@ -222,9 +222,9 @@ class Draft:
         least_slots = min(self.num_slots, self.least_slot_size.num_slots(LEAST_SLOTS))
         rooms = [room - slots * self._rounded(slot_bytes) for slots in (least_slots, self.num_slots)]
         for least_ms, count in counts_to_play(streamable, rooms, self.pace.total_ms):
-            if least_ms < _WORTH_A_SEARCH * best_ms and self._place_packed(
-                spread(may_stay, count), sizes, room, num_slots
-            ):
+            if least_ms >= _WORTH_A_SEARCH * best_ms:
+                continue
+            if self._place_packed(spread(may_stay, count), sizes, room, num_slots):
                 ms = self._pass_ms(self.resident, self.packed, self.num_slots)
                 if ms < best_ms:
                     best_ms, best = ms, (self.resident, self.packed, self.num_slots)

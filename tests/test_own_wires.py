@@ -94,7 +94,7 @@ def test_equal_and_restored(budget: int, copies: Any) -> None:
     assert_equal(pipe(), resident())
 
 
-@pytest.mark.parametrize("name", ["sd3", "ovis", "wan22", "lumina2"])
+@pytest.mark.parametrize("name", ["sd3", "ovis", "lumina2"])
 def test_pipelines(name: str) -> None:
     """Under budgets between the least and all, of which some have units stay packed."""
     pipe: Any = build_tiny(name)
@@ -310,7 +310,7 @@ def test_decoding_that_does_not_wait_for_its_copy_is_caught(monkeypatch: pytest.
 def test_a_fault_at_any_operation(error: BaseException) -> None:
     operation = most = 0
     while True:
-        model = toy(num_blocks=3)
+        model = toy(num_blocks=4)
         resident, pipe = Pipe(twin(model)), Pipe(model)
         before, device = describe(model), adversary()
         device.fail_at(operation, error)
@@ -318,7 +318,7 @@ def test_a_fault_at_any_operation(error: BaseException) -> None:
         with (
             # What a fault has left on the device is missing in the budget.
             contextlib.suppress(type(error), BudgetError, Warning),
-            layerstream.offload(pipe, vram_budget=31_000, device=device, packing="ahead") as streaming,
+            layerstream.offload(pipe, vram_budget=40_000, device=device, packing="ahead") as streaming,
         ):
             engine = engine_of(streaming)
             for _ in range(4):

@@ -388,7 +388,7 @@ def test_memory_that_is_refused_to_others_is_what_stays_packed() -> None:
 
 def test_units_used_together_take_the_room_of_what_stays_packed() -> None:
     """A slot beyond the plan is paid for by what is got back by one copy."""
-    with streamed(ALL, adversary()) as (pipe, resident, streaming):
+    with streamed(ALL, adversary()) as (pipe, resident, _):
         for each in (pipe, resident):
             stacked = torch.stack([block.scale for block in each.model.blocks[:4]])
             assert stacked.shape == (4, 16)

@@ -161,14 +161,14 @@ def test_pieces_of_a_block_may_stay_packed() -> None:
 
 def test_the_counts_that_are_played() -> None:
     units = [Streamable(100, 67, 67.0, 1.0, True) for _ in range(40)]
-    found = counts_to_play(units, [1000], 500.0)
+    found = counts_to_play(units, 1000, 500.0)
     assert 0 < len(found) <= packed_stay._MOST_PLAYED
     assert all(ms >= 500.0 and 67 * count <= 1000 for ms, count in found)
     # All the room goes to what is packed, as long as the bus is slower for it.
     assert found[0][1] == 14
-    assert [count for _, count in counts_to_play(units[:4], [10**6], 0.0)] == [1, 2, 3, 4]
-    assert counts_to_play(units, [50], 0.0) == []
-    assert counts_to_play([replace(u, may_stay=False) for u in units], [10**6], 0.0) == []
+    assert sorted(count for _, count in counts_to_play(units[:4], 10**6, 0.0)) == [1, 2, 3, 4]
+    assert counts_to_play(units, 50, 0.0) == []
+    assert counts_to_play([replace(u, may_stay=False) for u in units], 10**6, 0.0) == []
 
 
 def test_even_spreads() -> None:

@@ -380,7 +380,7 @@ def test_a_plan_of_packed_blocks_plays_their_decoding_few_times(monkeypatch: pyt
     monkeypatch.setattr(Pace, "_pass_ms_unpacked", count)
     plan = make_plan(units, [Phase(("net",), True, gib // 2)], 6 * gib, costs=costs)
     assert plan.phases[0].num_slots
-    assert 0 < played <= 8
+    assert 0 < played <= 16
 
 
 def test_costs_without_a_decoder_take_packed_blocks_as_smaller_ones() -> None:

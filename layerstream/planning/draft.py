@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerstream.blocks import UnitSpec, WholeSpec
@@ -12,7 +12,7 @@ from layerstream.planning.costs import LINK_GB_PER_S, Costs, compute_ms, decode_
 from layerstream.planning.pace import LEAST_WIRES, Pace
 from layerstream.planning.packed_stay import Streamable, counts_to_play, spread
 from layerstream.planning.phase_plan import Phase, PhasePlan
-from layerstream.planning.search import Choice, Search
+from layerstream.planning.search import Search
 
 LEAST_SLOTS = 2  # one that compute reads, one that is loaded meanwhile
 _MOST_SLOTS = 4  # more slots even out blocks of unlike compute; beyond that residents do more
@@ -20,7 +20,6 @@ _MOST_COUNTS = 8  # numbers of slots to choose from
 _SLOTS_PER_PIECE = 2  # that many more for each piece beyond the first of the block that has most
 # The link wanders by a few percent: of placements that just hide their copies, one that hides them with this to spare.
 _CAREFUL_SHARE = 0.95
-_WORTH_A_SEARCH = 0.998  # of the fastest pass that is known
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,6 @@ class Draft:
         self.careful_pace = self.pace.without_decoder(_CAREFUL_SHARE)
         self._position = {u.index: i for i, u in enumerate(self.units)}
         self.decode_ms = self.pace.decode_ms or [0.0] * len(self.units)
-        self.packed_blocks = [b for b in self.looped if b.packed is not None]
         self.capacity_bytes: int | None = None  # for weights; None: not known
         self.resident: set[int] = set()
         self.kept: dict[int, int] = {}  # bytes by unit
@@ -152,108 +150,93 @@ class Draft:
         room -= sum(self.size(u) for u in self.blocks if u.index in stay)
         looped = {b.index for b in self.looped if b.index not in stay}
         sizes = [self.size(u) if u.index in looped else 0 for u in self.units]
-        choice = self._searched(sizes, room, num_slots, is_frugal=is_frugal)
-        assert choice is not None  # the least fits, or the budget would have been refused
-        self._take(choice)
-        if self.phase.is_repeated:
-            self._keep_packed(sizes, room, num_slots)
-
-    def _searched(
-        self,
-        sizes: Sequence[int],
-        room: int,
-        num_slots: int | None,
-        *,
-        is_frugal: bool = False,
-        packed: Collection[int] = (),
-    ) -> Choice | None:
-        """The fastest pass in this room; None: nothing fits.
-
-        Args:
-            sizes: of each unit in a slot, or as a resident; 0: it is neither.
-            packed: units that are on the device packed, by index.
-        """
-        pace, careful_pace = self.search_pace, self.careful_pace
-        if packed:
-            exact = self._pace_with(packed)
-            pace, careful_pace = exact.without_decoder(), exact.without_decoder(_CAREFUL_SHARE)
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
         most = (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + _SLOTS_PER_PIECE * (self.pace.most_pieces - 1)
         usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_slot_size.num_slots(LEAST_SLOTS)}
         for counts in (*asked, sorted(n for n in usual if n >= LEAST_SLOTS)):
-            choice = Search(pace, sizes, counts).fastest(room)
-            if choice is None:
-                continue
-            if choice.ms_per_pass <= pace.total_ms + 1e-6:
-                search = Search(careful_pace, sizes, counts)
-                careful = search.smallest(room) if is_frugal else search.fastest(room)
-                if careful is not None and careful.ms_per_pass <= pace.total_ms + 1e-6:
-                    return careful
-            return choice
-        return None
-
-    def _take(self, choice: Choice, packed: Collection[UnitSpec] = ()) -> None:
-        """Have what was chosen, and these on the device packed."""
-        self.packed = {u.index: self._packed_size(u) for u in packed}
-        through = self.on_demand | self.packed.keys()
-        self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)} - through
+            choice = Search(self.search_pace, sizes, counts).fastest(room)
+            if choice is not None:
+                if choice.ms_per_pass <= self.search_pace.total_ms + 1e-6:
+                    search = Search(self.careful_pace, sizes, counts)
+                    careful = search.smallest(room) if is_frugal else search.fastest(room)
+                    if careful is not None and careful.ms_per_pass <= self.search_pace.total_ms + 1e-6:
+                        choice = careful
+                break
+        assert choice is not None  # the least fits, or the budget would have been refused
         self.num_slots = choice.num_slots
+        self.resident = {u.index for i, u in enumerate(self.units) if not choice.is_streamed(i)} - self.on_demand
+        self.packed = {}
         self.takes_least = False
+        if self.phase.is_repeated:
+            self._keep_packed(sizes, room, num_slots)
 
     def _keep_packed(self, sizes: Sequence[int], room: int, num_slots: int | None) -> None:
-        """Have packed units on the device as they are, evenly spread, where that makes the pass faster: so many in the
-        room of fewer residents."""
-        if not self.packed_blocks:
-            return
-        before = self.resident, self.packed, self.num_slots
-        best_ms, slot_bytes = self._pass_ms(*before), self.slot_bytes
-        streamed = self._streamed_positions
-        if best_ms <= self.pace.total_ms + sum(self.decode_ms[i] for i in streamed) + 1e-6:
+        """Have packed units on the device as they are, in the room of residents, where that makes the pass faster.
+
+        Both are evenly spread, and played: 15 to 25 ms in all for 84 units. A search for each number of them took 60 to
+        300, and gave passes that were no faster in the mean.
+        """
+        blocks = [u for u, size in zip(self.units, sizes, strict=True) if size]
+        best_ms = self._pass_ms(self.resident, {}, self.num_slots)
+        decoding_ms = sum(self.decode_ms[i] for i in self._streamed_positions)
+        if best_ms <= self.pace.total_ms + decoding_ms + 1e-6 or not any(u.packed for u in blocks):
             return  # it waits for nothing, and would have more to decode
-        # Larger ones would make the slots larger.
-        may_stay = [u for u in self.packed_blocks if sizes[self._position[u.index]] and self.size(u) <= slot_bytes]
-        indices = {u.index for u in may_stay}
-        streamable = [
-            Streamable(size, self._packed_size(u), self.pace.copy_ms[i], self.decode_ms[i], u.index in indices)
-            for i, (u, size) in enumerate(zip(self.units, sizes, strict=True))
-            if size
-        ]
-        best = before
-        least_slots = min(self.num_slots, self.least_slot_size.num_slots(LEAST_SLOTS))
-        rooms = [room - slots * self._rounded(slot_bytes) for slots in (least_slots, self.num_slots)]
-        for least_ms, count in counts_to_play(streamable, rooms, self.pace.total_ms):
-            if least_ms >= _WORTH_A_SEARCH * best_ms:
-                continue
-            if self._place_packed(spread(may_stay, count), sizes, room, num_slots):
-                ms = self._pass_ms(self.resident, self.packed, self.num_slots)
-                if ms < best_ms:
-                    best_ms, best = ms, (self.resident, self.packed, self.num_slots)
+        best = self.resident, self.packed, self.num_slots
+        least_slots = self._least_slots(blocks) if num_slots is None else self.num_slots
+        for slot_bytes in sorted({self._rounded(self.slot_bytes), max(map(self.size, blocks))}):
+            # Larger ones have to stay, or the slots would be larger.
+            through = [u for u in blocks if self.size(u) <= slot_bytes]
+            left = room - sum(self.size(u) for u in blocks if self.size(u) > slot_bytes)
+            for slots in sorted({least_slots, self.num_slots}):
+                for found in self._with_packed(through, left - slots * slot_bytes, slots, best_ms):
+                    ms = self._pass_ms(*found)
+                    if ms < best_ms:
+                        best_ms, best = ms, found
         self.resident, self.packed, self.num_slots = best
 
-    def _place_packed(self, packed: Sequence[UnitSpec], sizes: Sequence[int], room: int, num_slots: int | None) -> bool:
-        """Have these on the device packed, and of the others what makes the fastest pass then; returns whether that
-        fits."""
-        indices = {u.index for u in packed}
-        others = [0 if u.index in indices else size for u, size in zip(self.units, sizes, strict=True)]
-        room -= sum(map(self._packed_size, packed))
-        least_slots = min(len(packed), max(LEAST_SLOTS, max(Counter(u.block_name for u in packed).values()) + 1))
-        largest = max(map(self.size, packed))
-        if not any(others):
-            choice: Choice | None = Choice(0, 0, 0, 0, (0.0, 0, 0))
-        else:
-            choice = self._searched(others, room, num_slots, packed=indices) if room > 0 else None
-            # The search knows nothing of the slots that these pass through.
-            if choice is not None and max(choice.num_slots, least_slots) * max(choice.slot_bytes, largest) > (
-                choice.num_slots * choice.slot_bytes + room - choice.room_bytes
-            ):
-                more = max(choice.num_slots, least_slots) * max(choice.slot_bytes, largest)
-                room -= more - choice.num_slots * choice.slot_bytes
-                choice = self._searched(others, room, num_slots, packed=indices) if room > 0 else None
-        if choice is None:
-            return False
-        self._take(choice, packed)
-        self.num_slots = max(self.num_slots, least_slots)
-        return self.room_bytes >= 0
+    def _with_packed(
+        self, blocks: Sequence[UnitSpec], room: int, num_slots: int, below_ms: float
+    ) -> Iterator[tuple[set[int], dict[int, int], int]]:
+        """Residents, what is on the device packed, and slots, where a pass may take less than so long.
+
+        Args:
+            blocks: what passes through the slots, but for what is resident.
+            room: beside the slots.
+        """
+        may_stay = [u for u in blocks if u.packed is not None]
+        positions = [self._position[u.index] for u in blocks]
+        streamable = [
+            Streamable(
+                self.size(u), self._packed_size(u), self.pace.copy_ms[i], self.decode_ms[i], u.packed is not None
+            )
+            for i, u in zip(positions, blocks, strict=True)
+        ]
+        for least_ms, count in counts_to_play(streamable, room, self.pace.total_ms):
+            if least_ms < below_ms:
+                stay = spread(may_stay, count)
+                packed = {u.index: self._packed_size(u) for u in stay}
+                others = [u for u in blocks if u.index not in packed]
+                streamed = self._streamed_evenly(others, room - sum(packed.values()))
+                resident = self.own - self.on_demand - packed.keys() - {u.index for u in streamed}
+                yield resident, packed, min(num_slots, len(streamed) + count)
+
+    def _least_slots(self, blocks: Iterable[UnitSpec]) -> int:
+        """All pieces of a block are there while it runs, and one more."""
+        return max(LEAST_SLOTS, max(Counter(b.block_name for b in blocks).values(), default=0) + 1)
+
+    def _streamed_evenly(self, blocks: Sequence[UnitSpec], room: int) -> list[UnitSpec]:
+        """What streams of these, if as many as fit in this room are resident, evenly spread: raw ones first, of which a
+        byte spares the bus one."""
+        streamed: list[UnitSpec] = []
+        for is_packed in (False, True):
+            alike = [u for u in blocks if (u.packed is not None) is is_packed]
+            count = min(len(alike), max(room, 0) // max(1, min(map(self.size, alike), default=1)))
+            while sum(map(self.size, stay := spread(alike, count))) > max(room, 0):
+                count -= 1
+            room -= sum(map(self.size, stay))
+            indices = {u.index for u in stay}
+            streamed += [u for u in alike if u.index not in indices]
+        return streamed
 
     @property
     def hidden_at_first(self) -> list[UnitSpec]:

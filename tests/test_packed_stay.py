@@ -12,6 +12,7 @@ from layerstream.blocks import Placement, Sizes, UnitSpec
 from layerstream.planning import draft, packed_stay
 from layerstream.planning.costs import Costs
 from layerstream.planning.pace import Pace
+from layerstream.planning.packed_choice import as_packed, worth_packing
 from layerstream.planning.packed_stay import Streamable, counts_to_play, spread
 from layerstream.planning.phase_plan import Phase
 from layerstream.planning.plan import Plan, make_plan
@@ -169,6 +170,32 @@ def test_the_counts_that_are_played() -> None:
     assert sorted(count for _, count in counts_to_play(units[:4], 10**6, 0.0)) == [1, 2, 3, 4]
     assert counts_to_play(units, 50, 0.0) == []
     assert counts_to_play([replace(u, may_stay=False) for u in units], 10**6, 0.0) == []
+
+
+@pytest.mark.parametrize(("gib", "ms"), [(4, 1.2), (6, 1.2), (5, 2.0)])
+def test_what_is_resident_raw_is_worth_packing_where_more_of_it_stays_so(gib: int, ms: float) -> None:
+    units = units_of(("net", True, 2**27, [2**28] * 48))
+    blocks = {u.index for u in units if u.is_block}
+    costs = Costs(50.0, dict.fromkeys(blocks, ms), decode_gb_per_s=2000.0)
+    plan = one_phase(units, gib * 2**30, costs)
+    found = worth_packing(plan, plan.phases[0], blocks)
+    assert set(found) == blocks
+    num_streamed = len(blocks - plan.phases[0].resident)
+    assert not plan.phases[0].resident & set(found[:num_streamed]), "what streams first"
+    some = [as_packed(u) if u.index in found[:num_streamed] else u for u in units]
+    all_of_it = [as_packed(u) if u.is_block else u for u in units]
+    before, after = (one_phase(each, gib * 2**30, costs).phases[0].prediction for each in (some, all_of_it))
+    assert before is not None
+    assert after is not None
+    assert after.ms_per_pass < 0.97 * before.ms_per_pass
+
+
+def test_what_no_pass_uses_is_not_packed_for_that() -> None:
+    units = units_of(("net", True, 2**27, [2**28] * 48))
+    blocks = {u.index for u in units if u.is_block}
+    costs = Costs(50.0, dict.fromkeys(blocks, 1.2), {48: 0}, decode_gb_per_s=2000.0)
+    plan = one_phase(units, 5 * 2**30, costs)
+    assert set(worth_packing(plan, plan.phases[0], blocks)) == blocks - {48}
 
 
 def test_even_spreads() -> None:

@@ -144,12 +144,7 @@ class Draft:
         Args:
             stay: blocks that are resident whatever is chosen.
         """
-        assert self.capacity_bytes is not None
-        room = self.capacity_bytes - self.base_bytes - sum(self.kept.values())
-        stay = self._with_often_used(stay, room)
-        room -= sum(self.size(u) for u in self.blocks if u.index in stay)
-        looped = {b.index for b in self.looped if b.index not in stay}
-        sizes = [self.size(u) if u.index in looped else 0 for u in self.units]
+        sizes, room = self._to_place(stay)
         asked = [range(n, n + 1) for n in range(num_slots, LEAST_SLOTS, -1)] if num_slots is not None else []
         most = (_MOST_SLOTS if num_slots is None else LEAST_SLOTS) + _SLOTS_PER_PIECE * (self.pace.most_pieces - 1)
         usual = {*range(LEAST_SLOTS, most + 1, -(-most // _MOST_COUNTS)), self.least_slot_size.num_slots(LEAST_SLOTS)}
@@ -169,6 +164,28 @@ class Draft:
         self.takes_least = False
         if self.phase.is_repeated:
             self._keep_packed(sizes, room, num_slots)
+
+    def ms_with_packed(self, phase_plan: PhasePlan) -> float:
+        """Of a pass in the room that a plan made before these units were packed gives its own, with as many of them on
+        the device packed as pay."""
+        self.capacity_bytes = phase_plan.weights_bytes
+        self.resident, self.num_slots, self.takes_least = set(phase_plan.resident), phase_plan.num_slots, False
+        self._keep_packed(*self._to_place(()), None)
+        return self._pass_ms(self.resident, self.packed, self.num_slots)
+
+    def _to_place(self, stay: Collection[int]) -> tuple[list[int], int]:
+        """Of each unit, what it takes as a resident or in a slot, 0 of those whose place is settled; and the room there
+        is for these.
+
+        Args:
+            stay: blocks that are resident whatever is chosen.
+        """
+        assert self.capacity_bytes is not None
+        room = self.capacity_bytes - self.base_bytes - sum(self.kept.values())
+        stay = self._with_often_used(stay, room)
+        room -= sum(self.size(u) for u in self.blocks if u.index in stay)
+        looped = {b.index for b in self.looped if b.index not in stay}
+        return [self.size(u) if u.index in looped else 0 for u in self.units], room
 
     def _keep_packed(self, sizes: Sequence[int], room: int, num_slots: int | None) -> None:
         """Have packed units on the device as they are, in the room of residents, where that makes the pass faster.

@@ -107,9 +107,9 @@ class TransferEngine:
         is decoded from there into a slot at each use."""
         own = self._own_wires
         own.give(unit.home)
-        stats = self._stats
-        if len(own.of) > stats.num_own_wires:
-            stats.num_own_wires, stats.own_wires_bytes = len(own.of), own.num_bytes
+        if len(own.of) > self._stats.num_own_wires:
+            self._stats.num_own_wires = len(own.of)
+            self._stats.own_wires_bytes = own.num_bytes
 
     def drop_own_wire(self, home: Home) -> None:
         """Free the wire buffer that a unit with this home has of its own, if it has one."""

@@ -394,3 +394,22 @@ def test_units_used_together_take_the_room_of_what_stays_packed() -> None:
             assert stacked.shape == (4, 16)
         for _ in range(4):
             assert_equal(run(pipe.model, 4), run(resident.model, 4))
+
+
+def test_auto_packs_what_is_resident_in_order_to_keep_more_of_it() -> None:
+    device = SimulatedDevice(link_gb_per_s=1e-3, decode_gb_per_s=1.0)
+    net = Sized(device, [8192] * 12, ms=[1.0] * 12, takes=lambda x: 40_000)
+    x = torch.zeros(1)
+    with (
+        torch.no_grad(),
+        device.accounting(),
+        layerstream.offload(net, vram_budget=90_000, device=device, packing="auto") as streaming,
+    ):
+        for _ in range(30):
+            net(x)
+        assert streaming.stats().num_packed_units == 12
+        assert len(staying(streaming)) >= 3
+        begin = device.time_ms
+        net(x)
+        assert device.time_ms - begin == pytest.approx(12.0)
+        assert streaming.stats().peak_reserved_bytes <= 90_000

@@ -27,6 +27,7 @@ class Placement(Enum):
 
     RESIDENT = "resident"  # in a buffer of its own, and kept in every other phase
     BY_PHASE = "by phase"  # in a buffer of its own while its phase runs; given up where another phase needs the room
+    PACKED = "resident packed"  # its packed bytes in a buffer of their own; decoded into a slot while it is used
     STREAMED = "streamed"  # in host memory; in a slot while it is used
 
 

@@ -233,6 +233,11 @@ class Report:
                 f"{stats.num_packed_units} blocks, or pieces of them, are packed: "
                 f"{format_bytes(stats.unpacked_bytes)} in {format_bytes(stats.packed_bytes)} ({share:.3f})"
             )
+        if stats.num_own_wires:
+            lines.append(
+                f"{stats.num_own_wires} of them at most stayed on the device packed, in "
+                f"{format_bytes(stats.own_wires_bytes)}: {stats.num_loads_without_copy} loads took nothing of the bus"
+            )
         return [*lines, *([f"not packed: {self.packing}"] if self.packing else [])]
 
     def _pairs(self) -> list[str]:
@@ -316,13 +321,13 @@ def slow_loop_line(plan: Plan, component: str, num_tokens: int) -> str | None:
 
 
 def _streamed_bytes(plan: Plan, component: str) -> int:
-    """Of what passes through the slots in a pass."""
+    """Of what is loaded in a pass, as it is on the device."""
     phase_plan = plan.phase_of(component)
     uses = plan.costs.uses if plan.costs is not None else {}
     return sum(
         u.num_bytes * uses.get(u.index, 1)
         for u in plan.units
-        if u.component in phase_plan.phase.components and u.index not in phase_plan.resident
+        if u.component in phase_plan.phase.components and u.index not in phase_plan.resident | phase_plan.packed
     )
 
 

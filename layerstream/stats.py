@@ -57,6 +57,9 @@ class Stats:
     num_packed_units: int = 0  # blocks, or pieces of them, whose bytes at home are packed
     packed_bytes: int = 0  # of those at home, and over the bus at each load
     unpacked_bytes: int = 0  # of the same on the device
+    num_own_wires: int = 0  # the most units whose packed bytes stayed on the device, decoded into a slot at each use
+    own_wires_bytes: int = 0  # of these, packed
+    num_loads_without_copy: int = 0  # loads of such units that nothing crossed the bus for
     num_packing_mismatches: int = 0  # units that did not come back as they were, and stayed raw
     num_stored_units: int = 0  # whose bytes at home are in another GPU's memory
     stored_bytes: int = 0  # of these there
@@ -68,6 +71,7 @@ class Stats:
     num_plans: int = 0  # times the plan changed: something was measured, or shapes grew
     num_evicted: int = 0  # resident units that gave their room to another phase
     num_relaid: int = 0  # times a component was laid out anew: cast, or changed while paused
+    num_resident_packed_blocks: int = 0  # by the present plan: nothing streams of them, and something stays packed
     num_resident_blocks: int = 0  # by the present plan, those that stay only while their phase runs included
     num_streamed_blocks: int = 0  # those of which only a piece streams included
     enter_s: float = 0.0

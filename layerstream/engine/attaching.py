@@ -147,6 +147,7 @@ class Attaching:
         if unit.slot is not None:
             self._transfer.vacate(unit)
         self._transfer.drop_own_slot(unit)
+        self._transfer.drop_own_wire(unit.home)
         self._transfer.forget(unit)
         if unit.is_quiet:
             unit.is_quiet = False
@@ -183,8 +184,12 @@ class Attaching:
 
     def count_placements(self) -> None:
         blocks = {s.block_name for s in self._attached.specs() if s.is_block}
-        streamed = {
-            s.block_name for s in self._attached.specs() if self._ledger.plan.placement(s.index) is Placement.STREAMED
-        }
+        plan = self._ledger.plan
+        placed = {placement: set[str]() for placement in Placement}
+        for spec in self._attached.specs():
+            placed[plan.placement(spec.index)].add(spec.block_name)
+        streamed = placed[Placement.STREAMED]
+        packed = placed[Placement.PACKED] - streamed
         self._stats.num_streamed_blocks = len(streamed)
-        self._stats.num_resident_blocks = len(blocks) - len(streamed)
+        self._stats.num_resident_packed_blocks = len(packed)
+        self._stats.num_resident_blocks = len(blocks) - len(streamed) - len(packed)

@@ -113,6 +113,10 @@ class HomeExchanges:
         twice_if_interrupted(functools.partial(self._adopt, store, unit, home, unpacked))
         self._retired.append(_Retired(store, old, unit.last_load))
         self._has_exchanged()
+        try:
+            twice_if_interrupted(functools.partial(self._transfer.drop_own_wire, old))
+        except Exception as error:  # of a device that has failed: weights come home all the same
+            _log.warning("what `%s` had on the device packed could not be given up: %r", unit.spec.name, error)
 
     def is_looked_at(self, unit: StreamedUnit) -> bool:
         """Whether somebody has been given the unit's memory at home: an entry of a `state_dict`, or what a pickle was

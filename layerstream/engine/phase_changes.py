@@ -17,6 +17,7 @@ from layerstream.engine.planner import Planner
 from layerstream.engine.residency import Residency
 from layerstream.engine.session import Session
 from layerstream.hooks import compiled
+from layerstream.host.home import PackedHome
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.transfer import TransferEngine
@@ -67,10 +68,11 @@ class PhaseChanges:
         missing = self._without_slot(phase_plan.resident)
         # What is kept for a phase that follows is loaded while this one runs, where it is not there yet.
         wanted_later = self._without_slot(phase_plan.kept)
+        wanted_packed = self._without_wire(phase_plan)
         has_other_wires = not transfer.wires.are(*phase_plan.wires)
         if has_other_wires:
             transfer.wires.drop()
-        if has_freed or is_new_ring or missing or wanted_later or has_other_wires:
+        if has_freed or is_new_ring or missing or wanted_later or wanted_packed or has_other_wires:
             # Laid out in memory of its own: a slot in a piece of what activations left would keep that apart.
             self._device.empty_cache()
         if has_other_wires and any(phase_plan.wires):
@@ -79,6 +81,10 @@ class PhaseChanges:
             self._residency.allocating(functools.partial(transfer.lay_ring, *wanted))
         for unit in missing:
             self._residency.allocating(functools.partial(transfer.give_own_slot, unit))
+        # What gets no buffer to stay in packed streams packed.
+        for unit in wanted_packed:
+            if not self._residency.may_allocate(transfer.give_own_wire, unit):
+                break
         # What only a later phase needs is laid out then, if there is no memory now.
         if is_new_ring and not phase_plan.num_slots and not self._residency.may_allocate(transfer.lay_ring, *wanted):
             transfer.drop_ring()
@@ -92,6 +98,18 @@ class PhaseChanges:
     def _without_slot(self, indices: Collection[int]) -> list[StreamedUnit]:
         """Of these units, in order, those that have no slot of their own."""
         return [unit for i in sorted(indices) if (unit := self._units[i]).own_slot is None]
+
+    def _without_wire(self, phase_plan: PhasePlan) -> list[StreamedUnit]:
+        """Units of this phase that are to stay packed, and have no wire buffer of their own. What was made raw since
+        the plan was made streams raw."""
+        units = [self._units[index] for index in sorted(phase_plan.packed)]
+        return [
+            unit
+            for unit in units
+            if phase_plan.phase.involves(unit.spec)
+            and isinstance(unit.home, PackedHome)
+            and not self._transfer.has_own_wire(unit)
+        ]
 
     def _make_way(self, phase_plan: PhasePlan, is_new_ring: bool) -> bool:
         """Free what the plan has no room for; returns whether there was any. No slot is held here afterwards: memory
@@ -108,7 +126,10 @@ class PhaseChanges:
                 self._residency.evict(slot.unit)
         if is_new_ring:
             transfer.drop_ring()
-        return bool(given_up)
+        unpacked = [unit for unit in transfer.with_own_wire if unit.index not in phase_plan.packed]
+        for unit in unpacked:
+            transfer.drop_own_wire(unit.home)
+        return bool(given_up or unpacked)
 
     def mark_staying(self, phase_plan: PhasePlan) -> None:
         """Where all blocks are planned to stay, and have arrived, their hooks have nothing more to do."""

@@ -198,6 +198,12 @@ class Residency:
         if phase is not None and self._stats.budget_bytes:
             resident = phase.resident
             taken = transfer.slots_bytes + self._device.rounded_bytes(unit.home.device_bytes)
+            for payer in transfer.with_own_wire:  # first: what it takes to have them back is one copy
+                if taken <= phase.weights_bytes:
+                    break
+                taken -= self._device.rounded_bytes(payer.home.wire_bytes)
+                transfer.drop_own_wire(payer.home)
+                self._session.forget_plan()  # the next call lays out anew
             soon = _positions(self.ahead(len(self.units)))
             payers = [u for u in transfer.with_own_slot if u not in held and u is not unit]
             payers.sort(key=lambda u: (u.index in resident, u.spec.is_block, -soon.get(u, len(soon))))
@@ -297,10 +303,25 @@ class Residency:
 
     def allocating(self, allocate: Callable[[], Any]) -> Any:
         """Run `allocate`; where the budget has no room, say so with numbers."""
+        num_ooms = self._device.num_ooms()
         try:
             return allocate()
         except torch.OutOfMemoryError as exc:
+            if self._drop_own_wires():
+                self._ledger.forgive(self._device.num_ooms() - num_ooms)
+                return self.allocating(allocate)
             raise self._ledger.explain(exc, self._transfer.weights_bytes, is_for_weights=True) from exc
+
+    def _drop_own_wires(self) -> bool:
+        """Have nothing stay on the device packed, since memory is refused to what cannot do without; returns whether
+        anything did."""
+        units = self._transfer.with_own_wire
+        for unit in units:
+            self._transfer.drop_own_wire(unit.home)
+        if units:
+            self._device.empty_cache()
+            self._session.forget_plan()
+        return bool(units)
 
     def may_allocate(self, allocate: Callable[..., None], *args: Any) -> bool:
         """Run `allocate` for what is not needed yet; returns whether there was memory for it."""

@@ -51,8 +51,9 @@ def line_of(streamer: Streamer, *, is_active: bool) -> str:
     stats = streamer.stats
     state = "active" if is_active else "closed"
     budget = format_budget(stats.budget_bytes or None)
+    packed = f"{stats.num_resident_packed_blocks} resident packed, " if stats.num_resident_packed_blocks else ""
     return (
-        f"LayerStreamer({state}, {budget}: {stats.num_resident_blocks} blocks resident, "
+        f"LayerStreamer({state}, {budget}: {stats.num_resident_blocks} blocks resident, {packed}"
         f"{stats.num_streamed_blocks} streamed, at most {format_bytes(stats.peak_device_bytes)} of weights on the "
         "device)"
     )

@@ -20,7 +20,7 @@ def fill(drafts: Sequence[Draft], known: Sequence[Draft], num_slots: int | None)
     units = {u.index: u for d in drafts for u in d.units}
     if all(sum(d.size(units[i]) for i in everything) + d.wires_bytes <= (d.capacity_bytes or 0) for d in known):
         for draft in known:
-            draft.num_slots = 0
+            draft.num_slots, draft.packed = 0, {}
             draft.add([units[i] for i in sorted(everything)])
             draft.resident = {u.index for u in draft.units}
         return
@@ -37,6 +37,10 @@ def fill(drafts: Sequence[Draft], known: Sequence[Draft], num_slots: int | None)
             draft.spend(num_slots, shared)
         grants.give_out(_Claim((block,), (draft,), f"seldom {block.index}") for block in draft.seldom)
     _keep_rings(known)
+    for draft in known:
+        for other in known:
+            if other is not draft:
+                draft.keep_packed_of(other)
 
 
 def _keep_rings(known: Sequence[Draft]) -> None:

@@ -4,7 +4,8 @@ A pass is a list of units in the order of their use, named by position: blocks, 
 together. Three *servers* work through it, each one thing after another: the bus copies, the decoder unpacks what has
 another form on the way (where there is any), and compute runs blocks. What they hand on lies in *rings* of buffers: a
 copy may start once the block that had its slot before has been computed; one that is unpacked goes to a wire buffer,
-which is free again when it has been, and the unpacking waits for the slot. The decoder runs on the same cores as
+which is free again when it has been, and the unpacking waits for the slot. What stays packed on the device is not
+copied, and only unpacked. The decoder runs on the same cores as
 compute: a block that runs meanwhile takes that much longer.
 
 Compute waits for loads, loads wait for buffers, and neither shows in a sum of bytes: two placements that stream as much
@@ -13,7 +14,7 @@ may differ by a fifth. So placements are compared by playing the passes (`search
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
@@ -97,6 +98,15 @@ class Pace:
         unpacking = self.decode_ms or [0.0] * len(blocks)
         summed = [(num_bytes, ms + more) for (num_bytes, ms), more in zip(blocks, unpacking, strict=True)]
         return Pace(summed, link_share * link_gb_per_s, wholes)
+
+    def keeping_packed(self, positions: Collection[int]) -> Pace:
+        """The same with the packed bytes of these on the device throughout: nothing of them is copied, and they are
+        unpacked from where they lie, in no wire buffer's turn."""
+        if not positions:
+            return self
+        blocks, link_gb_per_s, wholes = self._made_of
+        kept = [(0.0, ms) if i in positions else (num_bytes, ms) for i, (num_bytes, ms) in enumerate(blocks)]
+        return Pace(kept, link_gb_per_s, wholes, self.decode_ms, self.num_wires)
 
     @property
     def total_ms(self) -> float:
@@ -186,7 +196,8 @@ class _Loads:
     """The loads of some passes, as bus and decoder get on with them; compute asks for them in their order.
 
     Args:
-        units: (copy in ms, unpacking in ms) of what streams, in the order of its use.
+        units: (copy in ms, unpacking in ms) of what streams, in the order of its use. What is unpacked and has no copy
+            is on the device already.
     """
 
     def __init__(self, units: Sequence[tuple[float, float]], num_passes: int, num_slots: int, num_wires: int) -> None:
@@ -194,7 +205,7 @@ class _Loads:
         self._num_loads = len(units) * num_passes
         self._slots_free = [0.0] * num_slots  # when each slot's last block has been computed; those known so far
         self._wires_free = [0.0] * num_wires
-        self._num_decodes = 0
+        self._num_turns = 0  # of wire buffers
         self._copied = 0.0  # when the last copy ends
         self._arrived: list[float] = []  # of each load, when its copy ends
         self._there: list[float] = []  # when it is in its slot
@@ -233,9 +244,10 @@ class _Loads:
         load = len(self._there)
         if len(self._arrived) == load:
             copy_ms, _ = self._units[load % len(self._units)]
-            wire_free = self._wires_free[self._num_decodes % len(self._wires_free)]
-            self._copied = max(self._copied, wire_free) + copy_ms
-            self._arrived.append(self._copied)
+            if copy_ms:
+                wire_free = self._wires_free[self._num_turns % len(self._wires_free)]
+                self._copied = max(self._copied, wire_free) + copy_ms
+            self._arrived.append(self._copied if copy_ms else 0.0)
         before = self._there[-1] if self._there else 0.0
         return max(self._arrived[load], self._slots_free[load], before)
 
@@ -244,9 +256,10 @@ class _Loads:
         return len(self._there) < min(self._num_loads, len(self._slots_free))
 
     def _decode(self, ready: float) -> None:
-        _, decode_ms = self._units[len(self._there) % len(self._units)]
-        self._wires_free[self._num_decodes % len(self._wires_free)] = ready + decode_ms
-        self._num_decodes += 1
+        copy_ms, decode_ms = self._units[len(self._there) % len(self._units)]
+        if copy_ms:
+            self._wires_free[self._num_turns % len(self._wires_free)] = ready + decode_ms
+            self._num_turns += 1
         self._there.append(ready + decode_ms)
 
     def _copy_raw(self) -> None:

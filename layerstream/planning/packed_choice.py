@@ -7,20 +7,23 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from layerstream.blocks import Sizes, UnitSpec
-from layerstream.planning.draft import pace_of
+from layerstream.planning.draft import Draft, pace_of
+from layerstream.planning.packed_stay import spread
 from layerstream.planning.phase_plan import PhasePlan
 from layerstream.planning.plan import Plan
 
 PACKED_SHARE = 0.68  # of weights of bfloat16: 0.656 to 0.70, measured
 _MOST_COUNTS = 12  # numbers of units that are compared
 _NEARLY = 1.003  # a pass that takes so little longer is as good
+_WORTH_ALL = 0.97  # of the time of a pass, for which what is resident raw is packed, too
 
 
 def worth_packing(plan: Plan, phase_plan: PhasePlan, can_be: Collection[int]) -> list[int]:
     """The units of a phase to be packed beside those that are, by index, in their order.
 
-    Of a phase that is repeated: of those that stream as few, evenly spread, as give passes nearly their least time. Of
-    what runs once a call: all whose copies it waits for, those included that are loaded for it and stay meanwhile.
+    Of a phase that is repeated: of those that stream as few, evenly spread, as give passes nearly their least time; or
+    all blocks, if passes are faster still once many stay on the device packed. Of what runs once a call: all whose
+    copies it waits for, those included that are loaded for it and stay meanwhile.
 
     Args:
         can_be: units that can be packed.
@@ -35,9 +38,13 @@ def worth_packing(plan: Plan, phase_plan: PhasePlan, can_be: Collection[int]) ->
     streamed = [i for i, unit in enumerate(units) if unit.is_block and unit.index not in phase_plan.resident]
     raw = [units[i].index for i in streamed if units[i].packed is None and units[i].index in can_be]
     counts = sorted({round(len(raw) * n / _MOST_COUNTS) for n in range(_MOST_COUNTS + 1)})
-    times = [(_pass_ms(plan, phase_plan, units, streamed, set(_spread(raw, count))), count) for count in counts]
+    times = [(_pass_ms(plan, phase_plan, units, streamed, set(spread(raw, count))), count) for count in counts]
     least = min(ms for ms, _ in times)
-    return _spread(raw, next(count for ms, count in times if ms <= _NEARLY * least))
+    uses = plan.costs.uses if plan.costs is not None else {}
+    all_raw = {u.index for u in units if u.is_block and u.packed is None and u.index in can_be and uses.get(u.index, 1)}
+    if all_raw and _ms_if_kept(plan, phase_plan, all_raw) < _WORTH_ALL * least:
+        return sorted(all_raw, key=lambda index: (index in phase_plan.resident, index))
+    return spread(raw, next(count for ms, count in times if ms <= _NEARLY * least))
 
 
 def as_packed(unit: UnitSpec) -> UnitSpec:
@@ -46,15 +53,19 @@ def as_packed(unit: UnitSpec) -> UnitSpec:
     return replace(unit, packed=Sizes(unit.num_bytes, wire, wire))
 
 
+def _ms_if_kept(plan: Plan, phase_plan: PhasePlan, packed: Collection[int]) -> float:
+    """Of a pass in which these are packed, too, and as many as pay stay on the device so."""
+    units = [as_packed(unit) if unit.index in packed else unit for unit in plan.units]
+    draft = Draft(units, phase_plan.phase, plan.costs, plan.granularity)
+    draft.kept = {unit.index: draft.size(unit) for unit in units if unit.index in phase_plan.kept}
+    return draft.ms_with_packed(phase_plan)
+
+
 def _pass_ms(
     plan: Plan, phase_plan: PhasePlan, units: list[UnitSpec], streamed: list[int], packed: Collection[int]
 ) -> float:
     """Of a pass in which these are packed, too."""
     uses = plan.costs.uses if plan.costs is not None else {}
     pace = pace_of([as_packed(unit) if unit.index in packed else unit for unit in units], plan.costs, uses)
+    pace = pace.keeping_packed({i for i, unit in enumerate(units) if unit.index in phase_plan.packed})
     return pace.pass_ms([i for i in streamed if uses.get(units[i].index, 1)], phase_plan.num_slots)
-
-
-def _spread(units: list[int], count: int) -> list[int]:
-    """So many of them, evenly."""
-    return [units[i * len(units) // count] for i in range(count)]

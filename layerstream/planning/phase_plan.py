@@ -70,7 +70,10 @@ class PhasePlan:
         slot_bytes: the largest streamed block.
         kept_ring: number and size of another phase's slots, which stay meanwhile; (0, 0): none do.
         wires: number and size of the buffers that packed units are copied to; (0, 0): none are packed.
-        weights_bytes: the most that our weights take: residents, kept units, slots (its own or kept), and wires.
+        packed: units whose packed bytes are on the device, and are decoded into a slot at each use: its own, and those
+            of other phases that may stay meanwhile.
+        weights_bytes: the most that our weights take: residents, kept units, what is there packed, slots (its own or
+            kept), and wires.
         least_bytes: the least weights under which the phase runs.
         prediction: of one pass, once every block was measured.
     """
@@ -85,6 +88,7 @@ class PhasePlan:
     prediction: Prediction | None = None
     kept_ring: tuple[int, int] = (0, 0)
     wires: tuple[int, int] = (0, 0)
+    packed: frozenset[int] = frozenset()
 
     @property
     def ring(self) -> tuple[int, int]:

@@ -67,6 +67,8 @@ class Plan:
         """Where a unit lives."""
         component = next(u.component for u in self.units if u.index == unit_index)
         own = self.phase_of(component)
+        if unit_index in own.packed:
+            return Placement.PACKED
         if unit_index not in own.resident:
             return Placement.STREAMED
         everywhere = all(unit_index in p.resident or unit_index in p.kept for p in self.phases)

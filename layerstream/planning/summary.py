@@ -28,8 +28,8 @@ class StackSummary:
         stack: its dotted name in the component; None of a base.
         smallest_bytes, largest_bytes: of its blocks, on the device.
         streamed_bytes: of all blocks and pieces that stream.
-        num_placed: blocks by placement: "resident", "by phase", "streamed", "partly streamed".
-        num_slots: of the phase, if any of its blocks streams; else 0.
+        num_placed: blocks by placement: "resident", "by phase", "resident packed", "streamed", "partly streamed".
+        num_slots: of the phase, if any of its blocks passes through them; else 0.
     """
 
     component: str
@@ -80,7 +80,7 @@ def stacks_of(
             sizes[unit.block_name] += unit.num_bytes
             placements.setdefault(unit.block_name, set()).add(placement(unit.index))
         streamed_bytes = sum(u.num_bytes for u in members if placement(u.index) is Placement.STREAMED)
-        streams = any(Placement.STREAMED in found for found in placements.values())
+        streams = any(found & {Placement.STREAMED, Placement.PACKED} for found in placements.values())
         yield StackSummary(
             component=component,
             stack=stack,
@@ -99,7 +99,9 @@ def _placed(pieces: set[Placement]) -> str:
     """Where a block is, of which pieces are here and there."""
     if len(pieces) == 1:
         return next(iter(pieces)).value
-    return PARTLY_STREAMED if Placement.STREAMED in pieces else Placement.BY_PHASE.value
+    if Placement.STREAMED in pieces:
+        return PARTLY_STREAMED
+    return Placement.PACKED.value if Placement.PACKED in pieces else Placement.BY_PHASE.value
 
 
 @dataclass(frozen=True)

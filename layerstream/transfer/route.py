@@ -1,7 +1,8 @@
 """How a unit's bytes get from its home into a slot: a route of stages.
 
     as they are                    Copy
-    packed                         CopyAndDecode: a copy into the next wire buffer, and decoding from there
+    packed                         CopyAndDecode: a copy into the next wire buffer, and decoding from there; of a unit
+                                   with a wire buffer of its own, the copy only once
 
 Each copies from host memory, page-locked or not, and from another GPU's; where that GPU is out of reach the copy goes
 through the host (CopyThroughHost). From page-locked host memory other GPUs may carry a share, each over its own link
@@ -25,7 +26,7 @@ from layerstream.host.home import Home, PackedHome
 from layerstream.host.keeper import Keeper
 from layerstream.transfer.helper import LINK_PART_BYTES, Helper
 from layerstream.transfer.profiling import Ranges
-from layerstream.transfer.wires import Wire, WireRing
+from layerstream.transfer.wires import OwnWires, Wire, WireRing
 
 _STAGING_BUFFERS = 3
 
@@ -48,17 +49,24 @@ class Routes:
     """The way from each kind of home.
 
     Args:
-        wires: buffers for what is packed.
+        wires, own_wires: buffers for what is packed.
         ranges: what wants to know of decoding.
         helpers: other GPUs whose links to the host are used, too.
     """
 
-    def __init__(self, device: Device, wires: WireRing, ranges: Ranges, helpers: Sequence[Helper] = ()) -> None:
+    def __init__(
+        self,
+        device: Device,
+        wires: WireRing,
+        own_wires: OwnWires,
+        ranges: Ranges,
+        helpers: Sequence[Helper] = (),
+    ) -> None:
         self._device = device
         self._copy = Copy(device)
         self._by_links = CopyByLinks(device, helpers) if helpers else None
         self._through_host: dict[Keeper, CopyThroughHost] = {}
-        self._copy_and_decode = CopyAndDecode(device, self._copy_of, wires, ranges)
+        self._copy_and_decode = CopyAndDecode(device, self._copy_of, wires, own_wires, ranges)
 
     def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
         """See `Route`."""
@@ -205,12 +213,21 @@ class CopyByLinks:
 
 
 class CopyAndDecode:
-    """Copies packed bytes into the wire buffer whose turn it is, and decodes them from there into the slot."""
+    """Copies packed bytes into the wire buffer whose turn it is, and decodes them from there into the slot. Where the
+    home has a wire buffer of its own they go there, once, and every load decodes them from there."""
 
-    def __init__(self, device: Device, copy_of: Callable[[Home], Route], wires: WireRing, ranges: Ranges) -> None:
+    def __init__(
+        self,
+        device: Device,
+        copy_of: Callable[[Home], Route],
+        wires: WireRing,
+        own_wires: OwnWires,
+        ranges: Ranges,
+    ) -> None:
         self._device = device
         self._copy_of = copy_of
         self._wires = wires
+        self._own_of = own_wires.of
         self._ranges = ranges
 
     def prepare(self, home: Home, buffer: torch.Tensor, name: str) -> Issue:
@@ -220,14 +237,21 @@ class CopyAndDecode:
         by_wire: weakref.WeakKeyDictionary[Wire, tuple[Issue, Unpacking]] = weakref.WeakKeyDictionary()
 
         def issue(after: Sequence[Event]) -> Event:
-            wire = self._wires.next(home.wire_bytes)
+            own = self._own_of.get(home)
+            wire = self._wires.next(home.wire_bytes) if own is None else own
             known = by_wire.get(wire)
             if known is None:
                 unpacking = self._device.prepare_unpack(wire.buffer[: home.wire_bytes], home.layout, target)
                 known = by_wire[wire] = self._copy_of(home).prepare(home, wire.buffer, name), unpacking
             copy, unpacking = known
             try:
-                before = [copy([wire.free]), *after]
+                if own is None:
+                    before = [copy([wire.free]), *after]
+                else:
+                    if own.filled is None:
+                        own.filled = copy([own.free])
+                    # Also much later: nothing else orders decoding behind the copy, which ran on another stream.
+                    before = [own.filled, *after]
                 if self._ranges.is_on:
                     with self._ranges.decoding(name, home.device_bytes, before):
                         wire.free = event = self._device.unpack(unpacking, before)

@@ -8,7 +8,7 @@ A slot is a device buffer that holds one unit at a time (`unit.py`). Its life, a
 
 Some slots form the *ring*, through which streamed blocks take turns; others are a resident unit's *own*, made when a
 plan gives the unit room and dropped when it takes it back; a few are *extra*, for one use that nothing else has room
-for.
+for. What is packed may have a wire buffer of its own (`wires.py`), in which it stays packed while slots come and go.
 
 `load` and `vacate` issue work and return; nothing here blocks the host, except copies from memory that could
 not be page-locked, which go through a small staging ring.
@@ -33,7 +33,7 @@ from layerstream.transfer.helper import Helper
 from layerstream.transfer.profiling import Ranges
 from layerstream.transfer.route import Routes
 from layerstream.transfer.unit import Slot, StreamedUnit, UnitState
-from layerstream.transfer.wires import WireRing
+from layerstream.transfer.wires import OwnWires, WireRing
 
 _PROBE_BYTES = 2**26  # enough for the link's full speed, 1.2 ms of it
 _STAGED_PROBES = 8  # one behind the other, as loads are: the first part of each meets the last of the one before
@@ -62,12 +62,13 @@ class TransferEngine:
         self._stats = stats
         self._stalls: deque[tuple[Any, PhaseStats, int]] = deque()  # marker, phase, unit waited for
         self.wires = WireRing(self._allocate, self._give_back)
-        self._routes = Routes(device, self.wires, ranges, helpers)
+        self._own_wires = OwnWires(self._allocate, self._give_back)
+        self._routes = Routes(device, self.wires, self._own_wires, ranges, helpers)
         self.ring: list[Slot] = []
         self.slot_bytes = 0  # of each slot of the ring
         self.extra: list[Slot] = []
         self._slots: dict[Slot, None] = {}  # all that there are, also of units that could not be let go of in order
-        self.slots_bytes = 0  # what all slots and wire buffers take on the device
+        self.slots_bytes = 0  # what all slots and wire buffers take on the device, own ones included
         self.whole_bytes = 0  # of weights that are there as they are
         self.phase = PhaseStats()  # whose loads and stalls these are
 
@@ -101,6 +102,28 @@ class TransferEngine:
         slot, unit.own_slot = unit.own_slot, None
         if slot is not None:
             self._free(slot)
+
+    def give_own_wire(self, unit: StreamedUnit) -> None:
+        """Allocate a wire buffer for `unit` alone, which is packed: its bytes stay there from its next load on, and it
+        is decoded from there into a slot at each use."""
+        own = self._own_wires
+        own.give(unit.home)
+        if len(own.of) > self._stats.num_own_wires:
+            self._stats.num_own_wires = len(own.of)
+            self._stats.own_wires_bytes = own.num_bytes
+
+    def drop_own_wire(self, home: Home) -> None:
+        """Free the wire buffer that a unit with this home has of its own, if it has one."""
+        self._own_wires.drop(home)
+
+    def has_own_wire(self, unit: StreamedUnit) -> bool:
+        """Whether its packed bytes stay on the device, filled or not."""
+        return unit.home in self._own_wires.of
+
+    @property
+    def with_own_wire(self) -> list[StreamedUnit]:
+        """The units that have a wire buffer of their own."""
+        return [unit for unit in self._units.values() if unit.home in self._own_wires.of]
 
     @property
     def ring_units(self) -> tuple[int, ...]:
@@ -136,7 +159,7 @@ class TransferEngine:
 
     def close(self) -> None:
         """Drop all device memory. The device must be idle (`Device.synchronize`)."""
-        buffers = [slot.buffer for slot in self._slots] + self.wires.close()
+        buffers = [slot.buffer for slot in self._slots] + self.wires.close() + self._own_wires.close()
         self._slots, self.ring, self.extra = {}, [], []
         for unit in self._units.values():
             unit.slot = unit.own_slot = None
@@ -217,10 +240,12 @@ class TransferEngine:
         if slot.unit is not None:
             raise TransferError(f"unit `{unit.spec.name}` loaded into a slot that holds `{slot.unit.spec.name}`")
         issue = slot.prepare(unit, self._routes)
+        own_wire = self._own_wires.of.get(unit.home)
+        is_here = own_wire is not None and own_wire.filled is not None  # packed, and only decoded
         # Behind the last readers; from now on nothing but this copy may touch the slot until `wait`. The slot is
         # the unit's only once the copy is queued: if that fails, it stays free, and its readers' events stay.
         try:
-            if self.ranges.is_on:
+            if self.ranges.is_on and not is_here:
                 # What is packed is copied to a wire buffer, whatever reads the slot still.
                 after = () if isinstance(unit.home, PackedHome) else slot.after
                 with self.ranges.loading(unit.spec.name, unit.home.wire_bytes, after):
@@ -234,10 +259,12 @@ class TransferEngine:
             raise
         slot.after, slot.readers = [], []
         unit.filled(slot)
+        num_bytes = 0 if is_here else unit.home.wire_bytes
         self._stats.num_loads += 1
-        self._stats.loaded_bytes += unit.home.wire_bytes
+        self._stats.num_loads_without_copy += is_here
+        self._stats.loaded_bytes += num_bytes
         self.phase.num_loads += 1
-        self.phase.loaded_bytes += unit.home.wire_bytes
+        self.phase.loaded_bytes += num_bytes
 
     def wait(self, unit: StreamedUnit, stream: Stream | None = None) -> list[torch.Tensor]:
         """Queue this thread's compute, on `stream`, behind the load of `unit`; returns the unit's views."""

@@ -1,7 +1,12 @@
-"""Wire buffers: where copies of packed units arrive on the device, and are decoded from. They take turns.
+"""Wire buffers: where copies of packed units arrive on the device, and are decoded from.
 
-A wire buffer is free again once it has been decoded, which nobody on the host waits for: the next copy into it waits
-for that event. So copies run ahead of decoding by as many loads as there are buffers, however late slots become free.
+Those of the ring take turns. One is free again once it has been decoded, which nobody on the host waits for: the next
+copy into it waits for that event. So copies run ahead of decoding by as many loads as there are buffers, however late
+slots become free.
+
+A unit may have one of its *own*, in which its packed bytes stay: it is filled by the first load, and what follows is
+decoded from there, with nothing copied. It belongs to the unit's home, whose bytes never change; a unit that was
+written to has another home, and never finds the bytes that it had before.
 """
 
 from __future__ import annotations
@@ -11,6 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from layerstream.device.base import Event, Stream
+from layerstream.host.home import Home
+
+Allocate = Callable[[int], tuple[torch.Tensor, Stream, Event]]
+GiveBack = Callable[[torch.Tensor, Stream, Sequence[Event]], object]
 
 
 class Wire:
@@ -25,6 +34,18 @@ class Wire:
         self.buffer, self.stream, self.free = buffer, stream, free
 
 
+class OwnWire(Wire):
+    """A buffer of one unit's own.
+
+    Attributes:
+        filled: the event after the copy into it, which each decoding waits for; None: no copy was begun.
+    """
+
+    def __init__(self, buffer: torch.Tensor, stream: Stream, free: Event) -> None:
+        super().__init__(buffer, stream, free)
+        self.filled: Event = None
+
+
 class WireRing:
     """All wire buffers of one streamer.
 
@@ -34,11 +55,7 @@ class WireRing:
         give_back: frees a buffer of that stream, which waits for these events.
     """
 
-    def __init__(
-        self,
-        allocate: Callable[[int], tuple[torch.Tensor, Stream, Event]],
-        give_back: Callable[[torch.Tensor, Stream, Sequence[Event]], object],
-    ) -> None:
+    def __init__(self, allocate: Allocate, give_back: GiveBack) -> None:
         self._allocate = allocate
         self._give_back = give_back
         self._wires: list[Wire] = []
@@ -81,3 +98,41 @@ class WireRing:
         self._laid, self._next = (0, 0), 0
         while self._wires:
             yield self._wires.pop()
+
+
+class OwnWires:
+    """The wire buffers that units have of their own.
+
+    Attributes:
+        of: by home.
+
+    Args:
+        allocate, give_back: see `WireRing`.
+    """
+
+    def __init__(self, allocate: Allocate, give_back: GiveBack) -> None:
+        self._allocate = allocate
+        self._give_back = give_back
+        self.of: dict[Home, OwnWire] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is packed in them."""
+        return sum(home.wire_bytes for home in self.of)
+
+    def give(self, home: Home) -> None:
+        """Allocate a buffer for what a load of this home brings."""
+        self.of[home] = OwnWire(*self._allocate(home.wire_bytes))
+
+    def drop(self, home: Home) -> None:
+        """Give the buffer of this home up, if it has one. What is on its way into it, or decoded from it, is waited for
+        by the stream that its memory goes back to."""
+        wire = self.of.pop(home, None)
+        if wire is not None:
+            self._give_back(wire.buffer, wire.stream, [wire.free])
+
+    def close(self) -> list[torch.Tensor]:
+        """Forget all, with the device idle; returns the buffers, to be freed."""
+        buffers = [wire.buffer for wire in self.of.values()]
+        self.of.clear()
+        return buffers

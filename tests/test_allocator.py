@@ -150,11 +150,12 @@ def test_a_keeper_or_helper_stops_growth_before_anything_is_copied(has_peer: str
     assert told == ["stop growing", "reaches"]
 
 
-@pytest.mark.parametrize("may_have_grown", [True, False])
-def test_another_gpu_is_waited_for_before_its_grown_cache_is_emptied(
-    may_have_grown: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("may_have_grown", "is_forbidden"), [(False, False), (True, False), (False, True)])
+def test_all_gpus_are_waited_for_before_memory_goes_that_another_may_use(
+    may_have_grown: bool, is_forbidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_GROWING", SimpleNamespace(may_have_grown=may_have_grown))
+    growing = SimpleNamespace(may_have_grown=may_have_grown, is_forbidden=is_forbidden)
+    monkeypatch.setattr(cuda, "_GROWING", growing)
     device = object.__new__(cuda.CudaDevice)
     device.torch_device = torch.device("cuda", 0)
     done: list[object] = []
@@ -164,4 +165,7 @@ def test_another_gpu_is_waited_for_before_its_grown_cache_is_emptied(
     monkeypatch.setattr(torch.cuda, "synchronize", done.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     device.empty_cache()
-    assert done == ([1, "emptied"] if may_have_grown else ["emptied"])
+    assert done == ([0, 1, "emptied"] if may_have_grown or is_forbidden else ["emptied"])
+    done.clear()
+    device.free(torch.empty(1, device="cpu"))
+    assert done == ([0, 1] if is_forbidden else [])

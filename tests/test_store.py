@@ -304,10 +304,10 @@ def test_weights_that_somebody_holds_stay_on_the_host() -> None:
         (told,) = [str(one.message) for one in said]
         assert told == (
             "1 of 7 blocks, pieces or bases, 8.8 KiB, are not in the memory of other and stay on the host (1 of what "
-            "was to be: its memory is not all ours). They are loaded from there."
+            "was to be: somebody else has its memory). They are loaded from there."
         )
         assert num_stored(streaming) == 6
-        assert "1 of what was to be: its memory is not all ours" in str(streaming.report())
+        assert "1 of what was to be: somebody else has its memory" in str(streaming.report())
         kept[0] = 0.25
         resident.model.blocks[3].up.weight.data[0] = 0.25
         assert_equal(pipe(), resident())

@@ -39,6 +39,9 @@ class GrowingSegments:
     has segments as torch cuts them. Before torch unmaps what has grown it waits for the default stream of the current
     GPU only (PyTorch issue 196258), on whichever GPU the memory is. With one GPU in use that is the right one. Where
     a copy or kernel of another GPU uses it, nothing waits for that.
+
+    Attributes:
+        is_forbidden: two GPUs work together, now or before.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class GrowingSegments:
         self._before: str | None = None  # the settings as they were; None: not changed
         self._left: dict[str, str] = {}  # what they were, by what we left when we were done
         self._lock = FinaliserLock()
-        self._is_forbidden = False
+        self.is_forbidden = False
         self._was_on = False
 
     @property
@@ -64,7 +67,7 @@ class GrowingSegments:
     def forbid(self) -> bool:
         """Turn them off for good. Returns whether this is the first time, and they were on before."""
         with self._lock.held():
-            is_first, self._is_forbidden = not self._is_forbidden, True
+            is_first, self.is_forbidden = not self.is_forbidden, True
             self._turn_off()
         return is_first and self._was_on
 
@@ -81,7 +84,7 @@ class GrowingSegments:
                 settings = self._left.get(settings, settings) if settings is not None else None
                 if settings is not None and _OPTION in settings:
                     self._was_on = True  # by the user, as far as we know
-                elif settings is not None and not self._is_forbidden:
+                elif settings is not None and not self.is_forbidden:
                     try:
                         self._write(_with(settings, "True"))
                         self._before, self._was_on = settings, True

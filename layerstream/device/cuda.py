@@ -260,6 +260,8 @@ class CudaDevice:
 
     def free(self, buffer: torch.Tensor) -> None:
         # Only references keep it: a buffer that user code still looks at lives until that reference goes.
+        if _GROWING.is_forbidden:
+            _wait_for_all_gpus()  # the next to empty torch's cache may be somebody else
         del buffer
 
     def count_whole(self, num_bytes: int) -> None:
@@ -451,11 +453,21 @@ class CudaDevice:
     def empty_cache(self) -> None:
         # That is of all GPUs. Of what has grown none is waited for but the current one: see `_may_grow`.
         with torch.cuda.device(self._index):
-            if _GROWING.may_have_grown:
-                for index in range(torch.cuda.device_count()):
-                    if index != self._index and torch.cuda.memory_reserved(index):
-                        torch.cuda.synchronize(index)
+            if _GROWING.may_have_grown or _GROWING.is_forbidden:
+                _wait_for_all_gpus()
             torch.cuda.empty_cache()
+
+
+def _wait_for_all_gpus() -> None:
+    """Before memory is unmapped that another GPU may write to or read.
+
+    Freeing waits for the GPU whose memory it is, and a copy between two may be carried out by the other one: where
+    phase changes waited for one GPU alone, its copy engine wrote to what was unmapped (Xid 31, "MMU Fault: ENGINE CE4,
+    ACCESS_TYPE_VIRT_WRITE", two H200s), and "unspecified launch failure" ended all of the process.
+    """
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.memory_reserved(index):
+            torch.cuda.synchronize(index)
 
 
 def _fraction_now(device: torch.device) -> float:

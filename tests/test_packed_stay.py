@@ -12,7 +12,7 @@ from layerstream.blocks import Placement, Sizes, UnitSpec
 from layerstream.planning import draft, packed_stay
 from layerstream.planning.costs import Costs
 from layerstream.planning.pace import Pace
-from layerstream.planning.packed_choice import as_packed, worth_packing
+from layerstream.planning.packed_choice import as_packed, may_pack, worth_packing
 from layerstream.planning.packed_stay import Streamable, counts_to_play, spread
 from layerstream.planning.phase_plan import Phase
 from layerstream.planning.plan import Plan, make_plan
@@ -213,3 +213,28 @@ def test_what_is_there_packed_takes_no_turn_of_a_wire() -> None:
     assert pace.keeping_packed(set()) is pace
     prediction = kept.prediction(range(4), 2, True)
     assert (prediction.bus_ms, prediction.compute_ms) == (20.0, 24.0)
+
+
+# ---- what may be packed at all
+
+
+def _spec(index: int, num_bytes: int, stack: str | None, block: str | None = None) -> UnitSpec:
+    return UnitSpec(index, f"net.{stack}.{index}", "net", stack, num_bytes, block=block)
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ([_spec(0, 900, None), _spec(1, 50, "blocks"), _spec(2, 60, "blocks")], {1, 2}),
+        ([_spec(0, 500, "embed"), _spec(1, 50, "blocks"), _spec(2, 60, "blocks")], {1, 2}),
+        ([_spec(0, 60, "embed"), _spec(1, 50, "blocks"), _spec(2, 60, "blocks")], {0, 1, 2}),
+        ([_spec(0, 500, "embed"), _spec(1, 500, "head")], {0, 1}),
+        # The pieces of the one block of a stack are alone in it, too.
+        ([_spec(0, 90, "mid", "m"), _spec(1, 90, "mid", "m"), _spec(2, 60, "down"), _spec(3, 70, "down")], {2, 3}),
+        ([_spec(0, 9, "blocks"), _spec(1, 60, "blocks"), _spec(2, 70, "blocks"), _spec(3, 500, "embed")], {1, 2}),
+        ([], set()),
+    ],
+)
+def test_what_is_larger_than_what_takes_turns_stays_raw(units: list[UnitSpec], expected: set[int]) -> None:
+    """Wire buffers would be as large as it."""
+    assert may_pack(units, 10) == expected

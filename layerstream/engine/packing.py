@@ -30,7 +30,7 @@ from layerstream.engine.scratch import Scratch
 from layerstream.host.home import Home, PackedHome, RawHome
 from layerstream.host.memory import trim_heap
 from layerstream.host.store import HostStore
-from layerstream.planning.packed_choice import worth_packing
+from layerstream.planning.packed_choice import may_pack, worth_packing
 from layerstream.planning.plan import Plan
 from layerstream.progress import Progress
 from layerstream.saying import warn
@@ -130,7 +130,7 @@ class Packing:
         """Components are there: pack their blocks now, if that is wanted."""
         if not self.is_ahead or self.why_off:
             return
-        every = [unit for unit in self._attached.units.values() if self._may_pack(unit)]
+        every = self._packable()
         if not self._ledger.planner.has_room_to_pack(self._sizes(unit.index for unit in every)):
             self._refuse([unit.index for unit in every], _NO_ROOM)
             return
@@ -188,7 +188,7 @@ class Packing:
             return
         self._considered = plan
         known = set(self._wanted)
-        can_be = {i for i, unit in self._attached.units.items() if i not in known and self._may_pack(unit)}
+        can_be = {unit.index for unit in self._packable()} - known
         if self.is_ahead:
             found = sorted(can_be)
         else:
@@ -202,13 +202,11 @@ class Packing:
         else:
             self._refuse(found, _NO_ROOM)
 
-    def _may_pack(self, unit: StreamedUnit) -> bool:
-        return (
-            unit.spec.is_block
-            and isinstance(unit.home, RawHome)
-            and unit.index not in self._refused
-            and unit.home.device_bytes >= LEAST_BYTES
-        )
+    def _packable(self) -> list[StreamedUnit]:
+        """Units that are raw, and may be packed."""
+        found = may_pack(self._attached.specs(), LEAST_BYTES)
+        units = self._attached.units.values()
+        return [u for u in units if u.index in found and u.index not in self._refused and isinstance(u.home, RawHome)]
 
     def _tell_planner(self) -> None:
         """Plans are made with what is packed, and with what is to be, from now on."""

@@ -15,7 +15,7 @@ from layerstream.engine.streamer import Streamer
 from layerstream.model.components import layouts_of
 from layerstream.model.units import Unit, divide
 from layerstream.pipeline.options import budget_bytes_on, device_of
-from layerstream.planning.packed_choice import as_packed
+from layerstream.planning.packed_choice import as_packed, may_pack
 from layerstream.planning.phase_plan import AssumedReserve, Phase
 from layerstream.planning.plan import Plan, make_plan
 
@@ -36,7 +36,9 @@ def plan_of(
     found = device_of(device)
     layouts = layouts_of(pipe)
     division = divide(layouts, is_preview=True)
-    units = [_packed(unit) if is_packed else unit.spec for unit in division.units]
+    specs = [unit.spec for unit in division.units]
+    packable = may_pack(specs, LEAST_BYTES) if is_packed else ()
+    units = [_packed(unit) if unit.spec.index in packable else unit.spec for unit in division.units]
     of_each = assumed or AssumedReserve(0)
     phases = [of_each.of(Phase((layout.name,), layout.is_repeated)) for layout in layouts]
     budget = budget_bytes_on("auto" if vram_budget is None else vram_budget, found)
@@ -44,11 +46,8 @@ def plan_of(
 
 
 def _packed(unit: Unit) -> UnitSpec:
-    spec = unit.spec
-    can_be = spec.is_block and spec.num_bytes >= LEAST_BYTES
-    if not can_be or any(bound.dtype is not torch.bfloat16 for bound in unit.binding.tensors):
-        return spec
-    return as_packed(spec)
+    is_bfloat16 = all(bound.dtype is torch.bfloat16 for bound in unit.binding.tensors)
+    return as_packed(unit.spec) if is_bfloat16 else unit.spec
 
 
 def plan_anew(

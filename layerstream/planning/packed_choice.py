@@ -3,7 +3,8 @@ time from compute. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from layerstream.blocks import Sizes, UnitSpec
@@ -16,6 +17,19 @@ PACKED_SHARE = 0.68  # of weights of bfloat16: 0.656 to 0.70, measured
 _MOST_COUNTS = 12  # numbers of units that are compared
 _NEARLY = 1.003  # a pass that takes so little longer is as good
 _WORTH_ALL = 0.97  # of the time of a pass, for which what is resident raw is packed, too
+
+
+def may_pack(units: Iterable[UnitSpec], least_bytes: int) -> frozenset[int]:
+    """The units that may be packed, by index: blocks of so many bytes or more, of stacks of several; and a block that
+    is alone in its stack, such as an embedding, if it is no larger. Wire buffers are as large as the largest packed
+    unit, in all phases: with Ovis-Image's embedding they took 0.52 GiB more in every pass, for 7 ms of a call.
+    """
+    blocks = [unit for unit in units if unit.is_block and unit.num_bytes >= least_bytes]
+    names = {(u.component, u.stack, u.block_name) for u in blocks}
+    counts = Counter((component, stack) for component, stack, _ in names)
+    in_turns = [u.num_bytes for u in blocks if counts[u.component, u.stack] > 1]
+    most_bytes = max(in_turns or [u.num_bytes for u in blocks], default=0)
+    return frozenset(unit.index for unit in blocks if unit.num_bytes <= most_bytes)
 
 
 def worth_packing(plan: Plan, phase_plan: PhasePlan, can_be: Collection[int]) -> list[int]:

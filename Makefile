@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint rules format types slow wheel versions coverage pairing-table gpu-test bench bench-plots budget-table clean
+.PHONY: help demo test lint rules format types slow wheel versions coverage pairing-table gpu-test memcheck bench bench-plots budget-table clean
 
 help:
 	@echo "make demo      run a stand-in pipeline resident and streamed, compare the images (ARGS=... for options)"
@@ -20,6 +20,7 @@ help:
 	@echo "make coverage  what streams of every class of diffusers, and what tests it: docs/coverage.md; takes a minute"
 	@echo "make pairing-table  which tiny pipelines' passes are paired: docs/pairing.md; takes five minutes"
 	@echo "make gpu-test  the tests that need a CUDA GPU"
+	@echo "make memcheck  the codec's kernels under compute-sanitizer, which needs a CUDA GPU"
 	@echo "make bench     the benchmark harness (ARGS='run --case ovis', 'suite NAME', 'list')"
 	@echo "make bench-plots   pictures, and the tables of README.md and benchmarks/README.md, from benchmarks/results"
 	@echo "make budget-table  the tables of docs/choosing-a-budget.md and several_gpus.md, by the planner; takes two minutes"
@@ -71,6 +72,9 @@ pairing-table: $(INSTALLED)
 
 gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
+
+memcheck: $(INSTALLED)
+	$(BIN)/python -m tools.memcheck
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(ARGS)

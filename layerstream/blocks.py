@@ -34,11 +34,16 @@ class Placement(Enum):
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What a unit takes, in bytes: `device` in a slot, `wire` over the bus at each load, `host` at home. They differ
-    where it has another form at home than on the device."""
+    where it has another form at home than on the device.
+
+    Attributes:
+        is_there: it has that form; False: it is to have it, and only wire buffers are made for that yet.
+    """
 
     device: int
     wire: int
     host: int
+    is_there: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class UnitSpec:
         is_repeated: the component runs many times a call (a denoiser), so its bytes matter most.
         also: other components that use tensors of this unit; only bases have any.
         block: name of the block that it is a piece of; None where it is the whole of it.
-        packed: its sizes, where it has another form at home; None: it has that of the device.
+        packed: its sizes, where it has another form at home, or is to have it; None: it has that of the device.
         keeper: the other GPU in whose memory it is at home; "": in that of the host.
     """
 
@@ -71,8 +76,15 @@ class UnitSpec:
 
     @property
     def sizes(self) -> Sizes:
-        """What it takes, where."""
-        return self.packed or Sizes(self.num_bytes, self.num_bytes, self.num_bytes)
+        """What it takes, where, as it is now."""
+        if self.packed is not None and self.packed.is_there:
+            return self.packed
+        return Sizes(self.num_bytes, self.num_bytes, self.num_bytes)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it has another form at home than on the device by now."""
+        return self.packed is not None and self.packed.is_there
 
     @property
     def is_block(self) -> bool:

@@ -215,6 +215,24 @@ def test_what_is_there_packed_takes_no_turn_of_a_wire() -> None:
     assert (prediction.bus_ms, prediction.compute_ms) == (20.0, 24.0)
 
 
+def test_what_is_to_be_packed_is_planned_with_as_it_is() -> None:
+    """While a model is packed unit by unit, which may take minutes: residents given up for it would stream raw."""
+    units = units_of(("net", True, 0, [1000] * 8))
+    costs = Costs(1e-3, {u.index: 0.1 for u in units if u.is_block})
+    (before,) = one_phase(units, 7000, costs).phases
+    as_wanted = [replace(u, packed=Sizes(1000, 100, 100, is_there=False)) if u.is_block else u for u in units]
+    (phase_plan,) = one_phase(as_wanted, 7000 + 2 * 100, costs).phases
+    assert phase_plan.wires == (2, 100)
+    assert not phase_plan.packed
+    assert phase_plan.resident == before.resident
+    assert phase_plan.prediction == before.prediction
+    as_packed_now = [replace(u, packed=Sizes(1000, 100, 100)) if u.is_block else u for u in units]
+    (after,) = one_phase(as_packed_now, 7000 + 2 * 100, costs).phases
+    assert after.prediction is not None
+    assert before.prediction is not None
+    assert after.prediction.ms_per_pass < before.prediction.ms_per_pass
+
+
 # ---- what may be packed at all
 
 

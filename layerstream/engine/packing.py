@@ -79,6 +79,7 @@ class Packing:
         self._is_asked = False  # the exchange of a unit
         self._considered: Plan | None = None  # the plan that was looked at last
         self._has_changed = False  # what is packed is not what plans are made with
+        self._num_told = 0  # how many were wanted still when plans were made with what was packed
         self._is_checked = False  # kernels are there
         self._raw_again = raw_again
         raw_again.has_made.append(self._was_made_raw)
@@ -160,7 +161,8 @@ class Packing:
             return
         if self._is_asked and not self._exchanges.num_wanted:
             self._is_asked = False
-            self._has_changed |= not self._wanted
+            # Plans are made with what is packed by now; each costs loads, so there are few.
+            self._has_changed |= 2 * len(self._wanted) <= self._num_told
             self._count()
         if self._has_changed:
             self._tell_planner()
@@ -209,8 +211,8 @@ class Packing:
         return [u for u in units if u.index in found and u.index not in self._refused and isinstance(u.home, RawHome)]
 
     def _tell_planner(self) -> None:
-        """Plans are made with what is packed, and with what is to be, from now on."""
-        self._has_changed = False
+        """Plans are made with what is packed, and with wire buffers for what is to be, from now on."""
+        self._has_changed, self._num_told = False, len(self._wanted)
         self._ledger.planner.pack(self._sizes(index for index in self._wanted if not self._is_looked_at(index)))
         self._count()
 
@@ -230,7 +232,7 @@ class Packing:
         for index in wanted:
             if index in units and index not in sizes:
                 most = int((1 - codec.LEAST_GAIN) * units[index].home.device_bytes)  # wire buffers are made for it
-                sizes[index] = Sizes(units[index].spec.num_bytes, most, most)
+                sizes[index] = Sizes(units[index].spec.num_bytes, most, most, is_there=False)
         return sizes
 
     def _make_all_raw(self) -> None:

@@ -91,7 +91,7 @@ def load_bytes(unit: UnitSpec, costs: Costs | None) -> float:
 
 def decode_ms(unit: UnitSpec, costs: Costs | None) -> float:
     """To make of a unit's bytes at home those of the device; 0: they are the same."""
-    if unit.packed is None:
+    if not unit.is_packed:
         return 0.0
     speed = costs.decode_gb_per_s if costs is not None else None
     return unit.num_bytes / (speed or DECODE_GB_PER_S) / 1e6

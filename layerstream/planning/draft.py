@@ -196,7 +196,7 @@ class Draft:
         blocks = [u for u, size in zip(self.units, sizes, strict=True) if size]
         best_ms = self._pass_ms(self.resident, {}, self.num_slots)
         decoding_ms = sum(self.decode_ms[i] for i in self._streamed_positions)
-        if best_ms <= self.pace.total_ms + decoding_ms + 1e-6 or not any(u.packed for u in blocks):
+        if best_ms <= self.pace.total_ms + decoding_ms + 1e-6 or not any(u.is_packed for u in blocks):
             return  # it waits for nothing, and would have more to decode
         best = self.resident, self.packed, self.num_slots
         least_slots = self._least_slots(blocks) if num_slots is None else self.num_slots
@@ -220,12 +220,10 @@ class Draft:
             blocks: what passes through the slots, but for what is resident.
             room: beside the slots.
         """
-        may_stay = [u for u in blocks if u.packed is not None]
+        may_stay = [u for u in blocks if u.is_packed]
         positions = [self._position[u.index] for u in blocks]
         streamable = [
-            Streamable(
-                self.size(u), self._packed_size(u), self.pace.copy_ms[i], self.decode_ms[i], u.packed is not None
-            )
+            Streamable(self.size(u), self._packed_size(u), self.pace.copy_ms[i], self.decode_ms[i], u.is_packed)
             for i, u in zip(positions, blocks, strict=True)
         ]
         for least_ms, count in counts_to_play(streamable, room, self.pace.total_ms):
@@ -246,7 +244,7 @@ class Draft:
         byte spares the bus one."""
         streamed: list[UnitSpec] = []
         for is_packed in (False, True):
-            alike = [u for u in blocks if (u.packed is not None) is is_packed]
+            alike = [u for u in blocks if u.is_packed is is_packed]
             count = min(len(alike), max(room, 0) // max(1, min(map(self.size, alike), default=1)))
             while sum(map(self.size, stay := spread(alike, count))) > max(room, 0):
                 count -= 1

@@ -94,6 +94,7 @@ def test_equal_and_restored(budget: int, copies: Any) -> None:
     assert_equal(pipe(), resident())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "ovis", "lumina2"])
 def test_pipelines(name: str) -> None:
     """Under budgets between the least and all, of which some have units stay packed."""
@@ -307,6 +308,7 @@ def test_decoding_that_does_not_wait_for_its_copy_is_caught(monkeypatch: pytest.
             pipe()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), KeyboardInterrupt()])
 def test_a_fault_at_any_operation(error: BaseException) -> None:
     operation = most = 0

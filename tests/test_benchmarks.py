@@ -123,7 +123,7 @@ def test_cases_without_peers_are_measured_with_their_limits(
     common: dict[str, Any] = {"scale": "tiny", "device": "cpu", "tells_first_call": False}
     wanted = list(suite.expand(name, **common))[:2]
     wanted[1] = dataclasses.replace(wanted[1], vram_budget="min")
-    resident, ours = suite.run(wanted, topic=name, command="-", output=tmp_path, cell_seconds=100)
+    resident, ours = suite.run(wanted, topic=name, command="-", output=tmp_path, cell_seconds=400)
     for each in (resident, ours):
         assert each["error"] is None
         assert each["equal"] is True
@@ -142,7 +142,7 @@ def test_cases_without_peers_are_measured_with_their_limits(
                 topic="all",
                 command="-",
                 output=tmp_path / "all",
-                cell_seconds=100,
+                cell_seconds=400,
             )[1]
             assert whole["pass_held_bytes"] >= used, "what stays counts"
         assert resident[f"{kind}_loop_s"] + resident[f"{kind}_outside_s"] == pytest.approx(
@@ -288,7 +288,7 @@ def test_a_cell_that_fails_is_a_record_and_the_others_go_on(
     monkeypatch.setitem(METHODS, "odd", Method("odd", apply))
     wanted = [Cell("ovis", "denoiser", m, "", scale="tiny", device="cpu", passes=2) for m in ("resident", "odd")]
     done = suite.run(
-        [*wanted, wanted[0]], topic="odd", command="-", output=tmp_path, cell_seconds=12 if apply is hang else 100
+        [*wanted, wanted[0]], topic="odd", command="-", output=tmp_path, cell_seconds=12 if apply is hang else 400
     )
     assert [r["error"] is None for r in done] == [True, False, True]
     assert error in done[1]["error"]
@@ -311,7 +311,7 @@ def test_a_case_whose_weights_cannot_be_made_does_not_lose_the_others(
     monkeypatch.setattr(cell, "prepare", prepare_some)
     cases_in_turn = ("sd35m", "ovis", "sd35m", "ovis")  # measured case by case
     wanted = [Cell(case, "denoiser", "resident", "", scale="tiny", device="cpu", passes=2) for case in cases_in_turn]
-    done = suite.run(wanted, topic="some", command="-", output=tmp_path, cell_seconds=100)
+    done = suite.run(wanted, topic="some", command="-", output=tmp_path, cell_seconds=400)
     assert [(r["case"], r["error"]) for r in done[:2]] == [("sd35m (tiny)", None)] * 2
     assert [r["case"] for r in done[2:]] == ["ovis (tiny)"] * 2
     assert all("no weights could be made: OSError('the disk is full')" in r["error"] for r in done[2:])
@@ -321,7 +321,7 @@ def test_a_case_whose_weights_cannot_be_made_does_not_lose_the_others(
 def test_what_has_no_time_left_is_not_begun(tmp_path: Path) -> None:
     methods = ("resident", "layerstream", "resident")
     wanted = [Cell("ovis", "denoiser", method, "", scale="tiny", device="cpu", passes=2) for method in methods]
-    done = suite.run(wanted, topic="late", command="-", output=tmp_path, cell_seconds=100, seconds=0)
+    done = suite.run(wanted, topic="late", command="-", output=tmp_path, cell_seconds=400, seconds=0)
     assert ["not begun" in (r["error"] or "") for r in done] == [True, True, False]
     assert done[-1]["ms_per_pass"], "without it there are no ratios"
     assert not suite.are_all_good(done)

@@ -303,12 +303,11 @@ class Residency:
 
     def allocating(self, allocate: Callable[[], Any]) -> Any:
         """Run `allocate`; where the budget has no room, say so with numbers."""
-        num_ooms = self._device.num_ooms()
         try:
             return allocate()
         except torch.OutOfMemoryError as exc:
             if self._drop_own_wires():
-                self._ledger.forgive(self._device.num_ooms() - num_ooms)
+                self._ledger.forgive(1)
                 return self.allocating(allocate)
             raise self._ledger.explain(exc, self._transfer.weights_bytes, is_for_weights=True) from exc
 

@@ -950,8 +950,10 @@ def test_a_copy_of_a_pipeline_carries_nothing_of_ours_along(expected: torch.Tens
     assert set(vars(other)) == names
 
 
-def test_a_call_of_an_object_that_keeps_its_modules_in_a_dict_alone() -> None:
-    """It is one use, not one for each component: other callers wait until it is over."""
+@pytest.mark.parametrize("is_inherited", [False, True])
+def test_a_call_of_an_object_that_keeps_its_modules_in_a_dict_alone(is_inherited: bool) -> None:
+    """It is one use, not one for each component: other callers wait until it is over. So is one that its class has
+    from another."""
 
     class Keeper:
         def __init__(self) -> None:
@@ -965,7 +967,10 @@ def test_a_call_of_an_object_that_keeps_its_modules_in_a_dict_alone() -> None:
                 inside.append(streamer._streamer.gate.is_inside_call)
             return x
 
-    pipe, inside = Keeper(), []
+    class Heir(Keeper):
+        pass
+
+    pipe, inside = Heir() if is_inherited else Keeper(), []
     expected = twin(pipe.components["second"])(twin(pipe.components["first"])(toy_input())).detach()
     with layerstream.offload(pipe, vram_budget="min", device=adversary()) as streamer:
         assert torch.equal(pipe(), expected)

@@ -116,12 +116,16 @@ class PipelineWatch:
         if cls in self._classes:
             return
         self._classes.add(cls)
-        call = vars(cls).get("__call__")
-        if call is not None and not inspect.isgeneratorfunction(call) and not inspect.iscoroutinefunction(call):
-            self._patch(cls, "__call__", _around_call)
+        # Where it is defined: that serves all classes that inherit it.
+        for definer in cls.__mro__:
+            call = vars(definer).get("__call__")
+            if call is not None:
+                is_plain = not inspect.isgeneratorfunction(call) and not inspect.iscoroutinefunction(call)
+                if is_plain and definer is not nn.Module and (definer is cls or inspect.isfunction(call)):
+                    self._patch(definer, "__call__", _around_call)
+                break
         for names, wrap in ((CHANGING_METHODS, _around_change), (RIVAL_METHODS, _around_rival)):
             for name in names:
-                # Where it is defined: that serves all classes that inherit it.
                 for definer in cls.__mro__:
                     if callable(vars(definer).get(name)) and not issubclass(definer, nn.Module):
                         self._patch(definer, name, wrap)

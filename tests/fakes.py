@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -100,6 +100,20 @@ def toy_input(seed: int = 1) -> torch.Tensor:
 def adversary(**kwargs: Any) -> SimulatedDevice:
     """The harshest device: copies as late as is legal, slots poisoned until then, and told apart from the host."""
     return harsh_device(**kwargs)
+
+
+def each_fault(
+    make: Callable[[], SimulatedDevice], error: BaseException, *, every: int = 1
+) -> Iterator[tuple[int, SimulatedDevice]]:
+    """New devices, of each of which another operation fails, with its number, until none is reached any more."""
+    operation = 0
+    while True:
+        device = make()
+        device.fail_at(operation, error)
+        yield operation, device
+        if device.num_operations < operation:
+            return
+        operation += every
 
 
 def passes_in_a_child(step: Callable[[], object]) -> bool:

@@ -14,7 +14,7 @@ from layerstream.device.simulated import SimulatedDevice
 from layerstream.errors import ArgumentError, StoreError
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.transfer import helper, route
-from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, toy, twin
+from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, each_fault, toy, twin
 from tests.packing_fakes import packs_anything
 from tests.test_packing import EDITS, Pipe, engine_of
 from tests.test_store import other
@@ -116,13 +116,11 @@ def test_links_add_up(num_helpers: int, least: float, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("is_helper", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), KeyboardInterrupt()])
 def test_a_fault_at_any_operation(error: BaseException, is_helper: bool) -> None:
-    operation = 0
-    while True:
+    for operation, faulty in each_fault(other if is_helper else adversary, error, every=3):
+        device, carrier = (adversary(), faulty) if is_helper else (faulty, other())
         model = toy(num_blocks=3)
         resident, pipe = Pipe(twin(model)), Pipe(model)
-        before, device, carrier = describe(model), adversary(), other()
-        faulty = carrier if is_helper else device
-        faulty.fail_at(operation, error)
+        before = describe(model)
         with (
             contextlib.suppress(type(error), Warning),
             layerstream.offload(pipe, vram_budget="min", device=device, links=carrier),
@@ -134,9 +132,6 @@ def test_a_fault_at_any_operation(error: BaseException, is_helper: bool) -> None
         assert not device.registered
         assert not carrier.buffer_bytes, operation
         assert_equal(pipe(2), resident(2))
-        if faulty.num_operations < operation:
-            return
-        operation += 3
 
 
 def test_both_gpus_are_waited_for_where_a_load_fails_half_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from layerstream.standins import build_tiny, run_tiny
 from layerstream.transfer import wires
 from layerstream.transfer.transfer import TransferEngine
 from layerstream.transfer.unit import StreamedUnit
-from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, run, toy, twin
+from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, each_fault, run, toy, twin
 from tests.packing_fakes import packs_anything
 from tests.test_packing import EDITS, Pipe, engine_of
 from tests.test_trace import spans
@@ -311,12 +311,11 @@ def test_decoding_that_does_not_wait_for_its_copy_is_caught(monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), KeyboardInterrupt()])
 def test_a_fault_at_any_operation(error: BaseException) -> None:
-    operation = most = 0
-    while True:
+    most = 0
+    for _, device in each_fault(adversary, error, every=2):
         model = toy(num_blocks=4)
         resident, pipe = Pipe(twin(model)), Pipe(model)
-        before, device = describe(model), adversary()
-        device.fail_at(operation, error)
+        before = describe(model)
         engine: Streamer | None = None
         with (
             # What a fault has left on the device is missing in the budget.
@@ -337,9 +336,6 @@ def test_a_fault_at_any_operation(error: BaseException) -> None:
         assert_restored(model, before)
         assert not device.registered
         assert_equal(pipe(2), resident(2))
-        if device.num_operations < operation:
-            break
-        operation += 2
     assert most
 
 

@@ -24,7 +24,19 @@ from layerstream.host.home import PackedHome, RawHome
 from layerstream.host.pages_ahead import PagesAhead
 from layerstream.standins import build_tiny, run_tiny
 from layerstream.transfer import wires
-from tests.fakes import OneModel, Sized, adversary, assert_equal, assert_restored, describe, elsewhere, run, toy, twin
+from tests.fakes import (
+    OneModel,
+    Sized,
+    adversary,
+    assert_equal,
+    assert_restored,
+    describe,
+    each_fault,
+    elsewhere,
+    run,
+    toy,
+    twin,
+)
 from tests.packing_fakes import packs_anything
 from tests.test_replay import Net, function_calls
 from tests.test_trace import spans
@@ -365,12 +377,10 @@ def test_pauses_are_no_touches(mode: str, packs_anything: None, monkeypatch: pyt
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), KeyboardInterrupt()])
 def test_a_fault_at_any_operation(error: BaseException, mode: str) -> None:
     """Of entering, packing, streaming, looking and leaving: what was to be done may fail; all is given back."""
-    operation = 0
-    while True:
+    for _, device in each_fault(adversary, error, every=2):
         model = toy(num_blocks=3)
         resident, pipe = Pipe(twin(model)), Pipe(model)
-        before, device = describe(model), adversary()
-        device.fail_at(operation, error)
+        before = describe(model)
         with (
             contextlib.suppress(type(error), Warning),
             layerstream.offload(pipe, vram_budget="min", device=device, packing=mode),
@@ -385,9 +395,6 @@ def test_a_fault_at_any_operation(error: BaseException, mode: str) -> None:
         assert_restored(model, before)
         assert not device.registered
         assert_equal(pipe(2), resident(2))
-        if device.num_operations < operation:
-            return
-        operation += 2
 
 
 @pytest.mark.usefixtures("packs_anything")

@@ -628,16 +628,35 @@ def test_compiled_blocks_are_not_paired() -> None:
 # ---- other ways to call
 
 
-class ThreePasses(Pipe):
+class Stepping(Pipe):
+    """Steps that are not two passes each."""
+
+    num_steps = 16
+
     @torch.no_grad()
-    def __call__(self, seed: int = 0, steps: int = 8, lengths: tuple[int, int] = (3, 5)) -> torch.Tensor:
-        texts = [text(10 + seed, 3), text(20 + seed, 5), text(30 + seed, 4)]
+    def __call__(self, seed: int = 0, steps: int | None = None, lengths: tuple[int, int] = (3, 5)) -> torch.Tensor:
+        steps = steps or self.num_steps
+        self.seed, self.texts = seed, [text(10 + seed, 3), text(20 + seed, 5), text(30 + seed, 4)]
         x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
         for step in range(steps):
-            time = torch.tensor(1.0 - step / steps).expand(2)
-            one, two, three = [self.model(x, time, text=each)[0] for each in texts]
-            x = x - 0.1 * (one + 2 * two - three) / one.abs().max()
+            x = self.step(step, x, torch.tensor(1.0 - step / steps).expand(2))
         return x
+
+    def step(self, number: int, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """The latents after a step."""
+        raise AssertionError
+
+    def passes(self, x: torch.Tensor, time: torch.Tensor, count: int = 2, **kwargs: Any) -> list[torch.Tensor]:
+        """Of each of the first texts."""
+        return [self.model(x, time, text=each, **kwargs)[0] for each in self.texts[:count]]
+
+
+class ThreePasses(Stepping):
+    num_steps = 8
+
+    def step(self, number: int, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        one, two, three = self.passes(x, time, 3)
+        return x - 0.1 * (one + 2 * two - three) / one.abs().max()
 
 
 class OnePass(Pipe):
@@ -649,49 +668,33 @@ class OnePass(Pipe):
         return x
 
 
-class SecondOrder(Pipe):
+class SecondOrder(Stepping):
     """Two evaluations a step, each in two passes."""
 
-    @torch.no_grad()
-    def __call__(self, seed: int = 0, steps: int = 8, lengths: tuple[int, int] = (3, 5)) -> torch.Tensor:
-        texts = [text(10 + seed, 3), text(20 + seed, 5)]
-        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
-        for step in range(steps):
-            time = torch.tensor(1.0 - step / steps).expand(2)
-            for _ in range(2):
-                noise, other = [self.model(x, time, text=each)[0] for each in texts]
-                x = x - 0.05 * (other + 3 * (noise - other)) / noise.abs().max()
+    num_steps = 8
+
+    def step(self, number: int, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            noise, other = self.passes(x, time)
+            x = x - 0.05 * (other + 3 * (noise - other)) / noise.abs().max()
         return x
 
 
-class ThreePassesAtFirst(Pipe):
+class ThreePassesAtFirst(Stepping):
     """The third is left out of steps from a time on, and comes back for the last ones."""
 
-    @torch.no_grad()
-    def __call__(self, seed: int = 0, steps: int = 16, lengths: tuple[int, int] = (3, 5)) -> torch.Tensor:
-        texts = [text(10 + seed, 3), text(20 + seed, 5), text(30 + seed, 4)]
-        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
-        for step in range(steps):
-            time = torch.tensor(1.0 - step / steps).expand(2)
-            some = texts[:2] if 6 < step < 12 else texts
-            noises = [self.model(x, time, text=each)[0] for each in some]
-            x = x - 0.1 * sum(noises) / noises[0].abs().max()
-        return x
+    def step(self, number: int, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        noises = self.passes(x, time, 2 if 6 < number < 12 else 3)
+        return x - 0.1 * sum(noises) / noises[0].abs().max()
 
 
-class CastsLate(Pipe):
+class CastsLate(Stepping):
     """Autocast is on from a step on, and for single steps before."""
 
-    @torch.no_grad()
-    def __call__(self, seed: int = 0, steps: int = 16, lengths: tuple[int, int] = (3, 5)) -> torch.Tensor:
-        texts = [text(10 + seed, 3), text(20 + seed, 5)]
-        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
-        for step in range(steps):
-            time = torch.tensor(1.0 - step / steps).expand(2)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step in (5, 7) or step > 10):
-                noises = [self.model(x, time, text=each)[0] for each in texts]
-            x = x - 0.1 * sum(noises) / noises[0].abs().max()
-        return x
+    def step(self, number: int, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=number in (5, 7) or number > 10):
+            noises = self.passes(x, time)
+        return x - 0.1 * sum(noises) / noises[0].abs().max()
 
 
 @pytest.mark.usefixtures("pairs_at_once")

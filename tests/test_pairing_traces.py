@@ -18,7 +18,7 @@ import layerstream
 from layerstream.engine.lockstep import Lockstep
 from layerstream.engine.streamer import Streamer
 from tests.fakes import adversary
-from tests.test_pairing import Guided, Pipe, guided, text
+from tests.test_pairing import Guided, Pipe, Stepping, guided
 
 pytestmark = pytest.mark.usefixtures("pairs_at_once")
 
@@ -343,16 +343,10 @@ class SwitchesBetweenCalls(Pipe):
         return super().__call__(seed, steps, lengths)
 
 
-class SwitchesByAnArgument(Pipe):
-    @torch.no_grad()
-    def __call__(self, seed: int = 0, steps: int = 16, lengths: tuple[int, int] = (3, 5)) -> torch.Tensor:
-        texts = [text(10 + seed, 3), text(20 + seed, 5)]
-        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
-        for step in range(steps):
-            time = torch.tensor(1.0 - step / steps).expand(2)
-            a, b = (self.model(x, time, text=each, switched=seed > 0)[0] for each in texts)
-            x = x - 0.1 * (b + 3 * (a - b)) / a.abs().max()
-        return x
+class SwitchesByAnArgument(Stepping):
+    def step(self, number: int, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        a, b = self.passes(x, time, switched=self.seed > 0)
+        return x - 0.1 * (b + 3 * (a - b)) / a.abs().max()
 
 
 def test_what_was_proven_of_another_state_is_proven_anew() -> None:
@@ -374,8 +368,6 @@ def test_what_is_set_after_a_step() -> None:
 class SecondFails(MiddleIsSwitched):
     """What the first has seen of the second is taken back before it fails; the pipeline goes on without."""
 
-    is_failing = False
-
     def forward(
         self, latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor, switched: bool = False
     ) -> tuple[torch.Tensor]:
@@ -392,20 +384,14 @@ class SecondFails(MiddleIsSwitched):
         return (self.head(x),)
 
 
-class GoesOnWithout(Pipe):
-    @torch.no_grad()
-    def __call__(self, seed: int = 0, steps: int = 16, lengths: tuple[int, int] = (3, 5)) -> torch.Tensor:
-        texts = [text(10 + seed, 3), text(20 + seed, 5)]
-        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed))
-        for step in range(steps):
-            time = torch.tensor(1.0 - step / steps).expand(2)
-            a = self.model(x, time, text=texts[0])[0]
-            try:
-                b = self.model(x, time, text=texts[1])[0]
-            except ValueError:
-                b = torch.zeros(2, 4)
-            x = x - 0.1 * (b + 3 * (a - b)) / a.abs().max()
-        return x
+class GoesOnWithout(Stepping):
+    def step(self, number: int, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        (a,) = self.passes(x, time, 1)
+        try:
+            b = self.model(x, time, text=self.texts[1])[0]
+        except ValueError:
+            b = torch.zeros(2, 4)
+        return x - 0.1 * (b + 3 * (a - b)) / a.abs().max()
 
 
 def test_a_first_pass_beside_one_that_failed_runs_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import pickle
@@ -36,7 +37,18 @@ from layerstream.standins import build_tiny, run_tiny
 from layerstream.standins.repository import autoregressive_call, build_autoregressive, run_autoregressive
 from layerstream.transfer import route
 from layerstream.transfer.route import CopyThroughHost
-from tests.fakes import Sized, adversary, assert_equal, assert_restored, describe, passes_in_a_child, run, toy, twin
+from tests.fakes import (
+    Sized,
+    adversary,
+    assert_equal,
+    assert_restored,
+    describe,
+    each_fault,
+    passes_in_a_child,
+    run,
+    toy,
+    twin,
+)
 from tests.packing_fakes import packs_anything
 from tests.test_packing import EDITS, Layers, Pipe, engine_of
 
@@ -396,13 +408,12 @@ def test_views_that_are_kept(budget: int | str) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), KeyboardInterrupt()])
 def test_a_fault_at_any_operation(error: BaseException, is_keeper: bool, reaches: bool) -> None:
     """Of entering, storing, streaming, looking and leaving, on either GPU: all is given back."""
-    operation = 0
-    while True:
+    target = functools.partial(adversary, reaches_peers=reaches)
+    for operation, faulty in each_fault(other if is_keeper else target, error):
+        device, keeper = (target(), faulty) if is_keeper else (faulty, other())
         model = toy(num_blocks=3)
         resident, pipe = Pipe(twin(model)), Pipe(model)
-        before, device, keeper = describe(model), adversary(reaches_peers=reaches), other()
-        faulty = keeper if is_keeper else device
-        faulty.fail_at(operation, error)
+        before = describe(model)
         with (
             contextlib.suppress(type(error), Warning),
             layerstream.offload(pipe, vram_budget="min", device=device, store=keeper),
@@ -420,9 +431,6 @@ def test_a_fault_at_any_operation(error: BaseException, is_keeper: bool, reaches
         assert not keeper.buffer_bytes, operation
         assert keeper.free_bytes() > 2**40
         assert_equal(pipe(2), resident(2))
-        if faulty.num_operations < operation:
-            return
-        operation += 1
 
 
 @pytest.mark.filterwarnings("ignore:1 of 7 blocks")  # the one that is held

@@ -15,6 +15,7 @@ bytes hold strangers as well. Once a block of 30 MiB was freed, glibc keeps tens
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -158,31 +159,32 @@ def is_shared_until_written(address: int) -> bool:
 def fill(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy dense tensors' bytes, (target, source) of equal size and dense alike, with several threads."""
     whole = [(*address_range(target), source.data_ptr()) for target, source in copies]
-    total = sum(end - start for start, end, _ in whole)
-    is_huge = total >= _HUGE_LEAST_BYTES and _HUGE.is_set()
-    for start, end, _ in whole if is_huge else ():
-        _advise(whole_pages((start, end)), _MADV_HUGEPAGE)
-    started = time.perf_counter()
 
     # An interrupt may leave a thread behind that copies still: the tensors live as long as what it calls.
     def copy(piece: tuple[int, int, int], kept: object = copies) -> None:
         ctypes.memmove(*piece)
 
-    _in_threads(
-        copy,
-        [
-            (at, source + at - start, min(_CHUNK_BYTES, end - at))
-            for start, end, source in whole
-            for at in range(start, end, _CHUNK_BYTES)
-        ],
-    )
-    if is_huge:
-        _judge_huge_pages(total, time.perf_counter() - started)
+    with _huge_pages([(start, end) for start, end, _ in whole]):
+        _in_threads(
+            copy,
+            [
+                (at, source + at - start, min(_CHUNK_BYTES, end - at))
+                for start, end, source in whole
+                for at in range(start, end, _CHUNK_BYTES)
+            ],
+        )
 
 
-def _judge_huge_pages(num_bytes: int, seconds: float) -> None:
-    """Ask for no more of them where they took long."""
-    if num_bytes < _HUGE_LEAST_GB_PER_S * 1e9 * seconds:
+@contextlib.contextmanager
+def _huge_pages(spans: Sequence[Range]) -> Iterator[None]:
+    """Inside, memory is written to for the first time: in huge pages, as long as these are quick."""
+    total = sum(end - start for start, end in spans)
+    is_huge = total >= _HUGE_LEAST_BYTES and _HUGE.is_set()
+    for span in spans if is_huge else ():
+        _advise(whole_pages(span), _MADV_HUGEPAGE)
+    started = time.perf_counter()
+    yield
+    if is_huge and total < _HUGE_LEAST_GB_PER_S * 1e9 * (time.perf_counter() - started):
         _HUGE.clear()
 
 
@@ -198,11 +200,6 @@ def touch(spans: Sequence[Range], *, is_new: bool = False) -> None:
     Args:
         is_new: of mappings of our own that nobody has written to: huge pages are asked for, where these are quick.
     """
-    total = sum(end - start for start, end in spans)
-    is_huge = is_new and total >= _HUGE_LEAST_BYTES and _HUGE.is_set()
-    for span in spans if is_huge else ():
-        _advise(span, _MADV_HUGEPAGE)
-    started = time.perf_counter()
 
     def write(span: Range) -> None:
         if not _advise(span, _MADV_POPULATE_WRITE):  # since Linux 5.14, several times faster than writing
@@ -210,11 +207,9 @@ def touch(spans: Sequence[Range], *, is_new: bool = False) -> None:
                 byte = ctypes.c_char.from_address(address)
                 byte.value = byte.value
 
-    _in_threads(
-        write, [(a, min(a + _CHUNK_BYTES, end)) for start, end in spans for a in range(start, end, _CHUNK_BYTES)]
-    )
-    if is_huge:
-        _judge_huge_pages(total, time.perf_counter() - started)
+    pieces = [(a, min(a + _CHUNK_BYTES, end)) for start, end in spans for a in range(start, end, _CHUNK_BYTES)]
+    with _huge_pages(spans) if is_new else contextlib.nullcontext():
+        _in_threads(write, pieces)
 
 
 def _in_threads(work: Callable[..., object], pieces: Sequence[object]) -> None:

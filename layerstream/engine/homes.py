@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerstream.blocks import UnitSpec
@@ -96,7 +96,7 @@ class Homes:
         attached.share, attached.make_raw = self.host_copy.share, self._raw_again.make_raw
         self._raw_again.has_made.append(self._count_shared)
 
-    def check(self, specs: Iterable[UnitSpec]) -> None:
+    def check(self, specs: Sequence[UnitSpec]) -> None:
         """Before anything changes: see that there is room elsewhere.
 
         Raises:

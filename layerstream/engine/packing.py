@@ -103,9 +103,9 @@ class Packing:
         """Whether the unit of this index waits for that."""
         return unit in self._wanted
 
-    def may_be_packed_ahead(self, spec: UnitSpec) -> bool:
-        """Whether a unit is perhaps packed on entering: that depends on its bytes."""
-        return self.is_ahead and not self.why_off and spec.is_block and spec.num_bytes >= LEAST_BYTES
+    def may_be_packed_ahead(self, specs: Sequence[UnitSpec]) -> frozenset[int]:
+        """Which of these units, by index, are perhaps packed on entering: that depends on their bytes."""
+        return may_pack(specs, LEAST_BYTES) if self.is_ahead and not self.why_off else frozenset()
 
     def why_raw(self) -> str:
         """Why nothing is packed, or how many units stay raw that were to be packed, and why; "": none, or it is off."""

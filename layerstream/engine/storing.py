@@ -45,7 +45,7 @@ class Storing:
         keepers: those GPUs, in the order in which they are filled; none: it is off.
         is_all: everything must fit there; else the rest stays on the host.
         is_to_be_packed: whether a unit, by its index, is to be packed, and goes after that.
-        may_be_packed: whether a unit may be packed by the time that it goes.
+        may_be_packed: which units, by index, may be packed by the time that they go.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Storing:
         *,
         is_all: bool,
         is_to_be_packed: Callable[[int], bool],
-        may_be_packed: Callable[[UnitSpec], bool],
+        may_be_packed: Callable[[Sequence[UnitSpec]], frozenset[int]],
     ) -> None:
         self._device = device
         self._attached = attached
@@ -90,7 +90,7 @@ class Storing:
         counts = Counter(why for index, why in self._refused.items() if index in self._attached.units)
         return "; ".join(f"{count} of what was to be: {why}" for why, count in counts.most_common())
 
-    def check(self, specs: Iterable[UnitSpec]) -> None:
+    def check(self, specs: Sequence[UnitSpec]) -> None:
         """Before anything changes: see that there is room. What will be packed is known only then: `attached` asks
         again.
 
@@ -99,9 +99,9 @@ class Storing:
         """
         if not self.is_on:
             return
-        each = [(spec.num_bytes, self._may_be_packed(spec)) for spec in specs]
-        sizes = [int(size * _LEAST_PACKED_SHARE) if may_be_packed else size for size, may_be_packed in each]
-        self._refuse_too_much(sizes, "at least " if any(may_be_packed for _, may_be_packed in each) else "")
+        packed = self._may_be_packed(specs)
+        sizes = [int(s.num_bytes * _LEAST_PACKED_SHARE) if s.index in packed else s.num_bytes for s in specs]
+        self._refuse_too_much(sizes, "at least " if packed else "")
 
     def _refuse_too_much(self, sizes: Iterable[int], at_least: str = "") -> None:
         """Raise if everything must fit there, and memory of these sizes does not."""

@@ -268,7 +268,7 @@ class Streamer:
         division = divide(layouts)
         _refuse_compiled_wholes(layouts)
         self._attaching.check_budget(layouts, division)
-        self.homes.check(unit.spec for unit in division.units)
+        self.homes.check([unit.spec for unit in division.units])
         keep_out_of_graphs(compiled.compile_safe)
         with self.gate.entered("entering"), self._standstill(layouts, division):
             self._open(layouts, division)

@@ -238,8 +238,7 @@ class CudaDevice:
 
     def stop_growing(self) -> None:
         if _GROWING.forbid():
-            self.synchronize()
-            self.empty_cache()  # what has grown and nobody uses goes now, while one GPU is all that is to be waited for
+            self.empty_cache()  # what has grown and nobody uses goes now, before two GPUs work on it
 
     @property
     def _index(self) -> int:

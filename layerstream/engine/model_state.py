@@ -105,7 +105,7 @@ class ModelState:
     def restore(self) -> bool:
         """Put back what has changed, in tensors, too. Returns whether anything had. Waits for the device."""
         was_written = put_back(self._tensors)
-        self._versions = [_version_of(tensor) for tensor, _ in self._tensors]
+        self._versions = self._versions_now()
         if not self.difference():
             return was_written
         for (_, names, keys), (_, _, values) in zip(self._keys.each(), self._dicts.each(), strict=True):
@@ -124,10 +124,14 @@ class ModelState:
 
     def _written(self) -> str:
         """The path of a tensor whose version has moved on; "": none. What is written past that, only bytes tell."""
-        for path, (tensor, _), version in zip(self._paths, self._tensors, self._versions, strict=True):
-            if _version_of(tensor) != version:
-                return path
-        return ""
+        versions = self._versions_now()
+        if versions == self._versions:
+            return ""
+        return next(path for path, a, b in zip(self._paths, versions, self._versions, strict=True) if a != b)
+
+    def _versions_now(self) -> list[int]:
+        with without_subclasses():
+            return [_version_of(tensor) for tensor, _ in self._tensors]
 
     def _look_at_class(self, cls: type, depth: int) -> None:
         """Note what a class, and those that it is made of, have of their own, and look into what of it can be written
@@ -170,18 +174,21 @@ class ModelState:
                 self._refuse(path, value)
         elif _is_opaque(value):
             self._refuse(path, value)
-        elif isinstance(value, FunctionType) and (id(value) in self._seen or _is_plain_function(value)):
-            pass
+        elif isinstance(value, FunctionType):
+            if id(value) not in self._seen and not _is_plain_function(value):
+                self._seen.add(id(value))  # functions may name each other
+                self._look_inside(path, value, depth)
         elif not isinstance(value, _NOT_LOOKED_INTO):
-            if isinstance(value, FunctionType):
-                self._seen.add(id(value))  # here: functions may name each other
-            inner = list(_holders(value))
-            if inner and depth <= 0:
-                self._refuse(path, value)
-            for each in inner if depth > 0 else ():
+            self._look_inside(path, value, depth)
+
+    def _look_inside(self, path: str, value: Any, depth: int) -> None:
+        inner = list(_holders(value))
+        if depth > 0:
+            for each in inner:
                 self._look(path, each, depth - 1)
-            if depth > 0:
-                self._look_at_class(type(value), depth)
+            self._look_at_class(type(value), depth)
+        elif inner:
+            self._refuse(path, value)
 
     def _refuse(self, path: str, value: Any) -> None:
         self._refusal = self._refusal or f"nobody can look into `{path}` ({type(value).__name__})"
@@ -283,9 +290,9 @@ def _contents(function: FunctionType) -> Iterator[Any]:
 
 def _globals_of(function: FunctionType) -> Iterator[Any]:
     """Globals that it names, of code that is no library's."""
-    names = function.__globals__
     if _is_of_library(function):
         return
+    names = function.__globals__
     for name in _names_in(function.__code__):
         if not isinstance(value := names.get(name), type | ModuleType | BuiltinFunctionType | type(None)):
             yield value
@@ -322,8 +329,8 @@ def _root_of(value: Any) -> str:
 
 
 def _version_of(tensor: torch.Tensor) -> int:
-    with without_subclasses():
-        return -1 if tensor.is_inference() else tensor._version
+    """Call under `DisableTorchFunctionSubclass`. What is made under `inference_mode` has none."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _slots_of(kind: type) -> Sequence[str]:

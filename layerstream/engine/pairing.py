@@ -575,8 +575,9 @@ class Pairing:
     def _may_begin(self, pair: _Pair) -> bool:
         """A block of the first pass has run: what came before it has left everything as it was."""
         track = pair.track
-        if track.state is None or (difference := track.state.difference()):
-            self._changes(track, difference if track.state is not None else "the model")
+        difference = "the model changes" if track.state is None else track.state.difference()
+        if difference:
+            self._changes(track, difference)
             return False
         difference = pair.before.difference(Surroundings.here(self._device))
         if not difference and self._writes_weights():

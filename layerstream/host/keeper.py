@@ -67,7 +67,7 @@ class Keeper:
         return buffer
 
     def give(self, buffer: torch.Tensor) -> None:
-        """Free what was taken. What comes to lie there next waits for copies from it; does not block the host."""
+        """Free what was taken. What comes to lie there next waits for copies from it."""
         try:
             # Copies by this GPU itself, to the host, and those by the GPU that computes: none of them is known to the
             # stream that the memory goes back to.
